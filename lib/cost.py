@@ -1,0 +1,174 @@
+"""What a model under a plan costs: multiply-accumulates (MACs) executed, parameters, measured time.
+
+MACs are counted by torch's `FlopCounterMode` on the meta device. Convolutions and matrix products count; norms,
+activations and additions do not. The products inside attention are kept apart, because papers on UNets leave them out
+and papers on transformers do not.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from lib import blocks as _blocks
+from lib.plan import Plan
+
+ATTENTION = ("scaled_dot_product", "bmm")  # operators that only attention uses in these networks
+
+
+@dataclass(frozen=True)
+class Costs:
+    """MACs of one image's pass through each block, and parameters.
+
+    Attributes
+    ----------
+    blocks : dict of block name to MACs, attention products included
+    attention : dict of block name to MACs, its attention products alone
+    parameters : dict of block name to number of parameters
+    rest, rest_parameters : MACs and parameters of stem and head, which run at every network call
+    """
+
+    blocks: dict[str, int]
+    attention: dict[str, int]
+    parameters: dict[str, int]
+    rest: int
+    rest_parameters: int
+
+    @property
+    def call(self) -> int:
+        """MACs of one full network call."""
+        return sum(self.blocks.values()) + self.rest
+
+    @property
+    def call_without_attention(self) -> int:
+        """The same without attention's products, as published for UNets."""
+        return self.call - sum(self.attention.values())
+
+    def per_step(self, plan: Plan, live: np.ndarray) -> np.ndarray:
+        """Give the MACs executed at each of the plan's steps, (S,), int.
+
+        Parameters
+        ----------
+        live : (S, N), bool, from `lib.blocks.Blocks.liveness`
+        """
+        macs = np.array([self.blocks[name] for name in plan.blocks], dtype=np.int64)
+        return live @ macs + live.any(axis=1) * self.rest
+
+    def save(self, path: Path) -> None:
+        """Write the costs as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote."""
+        return cls(**json.loads(path.read_text()))
+
+
+def count(model: nn.Module) -> Costs:
+    """Count MACs and parameters of a model's blocks for one image of the model's sample size."""
+    config = model.config
+    with torch.device("meta"):
+        twin = type(model).from_config(config)
+        x_t = torch.empty(1, config.in_channels, config.sample_size, config.sample_size)
+    with FlopCounterMode(display=False, depth=None) as counter:
+        twin(x_t, torch.zeros(1, device="meta"))
+    root = type(model).__name__
+    flops = {path.removeprefix(f"{root}."): {str(operator): n for operator, n in operators.items()}
+             for path, operators in counter.get_flop_counts().items()}
+    macs, attention, parameters = {}, {}, {}
+    for block in _blocks.describe(model):
+        operators = [item for path in block.modules for item in flops.get(path, {}).items()]
+        macs[block.name] = sum(n for _, n in operators) // 2
+        attention[block.name] = sum(n for name, n in operators if any(word in name for word in ATTENTION)) // 2
+        parameters[block.name] = sum(p.numel() for path in block.modules
+                                     for p in model.get_submodule(path).parameters())
+    total = sum(p.numel() for p in model.parameters())
+    return Costs(macs, attention, parameters, counter.get_total_flops() // 2 - sum(macs.values()),
+                 total - sum(parameters.values()))
+
+
+def executed(model: nn.Module, costs: Costs, plan: Plan) -> int:
+    """Give the MACs that one image costs under a plan: live cells, stem and head of every network call."""
+    live, _ = _blocks.describe(model).liveness(plan.cells)
+    return int(costs.per_step(plan, live).sum())
+
+
+def interleave(runs: dict[str, Callable[[], object]], repeats: int, warmup: int = 2, title: str = "timing"
+               ) -> dict[str, list[float]]:
+    """Time several functions in turn, A B C A B C ..., so that a machine's drift meets all alike.
+
+    Returns
+    -------
+    seconds : dict of name to list of float, (repeats,)
+    """
+    def timed(run: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for run in list(runs.values()) * warmup:
+        timed(run)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in tqdm(range(repeats), desc=title, unit="round", mininterval=2):
+        for name, run in runs.items():
+            seconds[name].append(timed(run))
+    return seconds
+
+
+def median_ratio(a: list[float], b: list[float], seed: int = 0) -> tuple[float, float, float]:
+    """Give the ratio of the medians of paired times a / b with its 95 % bootstrap interval: (ratio, low, high)."""
+    pairs = np.stack([a, b])
+    draws = np.random.default_rng(seed).integers(0, len(a), (2000, len(a)))
+    ratios = np.median(pairs[0][draws], axis=1) / np.median(pairs[1][draws], axis=1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(np.median(a) / np.median(b)), float(low), float(high)
+
+
+def block_seconds(model: nn.Module, x_t: torch.Tensor, repeats: int) -> dict[str, float]:
+    """Measure the median time of each block in a plain network call.
+
+    Parameters
+    ----------
+    x_t : Tensor, (B, C, H, W)
+
+    Returns
+    -------
+    seconds : dict of block name to float, and of "stem and head"
+    """
+    described = _blocks.describe(model)
+    owner = {path: block.name for block in described for path in block.modules}
+    spent: dict[str, float] = {}
+    starts: dict[str, float] = {}
+
+    def before(path):
+        return lambda *_: starts.__setitem__(path, time.perf_counter())
+
+    def after(path):
+        def add(*_):
+            spent[owner[path]] = spent.get(owner[path], 0.0) + time.perf_counter() - starts[path]
+        return add
+
+    handles = []
+    for path in owner:
+        module = model.get_submodule(path)
+        handles += [module.register_forward_pre_hook(before(path)), module.register_forward_hook(after(path))]
+    rounds = []
+    with torch.inference_mode():
+        for _ in range(repeats + 1):
+            spent.clear()
+            start = time.perf_counter()
+            model(x_t, 500)
+            rounds.append(dict(spent) | {"stem and head": time.perf_counter() - start - sum(spent.values())})
+    for handle in handles:
+        handle.remove()
+    return {name: float(np.median([r[name] for r in rounds[1:]])) for name in rounds[0]}

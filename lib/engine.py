@@ -1,0 +1,146 @@
+"""Runs a model under a plan: hooks on its blocks let each cell compute or reuse.
+
+The network's own forward pass stays as it is (no copy of it that the next diffusers release would break): diffusers'
+`ModelHook` decides at each layer, and at each level that no live cell needs, whether the original forward runs.
+"""
+
+from typing import Any, Self
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import Tensor, nn
+
+from lib import blocks as _blocks
+from lib.plan import NoiseSchedule, Plan, PlanError
+
+HOOK = "lean_diffusion"
+
+
+class Engine:
+    """A model under a plan, as a context manager: inside, ``engine(x_t, t)`` predicts at the plan's next step.
+
+    Calls walk the plan's steps in order; `reset` starts over (the next batch) and forgets what was cached. The step is
+    counted, never looked up from the timestep's value. On leaving, the model is as it was.
+
+    Parameters
+    ----------
+    model : Module of a family that `lib.blocks.describe` knows
+    plan : Plan
+    schedule : NoiseSchedule of the model, checked against the plan's
+
+    Raises
+    ------
+    PlanError
+        If the plan is for other blocks or another noise schedule, or when called more often than it has steps.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, schedule: NoiseSchedule):
+        self.model, self.plan = model, plan
+        self.blocks = _blocks.describe(model)
+        plan.check_fits(self.blocks.names, schedule)
+        if plan.cache != self.blocks.cache:
+            raise PlanError(f"the plan caches each block's {plan.cache}, this network's blocks cache their "
+                            f"{self.blocks.cache}.")
+        self.live, self.stored = self.blocks.liveness(plan.cells)
+        self._calls = self.live.any(axis=1)  # does the step call the network?
+        self._keeps = [int(i) for i in range(plan.steps - 1) if self._calls[i] and not self._calls[i + 1]]
+        self._unread = torch.empty(0)
+        self._hooked: list[nn.Module] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Go back to the first step and forget all cached outputs."""
+        self.step = -1
+        self.cache: dict[int, Tensor] = {}
+        self._prediction: Tensor | None = None
+
+    def __enter__(self) -> Self:
+        device = next(self.model.parameters()).device
+        self._unread = torch.empty(0, device=device)
+        for level, members in self.blocks.levels.items():
+            if len(members) > 1:
+                self._hook(self.blocks.level_modules[level], _LevelHook(self, level, members))
+        for place, block in enumerate(self.blocks):
+            for path in block.modules:
+                self._hook(path, _LayerHook(self, place, gives_output=path == block.modules[-1]))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for module in self._hooked:
+            HookRegistry.check_if_exists_or_initialize(module).remove_hook(HOOK, recurse=False)
+        self._hooked = []
+        self.reset()
+
+    def _hook(self, path: str, hook: ModelHook) -> None:
+        module = self.model.get_submodule(path)
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
+        self._hooked.append(module)
+
+    def __call__(self, x_t: Tensor, t: Tensor | int) -> Tensor:
+        """Predict at the plan's next step.
+
+        Parameters
+        ----------
+        x_t : Tensor, (B, C, H, W)
+        t : the timestep
+
+        Returns
+        -------
+        prediction : Tensor, (B, C, H, W)
+        """
+        self.step += 1
+        if self.step >= self.plan.steps:
+            raise PlanError(f"the plan has {self.plan.steps} steps and was called once more. Call reset() before the "
+                            "next batch.")
+        if not self._calls[self.step]:
+            return self._prediction
+        prediction = self.model(x_t, t).sample
+        if self.step in self._keeps:
+            self._prediction = prediction
+        return prediction
+
+    def runs(self, place: int) -> bool:
+        """Say whether the cell of block `place` at the current step computes."""
+        return self.live[self.step, place]
+
+    def put(self, place: int, output: Tensor) -> None:
+        """Take what a block gave: to keep, if a later step reads it."""
+        if self.stored[self.step, place]:
+            self.cache[place] = output
+        else:
+            self.cache.pop(place, None)  # the older output has been read for the last time
+
+    def get(self, place: int) -> Tensor:
+        """Give a skipped block's output; an empty tensor, which costs no concatenation, where nobody reads it."""
+        return self.cache.get(place, self._unread)
+
+
+class _LayerHook(ModelHook):
+    """Runs one module of a layer, or passes on what the layer gave last."""
+
+    def __init__(self, engine: Engine, place: int, gives_output: bool):
+        super().__init__()
+        self.engine, self.place, self.gives_output = engine, place, gives_output
+
+    def new_forward(self, module: nn.Module, *args, **kwargs) -> Tensor:
+        if not self.engine.runs(self.place):
+            return self.engine.get(self.place)
+        output = self.fn_ref.original_forward(*args, **kwargs)
+        if self.gives_output:
+            self.engine.put(self.place, output)
+        return output
+
+
+class _LevelHook(ModelHook):
+    """Skips a level of which no cell computes, its concatenations with it."""
+
+    def __init__(self, engine: Engine, level: str, places: list[int]):
+        super().__init__()
+        self.engine, self.places = engine, places
+        self.gives_skips = level.startswith("down")
+
+    def new_forward(self, module: nn.Module, *args, **kwargs) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        if any(self.engine.runs(place) for place in self.places):
+            return self.fn_ref.original_forward(*args, **kwargs)
+        outputs = tuple(self.engine.get(place) for place in self.places)
+        return (outputs[-1], outputs) if self.gives_skips else outputs[-1]

@@ -1,0 +1,206 @@
+"""How good the images are: distances between sets of features, with intervals from a jackknife over noise.
+
+The *score* is the FID-like distance between all generated images and the whole data set, in the features of
+`lib.extractor`. Its interval and that of its ratio to the teacher's come from leaving out one block of noise indices
+after another: both sets of images come from the same noise, so the ratio is compared in pairs.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from safetensors.torch import load_file, save_file
+from scipy import stats
+from torch import Tensor, nn
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+from lib import extractor, sampling
+from lib.plan import Plan
+
+GROUPS = 20
+"""Blocks of noise indices that the jackknife leaves out one by one."""
+PRC_IMAGES = 5_000
+"""Precision and recall compare all pairs: at most so many generated images."""
+
+Statistics = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+def statistics(features: Tensor) -> Statistics:
+    """Give mean and covariance of features (n, D), in float64."""
+    return fid_features_to_statistics(features.double())
+
+
+def distance(a: Tensor | Statistics, b: Tensor | Statistics) -> float:
+    """Give the Frechet distance between two sets of features (Heusel et al. 2017, eq. 6): FID's formula.
+
+    Parameters
+    ----------
+    a, b : Tensor, (n, D), or what `statistics` made of one
+
+    Returns
+    -------
+    distance : float, |m_a - m_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2))
+    """
+    a, b = (statistics(part) if isinstance(part, Tensor) else part for part in (a, b))
+    return fid_statistics_to_metric(a, b, False)[KEY_METRIC_FID]
+
+
+def jackknife(value: Callable[..., float], samples: Sequence[Tensor], groups: int = GROUPS) -> Estimate:
+    """Estimate a positive statistic of paired samples, with the interval of a delete-a-group jackknife on its log.
+
+    Parameters
+    ----------
+    value : callable(*samples) -> float, > 0
+    samples : tensors with n rows each; row i of all of them comes from the same noise
+    groups : int, blocks of rows left out in turn
+
+    Returns
+    -------
+    estimate : Estimate
+        exp(log value +- t s), s^2 = (G - 1) / G * sum of squared deviations (Efron and Tibshirani 1993, chapter 11)
+    """
+    n = len(samples[0])
+    edges = np.linspace(0, n, groups + 1).astype(int)
+    keep = [np.r_[0:a, b:n] for a, b in pairwise(edges)]
+    left = np.array([np.log(value(*(sample[rows] for sample in samples))) for rows in keep])
+    error = np.sqrt((groups - 1) / groups * np.sum((left - left.mean()) ** 2))
+    whole, reach = value(*samples), stats.t.ppf(0.975, groups - 1) * error
+    return Estimate(float(whole), float(whole * np.exp(-reach)), float(whole * np.exp(reach)))
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Scores features of generated images against a data set's.
+
+    Attributes
+    ----------
+    real : Tensor, (m, D)
+        Features of the whole data set.
+    """
+
+    real: Tensor
+
+    def __post_init__(self):
+        object.__setattr__(self, "_real", statistics(self.real))
+
+    def score(self, generated: Tensor) -> Estimate:
+        """Give the distance to the data set, with its interval."""
+        return jackknife(lambda g: distance(g, self._real), [generated])
+
+    def ratio(self, generated: Tensor, teacher: Tensor) -> Estimate:
+        """Give the score over the teacher's score from the same noise, with the interval of the pair."""
+        return self.compare([(generated, 1.0)], [(teacher, 1.0)])
+
+    def compare(self, a: Sequence[tuple[Tensor, float]], b: Sequence[tuple[Tensor, float]]) -> Estimate:
+        """Give the score of `a` over that of `b`, each a geometric mean with weights.
+
+        A control that brackets a cost is [(cheaper, w), (dearer, 1 - w)]: its score is interpolated on the log.
+        """
+        parts = [*a, *((features, -weight) for features, weight in b)]
+
+        def value(*samples: Tensor) -> float:
+            logs = [weight * np.log(distance(s, self._real)) for s, (_, weight) in zip(samples, parts)]
+            return float(np.exp(sum(logs)))
+
+        return jackknife(value, [features for features, _ in parts])
+
+    def further(self, generated: Tensor) -> dict[str, float]:
+        """Give kernel distance (x 1000), precision and recall (k = 3) as torch-fidelity computes them."""
+        size = min(1000, len(generated), len(self.real))
+        kid = kid_features_to_metric(generated, self.real, kid_subsets=20, kid_subset_size=size, verbose=False)
+        prc = prc_features_to_metric(generated[:PRC_IMAGES], self.real, verbose=False)
+        return {"kid_x1e3": 1e3 * kid[KEY_METRIC_KID_MEAN], "precision": prc[KEY_METRIC_PRECISION],
+                "recall": prc[KEY_METRIC_RECALL]}
+
+
+class Bank:
+    """What the extractor sees of images sampled from one bank of noise: each plan is sampled once.
+
+    Parameters
+    ----------
+    name : str, of the bank of noise (`lib.sampling.BANKS`)
+    model, schedule : a model and its noise schedule
+    classifier : the extractor
+    count : int, n images
+    seed : int, of the bank
+    precision : "fp32" or "bf16"
+    work : Path
+        Folder that keeps the features of each plan as they come, so that an interrupted run goes on.
+    known : Path, optional
+        A file of features that `save` wrote, of the same bank.
+    """
+
+    def __init__(self, name: str, model: nn.Module, schedule: SchedulerMixin, classifier: extractor.Classifier, *,
+                 count: int, seed: int, precision: str, work: Path, known: Path | None = None):
+        self.name, self.model, self.schedule, self.classifier = name, model, schedule, classifier
+        self.count, self.seed, self.precision = count, seed, precision
+        self.key = hashlib.sha256(f"{digest(model)} {classifier.name} {name} {seed} {count} {precision}".encode()
+                                  ).hexdigest()[:16]
+        self.work = work / f"{name}-{self.key}"
+        self.work.mkdir(parents=True, exist_ok=True)
+        self._features: dict[str, Tensor] = {}
+        if known is not None:
+            for name_, tensor in load_file(known).items():
+                key, _, plan = name_.partition("/")
+                if key == self.key:
+                    self._features[plan] = tensor
+
+    def noise(self, count: int | None = None) -> Tensor:
+        """Give the first `count` (or all) noises of the bank, (n, C, H, W)."""
+        config = self.model.config
+        return sampling.noise(self.name, self.seed, 0, count or self.count,
+                              (config.in_channels, config.sample_size, config.sample_size))
+
+    def images(self, plan: Plan, count: int) -> Tensor:
+        """Sample the bank's first `count` images under a plan, (count, C, H, W), about [-1, 1]."""
+        return sampling.sample(self.model, self.schedule, plan, self.noise(count), precision=self.precision)
+
+    def features(self, plan: Plan, title: str | None = None) -> Tensor:
+        """Give the features of the bank's images under a plan, (n, D).
+
+        Parameters
+        ----------
+        title : of a progress bar; None for none
+        """
+        if plan.key not in self._features:
+            path = self.work / f"{plan.key}.safetensors"
+            if path.exists():
+                self._features[plan.key] = load_file(path)["features"]
+            else:
+                images = sampling.sample(self.model, self.schedule, plan, self.noise(), precision=self.precision,
+                                         title=title)
+                self._features[plan.key] = extractor.embed(self.classifier, images)
+                partial = path.with_suffix(".partial")
+                save_file({"features": self._features[plan.key]}, partial)
+                partial.replace(path)
+        return self._features[plan.key]
+
+    def save(self, path: Path) -> None:
+        """Write the features of all plans seen so far to one file."""
+        save_file({f"{self.key}/{plan}": tensor for plan, tensor in self._features.items()}, path)
+
+
+def digest(model: nn.Module) -> str:
+    """Give a hash of a model's configuration and weights."""
+    total = hashlib.sha256(str(sorted(model.config.items(), key=str)).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return total.hexdigest()[:16]

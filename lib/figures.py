@@ -1,0 +1,220 @@
+"""Every figure, in one style, from numbers that are already there; each PNG has its numbers as CSV beside it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from lib.plan import Plan
+
+NARROW, WIDE = 3.3, 6.9  # inches
+
+_PALETTE = sns.color_palette("colorblind")
+COLOURS = {"teacher": "black", "Flexiffusion": _PALETTE[0], "DiP-GO": _PALETTE[1], "DiffNAS": _PALETTE[2]}
+"""One colour a method in every figure; controls are grey."""
+CONTROLS = {"DDIM, uniform": ("0.35", "o"), "DDIM, quadratic": ("0.6", "s"), "DPM-Solver++, uniform": ("0.15", "D"),
+            "DPM-Solver++, quadratic": ("0.45", "P"), "DeepCache, branch 0": ("0.5", "^"),
+            "DeepCache, branch 1": ("0.7", "v"), "random cells": ("0.75", "x")}
+KINDS = {"null": "white", "partial": sns.color_palette("pastel")[0], "full": _PALETTE[0]}
+
+
+def style() -> None:
+    """Set the one style; call it once a notebook."""
+    sns.set_theme(context="paper", style="ticks", palette="colorblind",
+                  rc={"figure.dpi": 110, "savefig.dpi": 200, "savefig.bbox": "tight", "axes.spines.top": False,
+                      "axes.spines.right": False, "legend.frameon": False, "figure.constrained_layout.use": True})
+
+
+def save(figure: Figure, numbers: pd.DataFrame, folder: Path, name: str) -> None:
+    """Write ``<name>.png`` and ``<name>.csv``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    numbers.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+
+
+def grid(images: np.ndarray, rows: Sequence[str], columns: Sequence[str] = (), cell: float = 0.42) -> Figure:
+    """Show images row by row.
+
+    Parameters
+    ----------
+    images : (rows, columns, C, H, W), float, in [-1, 1]
+    rows, columns : labels
+    cell : inches a side
+    """
+    count, wide = images.shape[:2]
+    left = 0.075 * max(len(row) for row in rows)
+    figure, axes = plt.subplots(count, wide, figsize=(wide * cell + left, count * cell + 0.2 * bool(columns)),
+                                squeeze=False)
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+    for i, j in np.ndindex(count, wide):
+        picture = np.clip((images[i, j] + 1) / 2, 0, 1)
+        axes[i, j].imshow(picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=1)
+        axes[i, j].set(xticks=[], yticks=[])
+        sns.despine(ax=axes[i, j], left=True, bottom=True)
+    for i, row in enumerate(rows):
+        axes[i, 0].set_ylabel(row, rotation=0, ha="right", va="center", fontsize=7)
+    for j, column in enumerate(columns):
+        axes[0, j].set_title(column, fontsize=7)
+    return figure
+
+
+def training_curve(history: pd.DataFrame) -> Figure:
+    """Draw the loss over training steps (columns step, loss)."""
+    figure, axes = plt.subplots(figsize=(NARROW, 2.2))
+    axes.plot(history["step"], history["loss"], color="black", lw=1)
+    axes.set(xlabel="training step", ylabel="loss (MSE of epsilon)", yscale="log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""))
+    return figure
+
+
+def macs_and_seconds(table: pd.DataFrame) -> Figure:
+    """Draw each block's share of MACs beside its share of the measured time (columns block, macs, seconds)."""
+    shares = table.assign(MACs=table["macs"] / table["macs"].sum(), time=table["seconds"] / table["seconds"].sum())
+    figure, axes = plt.subplots(figsize=(WIDE, 2.3))
+    x = np.arange(len(shares))
+    axes.bar(x - 0.2, 100 * shares["MACs"], 0.4, label="MACs", color=_PALETTE[0])
+    axes.bar(x + 0.2, 100 * shares["time"], 0.4, label="measured time", color="0.7")
+    axes.set_xticks(x, shares["block"], rotation=45, ha="right")
+    axes.set(ylabel="share of a network call (%)")
+    axes.legend()
+    return figure
+
+
+def heat_map(values: np.ndarray, blocks: Sequence[str], steps: Sequence[int], label: str, log: bool = False) -> Figure:
+    """Draw one value a cell, blocks up, steps across.
+
+    Parameters
+    ----------
+    values : (steps, blocks); NaN stays blank
+    label : of the colour bar, with the unit
+    """
+    figure, axes = plt.subplots(figsize=(WIDE, 0.17 * len(blocks) + 0.8))
+    drawn = np.ma.masked_invalid(values.T)
+    positive = values[np.isfinite(values) & (values > 0)]
+    norm = LogNorm(positive.min(), positive.max()) if log else None
+    mesh = axes.pcolormesh(np.arange(len(steps) + 1), np.arange(len(blocks) + 1), drawn, cmap="viridis", norm=norm)
+    every = max(1, len(steps) // 12)
+    axes.set_xticks(np.arange(0, len(steps), every) + 0.5, [str(step) for step in steps[::every]])
+    axes.set_yticks(np.arange(len(blocks)) + 0.5, blocks, fontsize=7)
+    axes.set(xlabel="step (noise to image)", ylabel="block")
+    figure.colorbar(mesh, ax=axes, label=label, pad=0.01)
+    return figure
+
+
+def plan_map(plan: Plan, live: np.ndarray) -> Figure:
+    """Draw a plan on the teacher's steps: computed cells, reused cells, null steps."""
+    full = np.zeros((len(plan.grid), len(plan.blocks)))
+    place = {t: i for i, t in enumerate(plan.grid)}
+    for row, t in zip(live, plan.timesteps):
+        full[place[t]] = 1 + row
+    figure, axes = plt.subplots(figsize=(WIDE, 0.17 * len(plan.blocks) + 0.7))
+    colours = ListedColormap(["white", KINDS["partial"], KINDS["full"]])
+    axes.pcolormesh(full.T, cmap=colours, vmin=0, vmax=2, edgecolors="0.85", linewidth=0.3)
+    axes.set_yticks(np.arange(len(plan.blocks)) + 0.5, plan.blocks, fontsize=7)
+    axes.set(xlabel="step (noise to image)", ylabel="block")
+    names = ("null step", "reuses", "computes")
+    axes.legend([plt.Rectangle((0, 0), 1, 1, fc=c, ec="0.6") for c in colours.colors], names, ncols=3,
+                loc="lower right", bbox_to_anchor=(1, 1), fontsize=7)
+    return figure
+
+
+def step_kinds(plans: Mapping[str, Plan]) -> Figure:
+    """Draw one strip a plan: full, partial and null steps over the teacher's steps."""
+    figure, axes = plt.subplots(figsize=(WIDE, 0.26 * len(plans) + 0.75))
+    colours = list(KINDS)
+    steps = len(next(iter(plans.values())).grid)
+    strips = np.zeros((len(plans), steps))
+    for i, plan in enumerate(plans.values()):
+        place = {t: j for j, t in enumerate(plan.grid)}
+        for row, t in zip(plan.cells, plan.timesteps):
+            strips[i, place[t]] = 2 if row.all() else 1 if row.any() else 0
+    axes.pcolormesh(strips, cmap=ListedColormap(list(KINDS.values())), vmin=0, vmax=2, edgecolors="0.8", linewidth=0.4)
+    axes.set_yticks(np.arange(len(plans)) + 0.5, list(plans), fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlabel="step (noise to image)")
+    axes.legend([plt.Rectangle((0, 0), 1, 1, fc=KINDS[kind], ec="0.6") for kind in colours],
+                [f"{kind} step" for kind in colours], ncols=3, loc="lower right", bbox_to_anchor=(1, 1), fontsize=7)
+    return figure
+
+
+def front(table: pd.DataFrame, ylabel: str, value: str = "ratio", mark: float | None = 1.05) -> Figure:
+    """Draw quality against cost with 95 % intervals.
+
+    Parameters
+    ----------
+    table : columns name, kind, macs_ratio, and `value` with _low and _high; rows of one family share `family`
+    mark : a line at this value ("at most 5 % worse"); None for none
+    """
+    figure, axes = plt.subplots(figsize=(WIDE, 3.4))
+    for family, rows in table.groupby("family", sort=False):
+        rows = rows.sort_values("macs_ratio")
+        own = family in COLOURS
+        colour, marker = (COLOURS[family], "*") if own else CONTROLS.get(family, ("0.5", "."))
+        bars = [rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]]
+        axes.errorbar(rows["macs_ratio"], rows[value], bars, color=colour, marker=marker, ms=9 if own else 4,
+                      lw=0 if own else 0.8, elinewidth=0.8, capsize=1.5, label=family, zorder=3 if own else 2)
+    if mark is not None:
+        axes.axhline(mark, color="0.8", lw=0.8, ls="--", zorder=0)
+        axes.annotate("5 % worse", (1, mark), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7,
+                      color="0.5")
+    axes.set(xscale="log", yscale="log", xlabel="times fewer executed MACs than the teacher", ylabel=ylabel)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.legend(fontsize=7, ncols=2)
+    return figure
+
+
+def search_progress(found: pd.DataFrame, budgets: Sequence[float]) -> Figure:
+    """Draw all searched plans by cost and error, and the best error so far under each budget.
+
+    Parameters
+    ----------
+    found : columns trial, macs_fraction, error, in the order of evaluation
+    budgets : fractions of the teacher's MACs
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 2.6))
+    points = left.scatter(100 * found["macs_fraction"], found["error"], c=found["trial"], cmap="viridis", s=10)
+    left.set(xlabel="executed MACs (% of the teacher's)", ylabel="rFID", yscale="log")
+    figure.colorbar(points, ax=left, label="candidate")
+    for budget, tone in zip(budgets, np.linspace(0, 0.6, len(budgets))):
+        best = found["error"].where(found["macs_fraction"] <= budget).cummin()
+        right.step(found["trial"], best.ffill(), where="post", color=str(tone), label=f"at most {budget:.0%}")
+    right.set(xlabel="candidates tried", ylabel="best rFID so far", yscale="log")
+    right.legend(title="executed MACs", fontsize=7, title_fontsize=7)
+    for axes in (left, right):
+        axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    return figure
+
+
+def beside_controls(table: pd.DataFrame) -> Figure:
+    """Draw each control's score over the plan's at equal executed MACs, with its interval: right of 1 the plan wins."""
+    plans = list(dict.fromkeys(table["plan"]))
+    figure, panels = plt.subplots(1, len(plans), figsize=(WIDE, 0.24 * table["control"].nunique() + 1.0), sharey=True,
+                                  squeeze=False)
+    order = list(dict.fromkeys(table["control"]))
+    for axes, plan in zip(panels[0], plans):
+        rows = table[table["plan"] == plan].set_index("control")
+        y = [order.index(control) for control in rows.index]
+        bars = [rows["control_over_plan"] - rows["control_over_plan_low"],
+                rows["control_over_plan_high"] - rows["control_over_plan"]]
+        axes.errorbar(rows["control_over_plan"], y, xerr=bars, fmt="o", color="0.3", ms=4, capsize=2, lw=0,
+                      elinewidth=1)
+        axes.axvline(1, color=COLOURS["Flexiffusion"], lw=1)
+        axes.set(xscale="log", title=plan, xlabel="control's score / plan's score")
+        axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    panels[0, 0].set_yticks(range(len(order)), order)
+    panels[0, 0].invert_yaxis()
+    return figure

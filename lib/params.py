@@ -1,0 +1,172 @@
+"""Typed, range-checked parameters: what a notebook's `parameters` cell or a study's params file may say.
+
+``params/<study>.yaml`` has a section `common` and one a notebook; a notebook's parameters are both together, flat.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from lib import paths
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class ParamsError(ValueError):
+    """A parameter, or a params file, is not right; the message says what to do."""
+
+
+class Common(BaseModel):
+    """What every notebook of a study shares."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    study: str = Field(min_length=1)
+    data: Literal["digits"]
+    resolution: int = Field(ge=8, le=512, multiple_of=8)  # pixels a side
+    held_out: float = Field(gt=0, lt=1)  # fraction of the images that no training sees
+    seed: int = Field(ge=0, lt=2**31)
+    device: Literal["cpu", "cuda"]
+    threads: Positive  # CPU threads; another number changes the last bits of every result
+    precision: Literal["fp32", "bf16"]  # of the network, in training and sampling
+    teacher_steps: int = Field(ge=2, le=1000)  # T
+    score_images: int = Field(ge=100)  # n of every final score
+
+    @classmethod
+    def bind(cls, namespace: Mapping[str, Any]) -> Self:
+        """Take the parameters out of a notebook's namespace.
+
+        Parameters
+        ----------
+        namespace : the notebook's ``globals()``
+
+        Raises
+        ------
+        ParamsError
+            If one is missing, of another type or out of range.
+        """
+        return cls._checked({name: namespace[name] for name in cls.model_fields if name in namespace}, "notebook")
+
+    @classmethod
+    def _checked(cls, values: dict[str, Any], source: str) -> Self:
+        try:
+            params = cls(**values)
+        except ValidationError as error:
+            faults = [_say(fault, cls) for fault in error.errors()]
+            raise ParamsError(f"{source}: " + "; ".join(faults)) from None
+        if params.device == "cuda":
+            _require_cuda(source)
+        return params
+
+
+class TeacherTraining(Common):
+    """Parameters of 00_teacher_training."""
+
+    widths: list[Positive] = Field(min_length=2)  # channels of each level, from full resolution down
+    layers: Positive  # residual blocks a level
+    norm_groups: Positive  # divides every width
+    training_steps: Positive
+    batch_size: Positive
+    learning_rate: float = Field(gt=0, lt=1)
+    ema_decay: float = Field(ge=0, lt=1)
+    save_every: Positive  # steps between two states to resume from
+    extractor_steps: Positive
+    step_counts: list[Positive] = Field(min_length=2)  # DDIM step counts whose images and scores are shown
+
+
+class TeacherAnalysis(Common):
+    """Parameters of 01_teacher_analysis."""
+
+    similarity_images: Positive
+    sensitivity_images: int = Field(ge=2)
+    sensitivity_stride: Positive  # every so many steps one row of the map
+    latency_batch: Positive
+    latency_repeats: int = Field(ge=3)
+    ddim_steps: list[Positive] = Field(min_length=2)  # step counts on the front, order 1
+    dpm_steps: list[Positive] = Field(min_length=2)  # step counts on the front, order 2
+    cache_intervals: list[Positive] = Field(min_length=1)  # DeepCache's N
+    cache_branches: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)  # DeepCache's skip connections
+
+
+class ScheduleSearch(Common):
+    """Parameters of 04_schedule_search."""
+
+    order: Literal[1, 2]  # of the solver under the searched schedules
+    segment_counts: list[Positive] = Field(min_length=1)  # choices of S
+    branches: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)  # choices of a segment's skip connection
+    trials: Positive  # candidates scored by rFID
+    population: int = Field(ge=2)
+    search_images: int = Field(ge=70)  # images a candidate; more than the extractor has features
+    budgets: list[Fraction] = Field(min_length=1)  # of the teacher's executed MACs
+    finalists: Positive  # best of the search that meet again on the second bank
+    select_images: int = Field(ge=70)
+    latency_batch: Positive
+    latency_repeats: int = Field(ge=3)
+
+
+NOTEBOOKS: dict[str, type[Common]] = {"00_teacher_training": TeacherTraining, "01_teacher_analysis": TeacherAnalysis,
+                                      "04_schedule_search": ScheduleSearch}
+"""Which notebook takes which parameters."""
+
+
+def section(notebook: str) -> str:
+    """Give the name of a notebook's section in a params file: its stem without the number."""
+    return notebook.partition("_")[2]
+
+
+def studies() -> list[str]:
+    """Give the names of all studies that have a params file."""
+    return sorted(path.stem for path in paths.PARAMS.glob("*.yaml"))
+
+
+def load(study: str) -> dict[str, Common]:
+    """Read a study's params file.
+
+    Returns
+    -------
+    params : dict of notebook stem to its parameters
+
+    Raises
+    ------
+    ParamsError
+        If the study is unknown, or a section or key is unknown, missing, of another type or out of range.
+    """
+    path = paths.PARAMS / f"{study}.yaml"
+    if not path.exists():
+        raise ParamsError(f"unknown study {study!r}: no params/{study}.yaml. There are: {', '.join(studies())}.")
+    try:
+        content = YAML(typ="safe", pure=True).load(path.read_text())  # YAML 1.2: 1e-4 is a number
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ParamsError(f"params/{path.name} is no YAML: {error}") from None
+    sections = {"common"} | {section(notebook) for notebook in NOTEBOOKS}
+    if not isinstance(content, dict) or set(content) != sections:
+        found = set(content) if isinstance(content, dict) else set()
+        raise ParamsError(f"params/{path.name}: sections missing: {sorted(sections - found) or 'none'}; unknown: "
+                          f"{sorted(map(str, found - sections)) or 'none'}.")
+    for name, values in content.items():
+        if not isinstance(values, dict):
+            raise ParamsError(f"params/{path.name}: section {name} must hold keys and values")
+    return {notebook: kind._checked({"study": study} | content["common"] | content[section(notebook)],
+                                    f"params/{path.name}, common and {section(notebook)}")
+            for notebook, kind in NOTEBOOKS.items()}
+
+
+def _require_cuda(source: str) -> None:
+    import torch  # only a study on a GPU needs it here
+
+    if not torch.cuda.is_available():
+        raise ParamsError(f"{source}: device is cuda, but this machine has no CUDA device. Set device: cpu, or run "
+                          "on a machine with one.")
+
+
+def _say(fault: Mapping[str, Any], kind: type[Common]) -> str:
+    name = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"{name} is no parameter here; known: {', '.join(kind.model_fields)}"
+    if fault["type"] == "missing":
+        return f"{name} is missing"
+    return f"{name}: {fault['msg']} (got {fault['input']!r:.60})"

@@ -1,0 +1,94 @@
+"""Runs notebooks and studies: ``python -m lib.run notebook 00_teacher_training --study digits``, ``... study digits``.
+
+A thin, typed layer over papermill: parameters come from the study's params file (read as YAML 1.2) and must be the
+very names in the notebook's `parameters` cell; the working directory is the project's root; times and other volatile
+metadata are taken out of the executed copy.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+from papermill.exceptions import PapermillExecutionError
+from ruamel.yaml import YAML
+
+from lib import params, paths
+
+
+def notebook(name: str, study: str) -> Path:
+    """Run one notebook with a study's parameters.
+
+    Parameters
+    ----------
+    name : str, the notebook's stem
+    study : str, the stem of a params file
+
+    Returns
+    -------
+    executed : Path of the executed copy, beside the notebook's results
+
+    Raises
+    ------
+    ParamsError
+        If study or notebook are unknown, or the notebook's `parameters` cell has other names than its dataclass.
+    """
+    if name not in params.NOTEBOOKS:
+        raise params.ParamsError(f"unknown notebook {name!r}. There are: {', '.join(params.NOTEBOOKS)}.")
+    values = params.load(study)[name].model_dump()
+    source = paths.NOTEBOOKS / f"{name}.ipynb"
+    found = set(papermill.inspect_notebook(source))
+    if found != set(values):
+        raise params.ParamsError(f"{source.name}: its parameters cell has {sorted(found - set(values)) or 'nothing'} "
+                                 f"too much and lacks {sorted(set(values) - found) or 'nothing'}.")
+    executed = paths.writable(paths.DATA / study / name) / "notebook.ipynb"
+    os.environ.setdefault("TQDM_MININTERVAL", "10")  # a line of progress every ten seconds
+    print(f"{name}, study {study}:", flush=True)
+    papermill.execute_notebook(source, executed, values, kernel_name="python3", cwd=paths.ROOT, log_output=True,
+                               progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
+    copy = nbformat.read(executed, nbformat.NO_CONVERT)
+    for part in (copy, *copy.cells):
+        part.metadata.pop("papermill", None)
+        part.metadata.pop("execution", None)
+    nbformat.write(copy, executed)
+    return executed
+
+
+def study(name: str) -> None:
+    """Run the whole pipeline for a study; it joins the list in ``params.yaml`` if it is not there."""
+    params.load(name)  # refuses an unknown study, or a wrong file, before any work
+    path, yaml = paths.ROOT / "params.yaml", YAML()
+    listed = yaml.load(path.read_text())
+    if name not in listed["studies"]:
+        listed["studies"].append(name)
+        yaml.dump(listed, path)
+        print(f"params.yaml: added {name} to the studies")
+    done = subprocess.run([sys.executable, "-m", "dvc", "repro", f"publish@{name}"], cwd=paths.ROOT)
+    if done.returncode:
+        raise SystemExit(f"The study {name} stopped. What it finished is kept: run the same command again.")
+    print(f"\nDone. Figures and tables: {paths.REPORTS / name}\nExecuted notebooks:  {paths.DATA / name}")
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m lib.run", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("notebook", help="run one notebook")
+    one.add_argument("name", help="the notebook's stem, such as 01_teacher_analysis")
+    one.add_argument("--study", required=True)
+    whole = commands.add_parser("study", help="run the pipeline for a study")
+    whole.add_argument("name", help="the stem of a file in params/")
+    arguments = parser.parse_args()
+    try:
+        notebook(arguments.name, arguments.study) if arguments.command == "notebook" else study(arguments.name)
+    except PapermillExecutionError as error:
+        raise SystemExit(f"{arguments.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}") from None
+    except (params.ParamsError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

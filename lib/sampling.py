@@ -1,0 +1,87 @@
+"""Noise to images under a plan: the same noise gives the same image, whatever the batch."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lib.engine import Engine
+from lib.plan import NoiseSchedule, Plan
+
+BANKS = {"search": 1, "select": 2, "report": 3, "analysis": 4}
+"""Banks of noise that share no image: searching, choosing among the found, reporting, looking."""
+
+
+def noise(bank: str, seed: int, first: int, count: int, shape: tuple[int, int, int]) -> Tensor:
+    """Give images `first` .. `first + count - 1` of a noise bank.
+
+    Each image's noise depends on (seed, bank, number) alone, so batches and processes may split a bank as they like.
+
+    Parameters
+    ----------
+    bank : str, a key of `BANKS`
+    shape : (C, H, W)
+
+    Returns
+    -------
+    noise : Tensor, (count, C, H, W), float32, standard normal
+    """
+    draws = [np.random.default_rng((seed, BANKS[bank], number)).standard_normal(shape, dtype=np.float32)
+             for number in range(first, first + count)]
+    return torch.from_numpy(np.stack(draws))
+
+
+def solver(plan: Plan, schedule: SchedulerMixin) -> DPMSolverMultistepScheduler:
+    """Build the plan's solver over the plan's own timesteps (order 1 = DDIM with eta 0)."""
+    scheduler = DPMSolverMultistepScheduler.from_config(
+        schedule.config, algorithm_type=plan.solver, solver_order=plan.order, final_sigmas_type=plan.final_sigma,
+        lower_order_final=True, thresholding=False)
+    scheduler.set_timesteps(timesteps=list(plan.timesteps))
+    return scheduler
+
+
+def walk(engine: Engine, schedule: SchedulerMixin, x_t: Tensor) -> Iterator[Tensor]:
+    """Walk an engine's plan from `x_t`, from the start, and yield x_t after each step; the last one is the image."""
+    engine.reset()
+    scheduler = solver(engine.plan, schedule)
+    for t in scheduler.timesteps:
+        x_t = scheduler.step(engine(x_t, t).float(), t, x_t).prev_sample
+        yield x_t
+
+
+@torch.inference_mode()
+def sample(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: Tensor, *, precision: str = "fp32",
+           batch_size: int = 250, title: str | None = None) -> Tensor:
+    """Sample images under a plan.
+
+    Parameters
+    ----------
+    model, schedule : a teacher or student and its noise schedule, as `lib.teachers.load` gives them
+    noise : Tensor, (n, C, H, W)
+    precision : "fp32" or "bf16" (autocast in the network; the solver stays in fp32)
+    title : of a progress bar; None for none
+
+    Returns
+    -------
+    images : Tensor, (n, C, H, W), float32, about [-1, 1], on the CPU
+    """
+    device = next(model.parameters()).device
+    images = []
+    bar = tqdm(total=len(noise), desc=title, unit="image", disable=title is None, mininterval=2, leave=False)
+    with Engine(model, plan, NoiseSchedule.of(schedule)) as engine, autocast(device, precision):
+        for batch in noise.split(batch_size):
+            *_, x_0 = walk(engine, schedule, batch.to(device))
+            images.append(x_0.cpu())
+            bar.update(len(batch))
+    bar.close()
+    return torch.cat(images)
+
+
+def autocast(device: torch.device, precision: str):
+    """Give the context in which the network computes: bf16 autocast, or none."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()

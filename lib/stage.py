@@ -1,0 +1,98 @@
+"""A stage: where a notebook reads, writes and resumes, and how it ends.
+
+A notebook's results lie in ``data/<study>/<notebook>/``. Work that a kill should not lose lies in
+``data/<study>/.resume/``, under a hash of parameters and code, and goes when the stage ends.
+"""
+
+import hashlib
+import json
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from lib import paths
+from lib.params import Common
+
+
+class Stage:
+    """One notebook's run for one study.
+
+    Parameters
+    ----------
+    notebook : str, the notebook's stem
+    params : its bound parameters
+
+    Attributes
+    ----------
+    out : Path
+        Folder of the results.
+    work : Path
+        Folder of what an interrupted run left to resume from.
+    """
+
+    def __init__(self, notebook: str, params: Common):
+        self.notebook, self.params = notebook, params
+        self.out = paths.writable(paths.DATA / params.study / notebook)
+        self.work = paths.writable(paths.DATA / params.study / ".resume" / f"{notebook}-{self._digest()}")
+        torch.set_num_threads(params.threads)
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256(self.params.model_dump_json().encode())
+        for path in sorted((paths.ROOT / "lib").glob("*.py")):
+            digest.update(path.read_bytes())
+        return digest.hexdigest()[:12]
+
+    def folder(self, name: str) -> Path:
+        """Make and return a folder for results."""
+        return paths.writable(self.out / name)
+
+    def read(self, path: str) -> Path:
+        """Give the path of what an earlier notebook of the same study wrote, such as "00_teacher_training/teacher".
+
+        Raises
+        ------
+        FileNotFoundError
+            If it is not there, naming what makes it. In the `smoke` study it is made on the spot.
+        """
+        found, maker = paths.DATA / self.params.study / path, path.partition("/")[0]
+        if not found.exists() and self.params.study == "smoke":
+            from lib import run  # the runner knows stages, not the other way round, save here
+
+            run.notebook(maker, "smoke")
+        if not found.exists():
+            raise FileNotFoundError(f"{found} is missing. Notebook {maker} makes it: run\n"
+                                    f"    python -m lib.run notebook {maker} --study {self.params.study}\n"
+                                    f"or the whole study:\n    make study STUDY={self.params.study}")
+        return found
+
+    def finish(self, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
+        """Write metrics.json, timings.json and meta.json, and drop what was kept for resuming.
+
+        Parameters
+        ----------
+        metrics : flat, finite numbers that repeat on one machine; names carry their units
+        timings : flat, measured seconds and ratios of seconds
+        """
+        write_json(self.out / "metrics.json", metrics)
+        write_json(self.out / "timings.json", timings)
+        write_json(self.out / "meta.json", {"params": self.params.model_dump(), "commit": _commit(),
+                                            "machine": platform.machine(), "python": platform.python_version(),
+                                            "versions": {name: version(name) for name in
+                                                         ("torch", "diffusers", "torch-fidelity", "optuna", "numpy")}})
+        for left in self.work.parent.glob(f"{self.notebook}-*"):
+            shutil.rmtree(left)
+
+
+def write_json(path: Path, content: Mapping) -> None:
+    """Write JSON that has the same bytes for the same content; NaN is refused."""
+    path.write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=paths.ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"

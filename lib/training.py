@@ -1,0 +1,151 @@
+"""One training loop for everything that learns here: EMA, resume after a kill, several devices through accelerate.
+
+Batches are drawn from ``(seed, step)`` alone, so a run that was killed and resumed sees what an unbroken run sees and
+ends in the same weights.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer a number."""
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """Give the random generator of one training step (on the CPU, so that every device draws the same)."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Rise linearly over `warmup` steps, then fall to 0 along a cosine."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator], Tensor], *, steps: int, lr: float,
+          ema_decay: float, seed: int, device: str, precision: str, work: Path, save_every: int = 200,
+          warmup: int = 50, weight_decay: float = 0.0, clip: float = 1.0, title: str = "training") -> list[dict]:
+    """Train `model` in place with AdamW and leave the exponential moving average of its weights in it.
+
+    Parameters
+    ----------
+    model : Module
+    loss : callable(model, generator) -> scalar Tensor
+        Draws its batch with `generator`, one generator a step.
+    steps, save_every, warmup : int, optimiser steps
+    lr : float, peak learning rate, > 0
+    ema_decay : float, in [0, 1); the average warms up as diffusers' `EMAModel` does
+    seed : int
+    device : str, "cpu" or "cuda"
+    precision : str, "fp32" or "bf16" (autocast)
+    work : Path
+        Folder of the training state. If it holds a state, training goes on from there.
+    weight_decay, clip : float, AdamW's decay; largest norm of the gradient
+
+    Returns
+    -------
+    history : list of {"step": int, "loss": float, "lr": float}
+        The mean loss over each 1/100th of the steps.
+
+    Raises
+    ------
+    TrainingDiverged
+        If the loss is NaN or infinite. The last good state stays in `work`.
+    """
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if precision == "bf16" else "no")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    model.train()
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    ema = EMAModel(model.parameters(), decay=ema_decay)
+    ema.to(accelerator.device)
+    start, history = _resume(work, model, ema, optimizer)
+    every, recent = max(1, steps // 100), []
+    bar = tqdm(total=steps, initial=start, desc=title, unit="step", mininterval=2)
+    for step in range(start, steps):
+        rate = learning_rate(step, steps, lr, warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with accelerator.autocast():
+            value = loss(prepared, step_generator(seed, step))
+        recent.append(value.item())
+        if not math.isfinite(recent[-1]):
+            bar.close()
+            raise TrainingDiverged(f"{title}: the loss is {recent[-1]} at step {step}. The last good state, step "
+                                   f"{_saved_step(work)}, is kept in {work}. Lower the learning rate ({lr:g}) and run "
+                                   "again.")
+        accelerator.backward(value)
+        accelerator.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.step(model.parameters())
+        if (step + 1) % every == 0 or step + 1 == steps:
+            history.append({"step": step + 1, "loss": sum(recent) / len(recent), "lr": rate})
+            bar.set_postfix(loss=f"{history[-1]['loss']:.4f}", lr=f"{rate:.1e}", refresh=False)
+            recent = []
+        if (step + 1) % save_every == 0 and step + 1 < steps and not recent:
+            _save(work, step + 1, history, model, ema, optimizer)
+        bar.update()
+    bar.close()
+    ema.copy_to(model.parameters())
+    return history
+
+
+def _saved_step(work: Path) -> int:
+    state = work / "state" / "state.json"
+    return json.loads(state.read_text())["step"] if state.exists() else 0
+
+
+def _save(work: Path, step: int, history: list[dict], model: nn.Module, ema: EMAModel, optimizer) -> None:
+    """Write the whole training state to a new folder, then put it in the place of the old one."""
+    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"ema/{i}": tensor for i, tensor in enumerate(ema.shadow_params)}
+    for i, slots in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{i}/{name}": torch.as_tensor(value) for name, value in slots.items()}
+    fresh, current, old = work / "state.new", work / "state", work / "state.old"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
+              fresh / "state.safetensors")
+    (fresh / "state.json").write_text(json.dumps({"step": step, "history": history,
+                                                  "ema_step": ema.optimization_step}))
+    shutil.rmtree(old, ignore_errors=True)
+    if current.exists():
+        os.replace(current, old)
+    os.replace(fresh, current)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _resume(work: Path, model: nn.Module, ema: EMAModel, optimizer) -> tuple[int, list[dict]]:
+    """Load the state that `_save` left; a kill between its two renames leaves the good state under the old name."""
+    current, old = work / "state", work / "state.old"
+    if not current.exists() and old.exists():
+        os.replace(old, current)
+    if not current.exists():
+        return 0, []
+    state, tensors = json.loads((current / "state.json").read_text()), load_file(current / "state.safetensors")
+    part = {kind: {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith(kind + "/")}
+            for kind in ("model", "ema", "optimizer")}
+    model.load_state_dict(part["model"])
+    for i, shadow in enumerate(ema.shadow_params):
+        shadow.data.copy_(part["ema"][str(i)])
+    ema.optimization_step = state["ema_step"]
+    slots: dict[int, dict] = {}
+    for name, tensor in part["optimizer"].items():
+        i, slot = name.split("/")
+        slots.setdefault(int(i), {})[slot] = tensor
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+    tqdm.write(f"resuming from step {state['step']} ({work})")
+    return state["step"], state["history"]
