@@ -5,8 +5,13 @@ block or reuses what the block gave last. A *model* and a *plan* (which cells co
 ``lib.plan``.
 """
 
+import warnings
+
+from tqdm import TqdmWarning
+
 from lib._torchvision import repair as _repair_torchvision
 
 __version__ = "0.1.0"
 
 _repair_torchvision()
+warnings.filterwarnings("ignore", category=TqdmWarning)  # libraries ask for notebook widgets; text is what we want

@@ -84,11 +84,6 @@ class Blocks:
         return [[self.index[name] for name in block.reads if name != STEM] for block in self.blocks]
 
     @cached_property
-    def consumers(self) -> list[list[int]]:
-        """For each block the places of the blocks that read it."""
-        return [[j for j, reads in enumerate(self.reads) if i in reads] for i in range(len(self))]
-
-    @cached_property
     def skips(self) -> tuple[tuple[str, int], ...]:
         """The skip connections from the shallowest: (block or stem that gives it, place of the block that reads it)."""
         found = [(block.reads[1], i) for i, block in enumerate(self.blocks) if len(block.reads) == 2]

@@ -119,7 +119,7 @@ def interleave(runs: dict[str, Callable[[], object]], repeats: int, warmup: int 
     for run in list(runs.values()) * warmup:
         timed(run)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in tqdm(range(repeats), desc=title, unit="round", mininterval=2):
+    for _ in tqdm(range(repeats), desc=title, unit="round"):
         for name, run in runs.items():
             seconds[name].append(timed(run))
     return seconds

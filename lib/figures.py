@@ -47,20 +47,17 @@ def grid(images: np.ndarray, rows: Sequence[str], columns: Sequence[str] = (), c
     rows, columns : labels
     cell : inches a side
     """
-    count, wide = images.shape[:2]
+    count, wide, channels, height, width = images.shape
+    canvas = np.ones((count, wide, height + 1, width + 1, channels))  # a white line between images
+    canvas[:, :, :height, :width] = np.clip((images + 1) / 2, 0, 1).transpose(0, 1, 3, 4, 2)
+    canvas = canvas.transpose(0, 2, 1, 3, 4).reshape(count * (height + 1), wide * (width + 1), channels)
     left = 0.075 * max(len(row) for row in rows)
-    figure, axes = plt.subplots(count, wide, figsize=(wide * cell + left, count * cell + 0.2 * bool(columns)),
-                                squeeze=False)
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
-    for i, j in np.ndindex(count, wide):
-        picture = np.clip((images[i, j] + 1) / 2, 0, 1)
-        axes[i, j].imshow(picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=1)
-        axes[i, j].set(xticks=[], yticks=[])
-        sns.despine(ax=axes[i, j], left=True, bottom=True)
-    for i, row in enumerate(rows):
-        axes[i, 0].set_ylabel(row, rotation=0, ha="right", va="center", fontsize=7)
-    for j, column in enumerate(columns):
-        axes[0, j].set_title(column, fontsize=7)
+    figure, axes = plt.subplots(figsize=(wide * cell + left, count * cell + 0.2 * bool(columns)))
+    axes.imshow(canvas.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    axes.set_yticks((np.arange(count) + 0.5) * (height + 1) - 1, rows, fontsize=7)
+    axes.set_xticks((np.arange(wide) + 0.5) * (width + 1) - 1 if columns else [], columns, fontsize=7)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    sns.despine(ax=axes, left=True, bottom=True)
     return figure
 
 

@@ -68,7 +68,7 @@ class SegmentSpace:
             active = min(length, 1 + int(genome[f"interval_{slot}"] * length))
             chosen.append((active, self.branches[genome[f"branch_{slot}"]]))
         return Plan.segments([(active, self.shallow[branch]) for active, branch in chosen], self.teacher,
-                             paper="2409.17566", segments=[list(pair) for pair in chosen])
+                             paper="2409.17566", active_and_branch=[list(pair) for pair in chosen])
 
     def encode(self, count: int, branch: int, active: int) -> dict:
         """Give the genome whose segments are all alike: active = length is DeepCache, active = 1 is fewer steps."""

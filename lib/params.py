@@ -86,8 +86,9 @@ class TeacherAnalysis(Common):
     sensitivity_stride: Positive  # every so many steps one row of the map
     latency_batch: Positive
     latency_repeats: int = Field(ge=3)
-    ddim_steps: list[Positive] = Field(min_length=2)  # step counts on the front, order 1
-    dpm_steps: list[Positive] = Field(min_length=2)  # step counts on the front, order 2
+    ddim_steps: list[Positive] = Field(min_length=2)  # step counts on the front, uniform spacing, order 1
+    quadratic_steps: list[Positive] = Field(min_length=1)  # step counts on the front, quadratic spacing, order 1
+    dpm_steps: list[Positive] = Field(min_length=2)  # step counts on the front, DPM-Solver++ of order 2
     cache_intervals: list[Positive] = Field(min_length=1)  # DeepCache's N
     cache_branches: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)  # DeepCache's skip connections
 

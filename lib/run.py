@@ -15,8 +15,11 @@ import nbformat
 import papermill
 from papermill.exceptions import PapermillExecutionError
 from ruamel.yaml import YAML
+from traitlets.config import Config
 
 from lib import params, paths
+
+LOCAL_SOCKETS = Config(KernelManager={"transport": "ipc"})  # the kernel listens to no network
 
 
 def notebook(name: str, study: str) -> Path:
@@ -47,8 +50,8 @@ def notebook(name: str, study: str) -> Path:
     executed = paths.writable(paths.DATA / study / name) / "notebook.ipynb"
     os.environ.setdefault("TQDM_MININTERVAL", "10")  # a line of progress every ten seconds
     print(f"{name}, study {study}:", flush=True)
-    papermill.execute_notebook(source, executed, values, kernel_name="python3", cwd=paths.ROOT, log_output=True,
-                               progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
+    papermill.execute_notebook(source, executed, values, kernel_name="python3", cwd=paths.ROOT, progress_bar=False,
+                               stdout_file=sys.stdout, stderr_file=sys.stderr, config=LOCAL_SOCKETS)
     copy = nbformat.read(executed, nbformat.NO_CONVERT)
     for part in (copy, *copy.cells):
         part.metadata.pop("papermill", None)

@@ -72,7 +72,7 @@ def sample(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: Tensor
     """
     device = next(model.parameters()).device
     images = []
-    bar = tqdm(total=len(noise), desc=title, unit="image", disable=title is None, mininterval=2, leave=False)
+    bar = tqdm(total=len(noise), desc=title, unit="image", disable=title is None, leave=False)
     with Engine(model, plan, NoiseSchedule.of(schedule)) as engine, autocast(device, precision):
         for batch in noise.split(batch_size):
             *_, x_0 = walk(engine, schedule, batch.to(device))

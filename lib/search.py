@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from lib.plan import Plan
 
-REDRAWS = 50
-"""Genomes drawn again, at the most, before one over the budget counts as evaluated."""
+REDRAWS = 500
+"""Genomes over the budget, one after another, at which the search gives up."""
 
 
 class Space(Protocol):
@@ -57,6 +57,11 @@ def search(space: Space, error: Callable[[Plan], float], macs: Callable[[Plan], 
     budget : int, MACs; dearer genomes are drawn again before they cost an evaluation
     start : genomes to begin with (known schedules)
     method : "nsga2" or "random"
+
+    Raises
+    ------
+    ValueError
+        If the space has next to nothing within the budget.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = JournalStorage(JournalFileBackend(str(journal)))
@@ -102,12 +107,13 @@ def _sampler(method: str, population: int, seed: int) -> optuna.samplers.BaseSam
 
 def _ask(study: optuna.Study, space: Space, distributions: dict, macs: Callable[[Plan], int], budget: int | None
          ) -> tuple[optuna.Trial, Plan, int]:
+    """Ask for a genome within the budget; dearer ones are told as failed, and the sampler learns nothing of them."""
     for _ in range(REDRAWS):
         trial = study.ask(distributions)
         plan = space.decode(trial.params)
         cost = macs(plan)
         if budget is None or cost <= budget:
-            break
-        if _ + 1 < REDRAWS:
-            study.tell(trial, state=TrialState.FAIL)
-    return trial, plan, cost
+            return trial, plan, cost
+        study.tell(trial, state=TrialState.FAIL)
+    raise ValueError(f"none of {REDRAWS} genomes cost at most {budget} MACs: raise the budget, or widen the space by "
+                     "cheaper choices.")

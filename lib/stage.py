@@ -7,6 +7,7 @@ A notebook's results lie in ``data/<study>/<notebook>/``. Work that a kill shoul
 import hashlib
 import json
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -69,6 +70,11 @@ class Stage:
                                     f"    python -m lib.run notebook {maker} --study {self.params.study}\n"
                                     f"or the whole study:\n    make study STUDY={self.params.study}")
         return found
+
+    @staticmethod
+    def key(name: str) -> str:
+        """Make a metric's key of a name: "DeepCache, 1:5" gives "deepcache_1_5"."""
+        return re.sub(r"[^a-z0-9]+", "_", name.lower().replace("++", "pp")).strip("_")
 
     def finish(self, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
         """Write metrics.json, timings.json and meta.json, and drop what was kept for resuming.

@@ -73,7 +73,7 @@ def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator], Tensor]
     ema.to(accelerator.device)
     start, history = _resume(work, model, ema, optimizer)
     every, recent = max(1, steps // 100), []
-    bar = tqdm(total=steps, initial=start, desc=title, unit="step", mininterval=2)
+    bar = tqdm(total=steps, initial=start, desc=title, unit="step")
     for step in range(start, steps):
         rate = learning_rate(step, steps, lr, warmup)
         for group in optimizer.param_groups:

@@ -1,0 +1,39 @@
+# Two commands on a fresh machine with Python 3.11: `make study` runs the main study, `make test` the tests.
+STUDY ?= digits
+PYTHON ?= python3.11
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help env study test lab bench format
+
+help:  ## say what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+
+env: $(BIN)/.ready  ## make the virtual environment
+
+$(BIN)/.ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+study: env  ## run the pipeline (STUDY=digits): every number and figure
+	$(BIN)/python -m lib.run study $(STUDY)
+
+test: env  ## check the style, run the tests, and step through all notebooks
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -p no:cacheprovider --nbval-lax --nbval-current-env --nbval-cell-timeout 300 \
+		--nbval-sanitize-with nbval.cfg notebooks
+	@echo "All tests passed."
+
+lab: env  ## open the notebooks
+	$(BIN)/jupyter lab notebooks
+
+bench: env  ## measure speed, as ratios in one run
+	$(BIN)/python -m pytest tests/benchmarks -o python_files="bench_*.py" -s
+
+format: env  ## mend the style, strip volatile notebook metadata
+	$(BIN)/ruff check --fix .
+	$(BIN)/nbstripout --keep-id notebooks/*.ipynb

@@ -1,0 +1,68 @@
+"""How fast the engine is, as ratios within one run: `make bench`. No test depends on these: machines are busy."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from lib import blocks, cost, params, sampling, teachers
+from lib.plan import NoiseSchedule, Plan, trailing
+
+PAIRS = 24
+BATCH = 64
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def setting(request):
+    """The digits teacher's architecture with random weights (time does not depend on them), 50 steps."""
+    p = params.load("digits")["00_teacher_training"]
+    torch.set_num_threads(p.threads)
+    torch.manual_seed(0)
+    unet = teachers.unet((1, p.resolution, p.resolution), p.widths, p.layers, p.norm_groups).eval()
+    schedule = teachers.noise_schedule()
+    fits, described = NoiseSchedule.of(schedule), blocks.describe(unet)
+    teacher = Plan.full(trailing(p.teacher_steps, fits.train_timesteps), fits, described.names)
+    noise = sampling.noise("analysis", 0, 0, BATCH, (1, p.resolution, p.resolution))
+    return unet, schedule, described, teacher, noise, request.param
+
+
+def plain_loop(unet, schedule, noise, steps, precision):
+    scheduler = DDIMScheduler.from_config(schedule.config)
+    scheduler.set_timesteps(steps)
+    x_t = noise
+    with torch.inference_mode(), sampling.autocast(noise.device, precision):
+        for t in scheduler.timesteps:
+            x_t = scheduler.step(unet(x_t, t).sample.float(), t, x_t).prev_sample
+    return x_t
+
+
+def test_full_plan_against_a_plain_diffusers_loop(setting):
+    unet, schedule, _, teacher, noise, precision = setting
+
+    def plain():
+        return plain_loop(unet, schedule, noise, teacher.steps, precision)
+
+    def ours():
+        return sampling.sample(unet, schedule, teacher, noise, precision=precision)
+
+    torch.testing.assert_close(ours(), plain(), rtol=0, atol=1e-3 if precision == "fp32" else 0.3)
+    seconds = cost.interleave({"plain": plain, "ours": ours}, PAIRS)
+    ratio, low, high = cost.median_ratio(seconds["ours"], seconds["plain"])
+    print(f"\n{precision}, batch {BATCH}, {PAIRS} pairs: engine / plain diffusers loop "
+          f"{ratio:.3f} [{low:.3f}, {high:.3f}]")
+
+
+def test_measured_speed_up_over_that_of_executed_macs(setting):
+    unet, schedule, described, teacher, noise, precision = setting
+    costs = cost.count(unet)
+    kept = np.arange(teacher.steps) % 5 == 0
+    plans = {"full": teacher, "DeepCache 1:5, shallowest branch": Plan.deepcache(5, described.branch(0), teacher),
+             "40 of 50 columns all reused": teacher.with_cells(np.repeat(kept[:, None], len(described), axis=1))}
+    runs = {name: (lambda plan=plan: sampling.sample(unet, schedule, plan, noise, precision=precision))
+            for name, plan in plans.items()}
+    seconds = cost.interleave(runs, PAIRS)
+    for name, plan in list(plans.items())[1:]:
+        macs = cost.executed(unet, costs, teacher) / cost.executed(unet, costs, plan)
+        ratio, low, high = cost.median_ratio(seconds["full"], seconds[name])
+        print(f"\n{precision}, {name}: measured {ratio:.2f} [{low:.2f}, {high:.2f}], executed MACs {macs:.2f}, "
+              f"measured / MACs {ratio / macs:.2f} [{low / macs:.2f}, {high / macs:.2f}]")

@@ -1,0 +1,71 @@
+"""MACs counted by hand, and those that papers print."""
+
+import numpy as np
+import pytest
+from diffusers import UNet2DModel
+
+from lib import cost
+from lib.plan import Plan
+
+
+def conv(given, made, size, kernel=3):
+    return given * made * kernel**2 * size**2
+
+
+def test_blocks_cost_what_a_hand_count_says(unet):
+    """Widths 8, 8, 16 on 16 x 16 pixels; the time embedding has 4 x 8 = 32 channels."""
+    costs = cost.count(unet)
+    assert costs.blocks["down0.0"] == 2 * conv(8, 8, 16) + 32 * 8
+    assert costs.blocks["down0.down"] == conv(8, 8, 8)
+    assert costs.blocks["down2.0"] == conv(8, 16, 4) + conv(16, 16, 4) + conv(8, 16, 4, kernel=1) + 32 * 16
+    assert costs.blocks["up1.up"] == conv(8, 8, 16)
+    assert costs.blocks["up2.1"] == conv(16, 8, 16) + conv(8, 8, 16) + conv(16, 8, 16, kernel=1) + 32 * 8
+    assert costs.attention["mid"] == 2 * 16 * 16 * 16  # 16 pixels see 16 pixels, 16 channels, twice
+    assert costs.blocks["mid"] == 4 * conv(16, 16, 4) + 2 * 32 * 16 + 4 * 16 * 16 * 16 + costs.attention["mid"]
+    assert costs.rest == 2 * conv(1, 8, 16) + 8 * 32 + 32 * 32
+    assert costs.call - costs.call_without_attention == costs.attention["mid"]
+    assert sum(costs.parameters.values()) + costs.rest_parameters == unet.num_parameters()
+
+
+def test_the_cifar10_ddpm_costs_what_papers_print():
+    """6.1 G without and 6.2 G with attention's products, 35.7 M parameters (arXiv 2312.00858, 2305.10924)."""
+    model = UNet2DModel(sample_size=32, block_out_channels=(128, 256, 256, 256), layers_per_block=2,
+                        attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
+                        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+                        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"))
+    costs = cost.count(model)
+    assert costs.call_without_attention / 1e9 == pytest.approx(6.1, abs=0.05)
+    assert costs.call / 1e9 == pytest.approx(6.22, abs=0.01)
+    assert model.num_parameters() / 1e6 == pytest.approx(35.75, abs=0.01)
+
+
+def test_a_plan_costs_its_live_cells_and_the_stem_and_head_of_each_call(unet, teacher, described):
+    costs = cost.count(unet)
+    assert cost.executed(unet, costs, teacher) == teacher.steps * costs.call
+    partial = costs.blocks["up2.1"] + costs.rest
+    plan = Plan.deepcache(5, described.branch(0), teacher)
+    assert cost.executed(unet, costs, plan) == 2 * costs.call + 8 * partial
+    columns = np.repeat([[True]] + [[False]] * 9, len(described), axis=1)
+    assert cost.executed(unet, costs, teacher.with_cells(columns)) == costs.call
+
+
+def test_a_dead_cell_costs_nothing(unet, teacher, described):
+    costs = cost.count(unet)
+    cells = teacher.cells
+    cells[4, described.index["up0.0"]] = False  # so nobody reads the middle at step 4, nor the level before it
+    saved = cost.executed(unet, costs, teacher) - cost.executed(unet, costs, teacher.with_cells(cells))
+    assert saved == costs.blocks["up0.0"] + costs.blocks["mid"] + costs.blocks["down2.0"]
+
+
+def test_costs_come_back_from_their_file(unet, tmp_path):
+    costs = cost.count(unet)
+    costs.save(tmp_path / "costs.json")
+    assert cost.Costs.load(tmp_path / "costs.json") == costs
+
+
+def test_interleaving_takes_turns_and_ratios_have_an_interval():
+    turns = []
+    seconds = cost.interleave({"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}, repeats=3, warmup=1)
+    assert turns == ["a", "b"] * 4 and len(seconds["a"]) == 3
+    ratio, low, high = cost.median_ratio([2.0, 2.1, 1.9, 2.0], [1.0, 1.0, 1.1, 1.0])
+    assert low <= ratio == 2.0 <= high

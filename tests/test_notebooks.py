@@ -1,0 +1,60 @@
+"""The notebooks' anatomy, and that their defaults are the smoke study."""
+
+import re
+
+import nbformat
+import papermill
+import pytest
+
+from lib import params, paths
+
+NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
+
+
+def read(path):
+    return nbformat.read(path, nbformat.NO_CONVERT)
+
+
+def test_there_is_one_notebook_for_each_dataclass():
+    assert [path.stem for path in NOTEBOOKS] == list(params.NOTEBOOKS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+class TestEach:
+    def test_begins_with_title_question_reads_and_writes(self, path):
+        first = read(path).cells[0].source
+        assert first.startswith(f"# {path.stem[:2]} - ")
+        assert "**Question:**" in first and "| Reads | Writes" in first and f"/{path.stem}/`" in first
+
+    def test_has_one_parameters_cell_of_commented_scalars_bound_by_the_next(self, path):
+        cells = [cell for cell in read(path).cells if cell.cell_type == "code"]
+        assert ["parameters" in cell.metadata.get("tags", []) for cell in cells] == [True] + [False] * (len(cells) - 1)
+        assert all(re.fullmatch(r"\w+ = [^#]+  # .+", line) for line in cells[0].source.splitlines())
+        assert f"p = {params.NOTEBOOKS[path.stem].__name__}.bind(globals())" in cells[1].source
+        assert f'Stage("{path.stem}", p)' in cells[1].source
+
+    def test_its_defaults_are_the_smoke_study(self, path):
+        found = {name: eval(field["default"], {}) for name, field in papermill.inspect_notebook(path).items()}
+        assert found == params.load("smoke")[path.stem].model_dump()
+
+    def test_cells_are_short_and_install_nothing(self, path):
+        for cell in read(path).cells:
+            if cell.cell_type == "code":
+                assert len(cell.source.splitlines()) <= 25
+                assert not re.search(r"(?m)^\s*[!%]|pip install|sys\.path|os\.chdir", cell.source)
+
+    def test_ends_its_stage_and_sets_exercises(self, path):
+        cells = read(path).cells
+        assert any("stage.finish(" in cell.source for cell in cells)
+        assert "## Exercises" in cells[-1].source and "## Where this stops being true" in cells[-1].source
+
+    def test_keeps_outputs_only_where_they_are_checked(self, path):
+        for cell in read(path).cells:
+            if cell.cell_type == "code":
+                assert bool(cell.outputs) == ("NBVAL_CHECK_OUTPUT" in cell.source), cell.source
+
+
+def test_the_table_of_notebooks_lists_all():
+    table = (paths.NOTEBOOKS / "README.md").read_text()
+    for path in NOTEBOOKS:
+        assert f"[{path.stem}]({path.name})" in table

@@ -1,0 +1,87 @@
+"""Params files and notebook parameters: what is refused, and that all studies say the same things."""
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from lib import params, paths
+from lib.params import ParamsError, TeacherTraining
+
+SMOKE = (paths.PARAMS / "smoke.yaml").read_text()
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "PARAMS", tmp_path)
+
+    def write(text):
+        (tmp_path / "mine.yaml").write_text(text)
+        return params.load("mine")
+
+    return write
+
+
+def test_all_studies_have_the_same_keys_in_the_same_order_and_load():
+    keys = {}
+    for study in params.studies():
+        content = YAML(typ="safe", pure=True).load((paths.PARAMS / f"{study}.yaml").read_text())
+        keys[study] = [(name, list(values)) for name, values in content.items()]
+        assert set(params.load(study)) == set(params.NOTEBOOKS)
+    assert len(keys) >= 3
+    assert all(value == keys["smoke"] for value in keys.values()), keys
+
+
+def test_numbers_like_1e_4_are_numbers(write):
+    loaded = write(SMOKE.replace("learning_rate: 2e-3", "learning_rate: 1e-4"))
+    assert loaded["00_teacher_training"].learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(("old", "new", "fault"), [
+    ("seed: 0", "seed: zero", "seed: Input should be a valid integer"),
+    ("seed: 0", "seed: -1", "seed: Input should be greater than or equal to 0"),
+    ("seed: 0", "seed: 0.5", "seed: Input should be a valid integer"),
+    ("seed: 0", "seed: yes", "seed: Input should be a valid integer"),
+    ("seed: 0", "sead: 0", "sead is no parameter here"),
+    ("seed: 0\n", "\n", "seed is missing"),
+    ("learning_rate: 2e-3", "learning_rate: 0", "learning_rate: Input should be greater than 0"),
+    ("learning_rate: 2e-3", "learning_rate: '2e-3'", "learning_rate: Input should be a valid number"),
+    ("learning_rate: 2e-3", "learning_rate: .nan", "learning_rate"),
+    ("held_out: 0.25", "held_out: 1.5", "held_out: Input should be less than 1"),
+    ("data: digits", "data: digit", "data: Input should be 'digits'"),
+    ("precision: bf16", "precision: fp16", "precision: Input should be 'fp32' or 'bf16'"),
+    ("resolution: 16", "resolution: 15", "resolution: Input should be a multiple of 8"),
+    ("order: 1", "order: 3", "order: Input should be 1 or 2"),
+    ("widths: [16, 32, 32]", "widths: 16", "widths: Input should be a valid list"),
+    ("widths: [16, 32, 32]", "widths: [16]", "widths: List should have at least 2 items"),
+    ("budgets: [0.5]", "budgets: [1.5]", r"budgets.0: Input should be less than or equal to 1"),
+    ("common:", "comon:", r"sections missing: \['common'\]; unknown: \['comon'\]"),
+    ("common:", "extra: {}\ncommon:", r"unknown: \['extra'\]"),
+    ("common:", "common: [", "is no YAML"),
+    (SMOKE, "", "sections missing"),
+    (SMOKE, "- 1", "sections missing"),
+])
+def test_a_wrong_params_file_is_refused_with_its_name(write, old, new, fault):
+    assert old in SMOKE
+    with pytest.raises(ParamsError, match=f"params/mine.yaml.*{fault}"):
+        write(SMOKE.replace(old, new, 1))
+
+
+def test_an_unknown_study_is_refused_with_those_there_are():
+    with pytest.raises(ParamsError, match="unknown study 'digit'.* There are: digits, digits_full, smoke"):
+        params.load("digit")
+
+
+def test_a_cpu_machine_asked_for_cuda_says_so(write, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ParamsError, match="device is cuda, but this machine has no CUDA device. Set device: cpu"):
+        write(SMOKE.replace("device: cpu", "device: cuda"))
+
+
+def test_a_notebook_binds_its_own_names_and_no_others():
+    values = params.load("smoke")["00_teacher_training"].model_dump()
+    bound = TeacherTraining.bind(values | {"np": object(), "p": 3})
+    assert bound.model_dump() == values
+    with pytest.raises(ParamsError, match="notebook: widths is missing"):
+        TeacherTraining.bind({name: value for name, value in values.items() if name != "widths"})
+    with pytest.raises(ParamsError, match="batch_size: Input should be greater than or equal to 1"):
+        TeacherTraining.bind(values | {"batch_size": 0})

@@ -1,0 +1,260 @@
+"""The pipeline: what a change re-runs, what stages depend on, and the environments' pins."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import nbformat
+import pytest
+from ruamel.yaml import YAML
+
+from lib import params, paths, run, stage
+
+STAGES = list(params.NOTEBOOKS)
+
+
+def yaml(path):
+    return YAML(typ="safe", pure=True).load(path.read_text())
+
+
+# ---- what stages depend on ------------------------------------------------------------------------------------------
+
+
+def imports(source):
+    """The modules of lib that Python source imports."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lib":
+            parts = node.module.split(".")[1:]
+            found |= {parts[0]} if parts else {alias.name for alias in node.names}
+    return found
+
+
+def needed(notebook):
+    """The modules of lib that a notebook needs, through other modules too.
+
+    The runner and paths only start things; no result hangs on them.
+    """
+    todo = imports("\n".join(c.source for c in nbformat.read(paths.NOTEBOOKS / f"{notebook}.ipynb", 4).cells
+                             if c.cell_type == "code"))
+    seen = set()
+    while todo:
+        module = todo.pop()
+        if module not in seen | {"run", "paths"} and (paths.ROOT / "lib" / f"{module}.py").exists():
+            seen.add(module)
+            todo |= imports((paths.ROOT / "lib" / f"{module}.py").read_text())
+    return seen
+
+
+@pytest.mark.parametrize("notebook", STAGES)
+def test_a_stage_depends_on_just_what_its_notebook_imports(notebook):
+    done = yaml(paths.ROOT / "dvc.yaml")["stages"][notebook]["do"]
+    assert {dep for dep in done["deps"] if dep.startswith("lib/")} == {f"lib/{name}.py" for name in needed(notebook)}
+    assert f"data/code/{notebook}.py" in done["deps"]
+    assert done["params"] == [{"params/${item}.yaml": ["common", params.section(notebook)]}]
+
+
+@pytest.mark.parametrize("notebook", STAGES)
+def test_a_stage_depends_on_just_what_its_notebook_reads(notebook):
+    done = yaml(paths.ROOT / "dvc.yaml")["stages"][notebook]["do"]
+    source = "\n".join(c.source for c in nbformat.read(paths.NOTEBOOKS / f"{notebook}.ipynb", 4).cells)
+    read = set(re.findall(r'stage\.read\("([^"]+)"\)', source))
+    assert {dep.removeprefix("data/${item}/") for dep in done["deps"] if "${item}" in dep} == read
+
+
+# ---- what a change re-runs ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project whose smoke study is recorded as done, with made-up results."""
+    root = tmp_path_factory.mktemp("project")
+    for name in ("lib", "notebooks", "params"):
+        shutil.copytree(paths.ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(paths.ROOT / ".dvc", root / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
+    for name in ("dvc.yaml", ".gitignore", ".dvcignore"):
+        shutil.copy(paths.ROOT / name, root / name)
+    (root / "params.yaml").write_text("studies:\n  - smoke\n")
+    command(root, "git", "init", "--quiet")
+    command(root, "git", "add", ".")
+    command(root, "git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--message", "start")
+    dvc(root, "repro", "code")
+    for done in yaml(root / "dvc.yaml")["stages"].values():
+        for out in (*done["do"].get("outs", ()), *done["do"].get("metrics", ())):
+            path = root / (out if isinstance(out, str) else next(iter(out))).replace("${item}", "smoke")
+            if "data/code" not in str(path):
+                make(path)
+    dvc(root, "commit", "--force")
+    return root
+
+
+def make(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.name == "metrics.json":
+        path.write_text('{"score": 1.5}')
+    elif path.suffix:
+        path.write_text(path.name)
+    else:
+        path.mkdir(exist_ok=True)
+        (path / "file").write_text(path.name)
+
+
+def command(root, *words):
+    bin_ = os.path.dirname(sys.executable)
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True,
+                          env=os.environ | {"PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(root)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def dvc(root, *words):
+    return command(root, sys.executable, "-m", "dvc", *words)
+
+
+def changed(root):
+    """The stages that `dvc repro` would run for their own sake; what follows runs if their results differ."""
+    dvc(root, "repro", "code")
+    return set(re.findall(r"Running stage '(\w+)@smoke'", dvc(root, "repro", "--dry")))
+
+
+@pytest.fixture
+def change(project):
+    """Edits a file of the project, and puts it back afterwards."""
+    kept = {}
+
+    def edit(name, old, new):
+        path = project / name
+        kept.setdefault(path, path.read_text())
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new, 1))
+
+    yield edit
+    for path, text in kept.items():
+        path.write_text(text)
+    dvc(project, "repro", "code")
+
+
+def test_nothing_runs_twice(project):
+    assert changed(project) == set()
+
+
+def test_prose_and_outputs_of_a_notebook_re_run_nothing(project, change):
+    change("notebooks/00_teacher_training.ipynb", "Real scans of handwritten digits", "Scans of digits")
+    change("notebooks/00_teacher_training.ipynb", '"outputs": []',
+           '"outputs": [{"name": "stdout", "output_type": "stream", "text": ["seen\\n"]}]')
+    change("notebooks/00_teacher_training.ipynb", '"execution_count": null', '"execution_count": 7')
+    assert changed(project) == set()
+
+
+def test_code_of_a_notebook_re_runs_its_stage(project, change):
+    change("notebooks/04_schedule_search.ipynb", "figures.step_kinds(", "figures.step_kinds( ")
+    assert changed(project) == {"04_schedule_search"}
+
+
+def test_a_parameter_re_runs_the_stages_that_know_it(project, change):
+    change("params/smoke.yaml", "trials: 8", "trials: 9")
+    assert changed(project) == {"04_schedule_search"}
+    change("params/smoke.yaml", "seed: 0", "seed: 1")
+    assert changed(project) == set(STAGES)
+
+
+def test_another_studys_parameter_re_runs_nothing(project, change):
+    change("params/digits.yaml", "seed: 0", "seed: 1")
+    assert changed(project) == set()
+
+
+@pytest.mark.parametrize(("module", "expected"), [
+    ("flexiffusion", {"04_schedule_search"}), ("analysis", {"01_teacher_analysis"}), ("run", set()),
+    ("controls", {"01_teacher_analysis", "04_schedule_search"}), ("plan", set(STAGES))])
+def test_a_module_re_runs_the_stages_that_import_it(project, change, module, expected):
+    change(f"lib/{module}.py", '"""', '"""Changed: ')
+    assert changed(project) == expected
+
+
+def test_a_result_re_runs_what_reads_it(project, change):
+    change("data/smoke/01_teacher_analysis/costs.json", "costs", "other costs")
+    assert "04_schedule_search" in dvc(project, "status", "04_schedule_search")
+
+
+def test_metrics_show_and_an_experiment_runs_for_real(project):
+    shown = json.loads(dvc(project, "metrics", "show", "--json"))[""]["data"]
+    assert {name for name, part in shown.items() if part["data"]["score"] == 1.5} == {
+        f"data/smoke/{notebook}/metrics.json" for notebook in STAGES}
+    dvc(project, "exp", "run", "--single-item", "--set-param", "params/smoke.yaml:teacher_training.learning_rate=1e-4",
+        "00_teacher_training@smoke")
+    out = project / "data" / "smoke" / "00_teacher_training"
+    assert json.loads((out / "meta.json").read_text())["params"]["learning_rate"] == 1e-4, "a number, no string"
+    assert json.loads((out / "metrics.json").read_text())["score_20_steps"] > 0
+    assert not list(out.parent.glob(".resume/*")), "what was kept to resume is gone"
+    executed = nbformat.read(out / "notebook.ipynb", 4)
+    assert not any("papermill" in part.metadata for part in (executed, *executed.cells))
+    assert "score_20_steps" in dvc(project, "metrics", "show")
+
+
+def test_a_bare_repro_runs_digits_alone():
+    assert yaml(paths.ROOT / "params.yaml") == {"studies": ["digits"]}
+
+
+# ---- the runner -----------------------------------------------------------------------------------------------------
+
+
+def test_unknown_names_are_refused_before_any_work():
+    with pytest.raises(params.ParamsError, match="unknown notebook '07'.* There are: 00_teacher_training"):
+        run.notebook("07", "smoke")
+    done = subprocess.run([sys.executable, "-m", "lib.run", "study", "nope"], cwd=paths.ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and "error: unknown study 'nope'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_notebook_with_other_parameters_than_its_dataclass_is_refused(tmp_path, monkeypatch):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("seed = 1\nspeed = 2")])
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, tmp_path / "04_schedule_search.ipynb")
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
+    with pytest.raises(params.ParamsError, match=r"has \['speed'\] too much and lacks \['branches', .*'trials'\]"):
+        run.notebook("04_schedule_search", "smoke")
+
+
+def test_a_missing_input_names_the_notebook_that_makes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "DATA", tmp_path)
+    there = stage.Stage("01_teacher_analysis", params.load("digits")["01_teacher_analysis"])
+    with pytest.raises(FileNotFoundError, match="Notebook 00_teacher_training makes it"):
+        there.read("00_teacher_training/teacher")
+
+
+def test_a_finished_stage_leaves_numbers_and_no_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "DATA", tmp_path)
+    there = stage.Stage("01_teacher_analysis", params.load("digits")["01_teacher_analysis"])
+    (there.work / "state").write_text("half done")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        there.finish({"score": float("nan")}, {})
+    assert there.work.exists()
+    there.finish({"b": 1.0, "a": 2}, {"seconds": 0.5})
+    assert json.loads((there.out / "metrics.json").read_text()) == {"a": 2, "b": 1.0}
+    assert not there.work.exists()
+
+
+# ---- the environments -----------------------------------------------------------------------------------------------
+
+
+def test_the_lock_pins_every_dependency_for_cpu_and_gpu():
+    lines = [line for line in (paths.ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+", line) for line in lines), "no local builds, no hashes"
+    pinned = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in lines}
+    assert not {name for name in pinned if name.startswith("nvidia") or name == "triton"}
+    project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(x for extra in project["optional-dependencies"].values() for x in extra)]
+    assert {re.sub(r"[-_.]+", "-", re.split(r"[><=]", name)[0]).lower() for name in wanted} <= pinned
+
+
+def test_conda_users_get_the_same_pins():
+    dependencies = yaml(paths.ROOT / "environment.yml")["dependencies"]
+    assert dependencies[0] == "python=3.11"
+    assert dependencies[-1] == {"pip": ["--requirement requirements.lock", "--editable ."]}
+    assert all(isinstance(name, str) and name in ("pip", "make") for name in dependencies[1:-1])

@@ -1,0 +1,103 @@
+"""Training: resumes after kill -9 to the same weights, stops at NaN, averages."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from lib.training import TrainingDiverged, step_generator, train
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from lib import data, teachers, training
+torch.set_num_threads(1)
+work, out, pause = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+digits = data.load("digits", 16, 0.25, 0)
+torch.manual_seed(0)
+model = teachers.unet(digits.shape, [8, 8], 1, 4)
+inner = teachers.denoising_loss(digits.images, teachers.noise_schedule(), 8)
+def loss(model, generator):
+    time.sleep(pause)
+    return inner(model, generator)
+training.train(model, loss, steps=40, lr=1e-3, ema_decay=0.9, seed=0, device="cpu", precision="fp32", work=work,
+               save_every=5, warmup=5)
+save_file(model.state_dict(), out)
+"""
+
+
+def start(tmp_path, name, out, pause):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    return subprocess.Popen([sys.executable, script, tmp_path / name, tmp_path / out, str(pause)],
+                            stdout=subprocess.PIPE, text=True)
+
+
+def test_killed_and_resumed_it_ends_in_the_weights_of_an_unbroken_run(tmp_path):
+    assert start(tmp_path, "unbroken", "unbroken.safetensors", 0).wait(120) == 0
+    process = start(tmp_path, "killed", "killed.safetensors", 0.2)
+    state = tmp_path / "killed" / "state" / "state.json"
+    for _ in range(600):
+        if state.exists():
+            break
+        time.sleep(0.1)
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed.safetensors").exists()
+    process = start(tmp_path, "killed", "killed.safetensors", 0)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "resuming from step" in said
+    assert (tmp_path / "killed.safetensors").read_bytes() == (tmp_path / "unbroken.safetensors").read_bytes()
+
+
+def fit(model, loss, work, **options):
+    settings = {"steps": 20, "lr": 0.1, "ema_decay": 0.5, "seed": 0, "device": "cpu", "precision": "fp32", "work": work,
+                "save_every": 4, "warmup": 1}
+    return train(model, loss, **settings | options)
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(tmp_path):
+    model, calls = nn.Linear(1, 1), []
+
+    def loss(model, generator):
+        calls.append(1)
+        value = model(torch.ones(1, 1)).square().sum()
+        return value * float("nan") if len(calls) == 11 else value
+
+    with pytest.raises(TrainingDiverged, match="the loss is nan at step 10. The last good state, step 8, is kept in .* "
+                                               "Lower the learning rate"):
+        fit(model, loss, tmp_path)
+    good = nn.Linear(1, 1)
+    fit(good, lambda model, _: model(torch.ones(1, 1)).square().sum(), tmp_path)
+    assert all(torch.isfinite(p).all() for p in good.parameters())
+    assert len(calls) == 11, "it went on from step 8"
+
+
+def test_it_learns_and_leaves_the_average_of_the_weights(tmp_path):
+    torch.manual_seed(0)
+    model, passed = nn.Linear(3, 1, bias=False), []
+    wanted = torch.tensor([[1.0, -2.0, 0.5]])
+
+    def loss(model, generator):
+        passed.append(model.weight.detach().clone())
+        x = torch.randn(64, 3, generator=generator)
+        return (model(x) - x @ wanted.T).square().mean()
+
+    history = fit(model, loss, tmp_path, steps=300, ema_decay=0.9, lr=0.05)
+    assert history[-1]["loss"] < 1e-3 < history[0]["loss"]
+    assert [part["step"] for part in history] == list(range(3, 301, 3))
+    torch.testing.assert_close(model.weight.detach(), wanted, atol=0.05, rtol=0)
+    assert not torch.equal(model.weight.detach(), passed[-1])
+
+
+def test_a_step_draws_the_same_whenever_it_is_reached():
+    draws = [torch.randn(4, generator=step_generator(0, step)) for step in (0, 1, 0)]
+    assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])
