@@ -153,6 +153,9 @@ def describe(model: nn.Module) -> Blocks:
     """
     if not isinstance(model, UNet2DModel):
         raise TypeError(f"{type(model).__name__} is not supported. Supported: UNet2DModel.")
+    if model.config.time_embedding_type == "fourier":
+        raise TypeError("time_embedding_type fourier is not supported: there the timestep scales the output, so a "
+                        "reused output is not what the network would give.")
     known = {"DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D", "UNetMidBlock2D"}
     levels = [("down", module) for module in model.down_blocks] + [("mid", model.mid_block)]
     levels += [("up", module) for module in model.up_blocks]

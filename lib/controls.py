@@ -52,7 +52,7 @@ def at_equal_macs(target: int, teacher: Plan, blocks: Blocks, macs: Callable[[Pl
     found.append(bracket(f"DeepCache, branch {branch}",
                          [Plan.deepcache(interval, shallow, teacher) for interval in range(1, teacher.steps + 1)],
                          target, macs))
-    found.append(Control("random cells", ((random_cells(target, teacher, macs, seed), 1.0),)))
+    found.append(bracket("random cells", random_cells(target, teacher, macs, seed), target, macs))
     return [control for control in found if control is not None]
 
 
@@ -70,13 +70,13 @@ def bracket(name: str, family: Iterable[Plan], target: int, macs: Callable[[Plan
     return Control(name, ((cheap, weight), (dear, 1 - weight)))
 
 
-def random_cells(target: int, teacher: Plan, macs: Callable[[Plan], int], seed: int) -> Plan:
-    """Draw cells at random so that they cost `target` MACs, to within one cell, by bisection over nested draws."""
+def random_cells(target: int, teacher: Plan, macs: Callable[[Plan], int], seed: int) -> list[Plan]:
+    """Draw cells at random, twice: just below and just above `target` MACs, found by bisection over nested draws."""
     low, high = 0.0, 1.0
     for _ in range(20):
         keep = (low + high) / 2
         low, high = (keep, high) if macs(Plan.random(keep, seed, teacher)) < target else (low, keep)
-    return Plan.random(high, seed, teacher)
+    return [Plan.random(keep, seed, teacher) for keep in (low, high)]
 
 
 def few_steps(teacher: Plan, counts: Mapping[str, Iterable[int]]) -> dict[str, Plan]:
@@ -112,31 +112,31 @@ class Table:
     reference: Plan
     ddim: Plan
 
-    def row(self, name: str, plan: Plan, kind: str) -> dict:
-        """Score one plan."""
-        features, teacher, ddim = map(self.features, (plan, self.reference, self.ddim))
-        macs = self.macs(plan)
-        return {"name": name, "kind": kind, "steps": plan.steps, "macs": macs,
-                "macs_ratio": self.macs(self.reference) / macs, "n": len(features),
-                **_columns("score", self.judge.score(features)),
-                **_columns("ratio", self.judge.ratio(features, teacher)),
-                **_columns("ddim_ratio", self.judge.ratio(features, ddim)), **self.judge.further(features)}
+    def row(self, control: Control, kind: str) -> dict:
+        """Score one way to spend MACs: a plan, or two whose scores are interpolated on the log (the rest linearly)."""
+        parts = [(self.features(plan), weight) for plan, weight in control.plans]
+        macs = sum(weight * self.macs(plan) for plan, weight in control.plans)
+        further = [self.judge.further(features) for features, _ in parts]
+        return {"name": control.name, "kind": kind, "extractor": self.judge.extractor, "n": len(parts[0][0]),
+                "steps": "-".join(str(plan.steps) for plan, _ in control.plans), "macs": macs,
+                "macs_ratio": self.macs(self.reference) / macs,
+                **_columns("score", self.judge.compare(parts, [])),
+                **_columns("ratio", self.judge.compare(parts, [(self.features(self.reference), 1.0)])),
+                **_columns("ddim_ratio", self.judge.compare(parts, [(self.features(self.ddim), 1.0)])),
+                **{name: sum(weight * one[name] for one, (_, weight) in zip(further, parts)) for name in further[0]}}
 
     def rows(self, plans: Mapping[str, Plan], kind: str) -> pd.DataFrame:
-        """Score several plans, cheapest last."""
-        return pd.DataFrame([self.row(name, plan, kind) for name, plan in plans.items()])
+        """Score several plans, in their order."""
+        return pd.DataFrame([self.row(Control(name, ((plan, 1.0),)), kind) for name, plan in plans.items()])
 
     def beside(self, name: str, plan: Plan, controls: Iterable[Control]) -> pd.DataFrame:
-        """Set one plan beside its controls: control's score over the plan's, above 1 where the plan is better."""
-        own = [(self.features(plan), 1.0)]
-        rows = []
+        """Score controls, each with the plan's score over its own: below 1 the plan is better."""
+        own, rows = [(self.features(plan), 1.0)], []
         for control in controls:
-            parts = [(self.features(member), weight) for member, weight in control.plans]
-            against = self.judge.compare(parts, own)
-            macs = sum(weight * self.macs(member) for member, weight in control.plans)
-            rows.append({"plan": name, "control": control.name, "macs": self.macs(plan), "control_macs": macs,
-                         **_columns("control_over_plan", against),
-                         "better": "plan" if against.low > 1 else "control" if against.high < 1 else "tie"})
+            against = self.judge.compare(own, [(self.features(part), weight) for part, weight in control.plans])
+            rows.append({"plan": name, "plan_macs": self.macs(plan), **self.row(control, "control"),
+                         **_columns("plan_over_control", against),
+                         "better": "plan" if against.high < 1 else "control" if against.low > 1 else "tie"})
         return pd.DataFrame(rows)
 
 

@@ -110,11 +110,9 @@ def interleave(runs: dict[str, Callable[[], object]], repeats: int, warmup: int 
     seconds : dict of name to list of float, (repeats,)
     """
     def timed(run: Callable[[], object]) -> float:
-        start = time.perf_counter()
+        start = _now()
         run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return _now() - start
 
     for run in list(runs.values()) * warmup:
         timed(run)
@@ -151,11 +149,11 @@ def block_seconds(model: nn.Module, x_t: torch.Tensor, repeats: int) -> dict[str
     starts: dict[str, float] = {}
 
     def before(path):
-        return lambda *_: starts.__setitem__(path, time.perf_counter())
+        return lambda *_: starts.__setitem__(path, _now())
 
     def after(path):
         def add(*_):
-            spent[owner[path]] = spent.get(owner[path], 0.0) + time.perf_counter() - starts[path]
+            spent[owner[path]] = spent.get(owner[path], 0.0) + _now() - starts[path]
         return add
 
     handles = []
@@ -166,9 +164,16 @@ def block_seconds(model: nn.Module, x_t: torch.Tensor, repeats: int) -> dict[str
     with torch.inference_mode():
         for _ in range(repeats + 1):
             spent.clear()
-            start = time.perf_counter()
+            start = _now()
             model(x_t, 500)
-            rounds.append(dict(spent) | {"stem and head": time.perf_counter() - start - sum(spent.values())})
+            rounds.append(dict(spent) | {"stem and head": _now() - start - sum(spent.values())})
     for handle in handles:
         handle.remove()
     return {name: float(np.median([r[name] for r in rounds[1:]])) for name in rounds[0]}
+
+
+def _now() -> float:
+    """Give the time once all that was asked of a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

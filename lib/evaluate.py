@@ -94,9 +94,12 @@ class Judge:
     ----------
     real : Tensor, (m, D)
         Features of the whole data set.
+    extractor : str
+        The name of what gave the features; it stands beside every number.
     """
 
     real: Tensor
+    extractor: str
 
     def __post_init__(self):
         object.__setattr__(self, "_real", statistics(self.real))
@@ -110,7 +113,7 @@ class Judge:
         return self.compare([(generated, 1.0)], [(teacher, 1.0)])
 
     def compare(self, a: Sequence[tuple[Tensor, float]], b: Sequence[tuple[Tensor, float]]) -> Estimate:
-        """Give the score of `a` over that of `b`, each a geometric mean with weights.
+        """Give the score of `a` over that of `b`, each a geometric mean with weights; with no `b`, the score of `a`.
 
         A control that brackets a cost is [(cheaper, w), (dearer, 1 - w)]: its score is interpolated on the log.
         """
@@ -200,7 +203,8 @@ class Bank:
 
 def digest(model: nn.Module) -> str:
     """Give a hash of a model's configuration and weights."""
-    total = hashlib.sha256(str(sorted(model.config.items(), key=str)).encode())
+    config = {key: value for key, value in model.config.items() if not key.startswith("_")}  # "_" holds the folder
+    total = hashlib.sha256(str(sorted(config.items())).encode())
     for name, tensor in sorted(model.state_dict().items()):
         total.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return total.hexdigest()[:16]

@@ -57,7 +57,7 @@ class Classifier(nn.Module):
 
 
 def fit(data: DataSet, *, steps: int, seed: int, device: str, precision: str, work: Path) -> Classifier:
-    """Train a classifier on the training part of `data`, each image moved by up to a pixel."""
+    """Train a classifier on the training part of `data`, each batch moved by up to a pixel."""
     images, labels = data.images[data.train], data.labels[data.train]
     torch.manual_seed(seed)
     classifier = Classifier(data.shape[0], data.shape[1], int(data.labels.max()) + 1).to(device)
@@ -78,8 +78,13 @@ def fit(data: DataSet, *, steps: int, seed: int, device: str, precision: str, wo
 
 def accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
     """Give the fraction of images whose label is right, in [0, 1]."""
-    with torch.inference_mode():
-        return float((classifier(images)[1].argmax(1) == labels).float().mean())
+    return float((read(classifier, images) == labels).float().mean())
+
+
+@torch.inference_mode()
+def read(classifier: Classifier, images: Tensor) -> Tensor:
+    """Give the label that the classifier reads in each image, (n,), int64, on the CPU."""
+    return classifier(images.to(classifier.head.weight.device))[1].argmax(1).cpu()
 
 
 def save(folder: Path, classifier: Classifier) -> None:

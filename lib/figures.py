@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lib.plan import Plan
 
@@ -18,9 +18,11 @@ NARROW, WIDE = 3.3, 6.9  # inches
 _PALETTE = sns.color_palette("colorblind")
 COLOURS = {"teacher": "black", "Flexiffusion": _PALETTE[0], "DiP-GO": _PALETTE[1], "DiffNAS": _PALETTE[2]}
 """One colour a method in every figure; controls are grey."""
-CONTROLS = {"DDIM, uniform": ("0.35", "o"), "DDIM, quadratic": ("0.6", "s"), "DPM-Solver++, uniform": ("0.15", "D"),
-            "DPM-Solver++, quadratic": ("0.45", "P"), "DeepCache, branch 0": ("0.5", "^"),
-            "DeepCache, branch 1": ("0.7", "v"), "random cells": ("0.75", "x")}
+CONTROLS = {"DDIM, uniform": ("0.45", "o", "-"), "DDIM, quadratic": ("0.6", "s", ":"),
+            "DPM-Solver++, uniform": ("0.0", "D", "-"), "DPM-Solver++, quadratic": ("0.25", "P", ":"),
+            "DeepCache, branch 0": ("0.4", "^", "--"), "DeepCache, branch 1": ("0.7", "v", "--"),
+            "random cells": ("0.75", "x", ":")}
+"""Grey, marker and line of each control."""
 KINDS = {"null": "white", "partial": sns.color_palette("pastel")[0], "full": _PALETTE[0]}
 
 
@@ -108,14 +110,14 @@ def heat_map(values: np.ndarray, blocks: Sequence[str], steps: Sequence[int], la
 def plan_map(plan: Plan, live: np.ndarray) -> Figure:
     """Draw a plan on the teacher's steps: computed cells, reused cells, null steps."""
     full = np.zeros((len(plan.grid), len(plan.blocks)))
-    place = {t: i for i, t in enumerate(plan.grid)}
-    for row, t in zip(live, plan.timesteps):
-        full[place[t]] = 1 + row
+    for row, column in zip(live, _columns(plan)):
+        full[column] = 1 + row
     figure, axes = plt.subplots(figsize=(WIDE, 0.17 * len(plan.blocks) + 0.7))
     colours = ListedColormap(["white", KINDS["partial"], KINDS["full"]])
     axes.pcolormesh(full.T, cmap=colours, vmin=0, vmax=2, edgecolors="0.85", linewidth=0.3)
     axes.set_yticks(np.arange(len(plan.blocks)) + 0.5, plan.blocks, fontsize=7)
     axes.set(xlabel="step (noise to image)", ylabel="block")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     names = ("null step", "reuses", "computes")
     axes.legend([plt.Rectangle((0, 0), 1, 1, fc=c, ec="0.6") for c in colours.colors], names, ncols=3,
                 loc="lower right", bbox_to_anchor=(1, 1), fontsize=7)
@@ -129,16 +131,21 @@ def step_kinds(plans: Mapping[str, Plan]) -> Figure:
     steps = len(next(iter(plans.values())).grid)
     strips = np.zeros((len(plans), steps))
     for i, plan in enumerate(plans.values()):
-        place = {t: j for j, t in enumerate(plan.grid)}
-        for row, t in zip(plan.cells, plan.timesteps):
-            strips[i, place[t]] = 2 if row.all() else 1 if row.any() else 0
+        for row, column in zip(plan.cells, _columns(plan)):
+            strips[i, column] = 2 if row.all() else 1 if row.any() else 0
     axes.pcolormesh(strips, cmap=ListedColormap(list(KINDS.values())), vmin=0, vmax=2, edgecolors="0.8", linewidth=0.4)
     axes.set_yticks(np.arange(len(plans)) + 0.5, list(plans), fontsize=7)
     axes.invert_yaxis()
     axes.set(xlabel="step (noise to image)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend([plt.Rectangle((0, 0), 1, 1, fc=KINDS[kind], ec="0.6") for kind in colours],
                 [f"{kind} step" for kind in colours], ncols=3, loc="lower right", bbox_to_anchor=(1, 1), fontsize=7)
     return figure
+
+
+def _columns(plan: Plan) -> list[int]:
+    """Give for each of a plan's timesteps the nearest of the teacher's steps."""
+    return [int(np.abs(np.array(plan.grid) - t).argmin()) for t in plan.timesteps]
 
 
 def front(table: pd.DataFrame, ylabel: str, value: str = "ratio", mark: float | None = 1.05) -> Figure:
@@ -153,10 +160,10 @@ def front(table: pd.DataFrame, ylabel: str, value: str = "ratio", mark: float | 
     for family, rows in table.groupby("family", sort=False):
         rows = rows.sort_values("macs_ratio")
         own = family in COLOURS
-        colour, marker = (COLOURS[family], "*") if own else CONTROLS.get(family, ("0.5", "."))
+        colour, marker, line = (COLOURS[family], "*", "") if own else CONTROLS[family]
         bars = [rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]]
-        axes.errorbar(rows["macs_ratio"], rows[value], bars, color=colour, marker=marker, ms=9 if own else 4,
-                      lw=0 if own else 0.8, elinewidth=0.8, capsize=1.5, label=family, zorder=3 if own else 2)
+        axes.errorbar(rows["macs_ratio"], rows[value], bars, color=colour, marker=marker, ls=line,
+                      ms=9 if own else 5, lw=1, elinewidth=0.8, capsize=1.5, label=family, zorder=3 if own else 2)
     if mark is not None:
         axes.axhline(mark, color="0.8", lw=0.8, ls="--", zorder=0)
         axes.annotate("5 % worse", (1, mark), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7,
@@ -175,13 +182,19 @@ def search_progress(found: pd.DataFrame, budgets: Sequence[float]) -> Figure:
 
     Parameters
     ----------
-    found : columns trial, macs_fraction, error, in the order of evaluation
+    found : columns trial, macs_fraction, error, partial_steps, start (bool), in the order of evaluation
     budgets : fractions of the teacher's MACs
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 2.6))
-    points = left.scatter(100 * found["macs_fraction"], found["error"], c=found["trial"], cmap="viridis", s=10)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 2.8))
+    kinds = {"no partial steps": found["partial_steps"] == 0, "with partial steps": found["partial_steps"] > 0}
+    for (name, rows), colour in zip(kinds.items(), ("0.3", COLOURS["Flexiffusion"])):
+        left.scatter(100 * found["macs_fraction"][rows], found["error"][rows], s=10, color=colour, label=name)
+    begun = found[found["start"]]
+    left.scatter(100 * begun["macs_fraction"], begun["error"], s=40, fc="none", ec="0.5", lw=0.6, label="known before")
+    for budget in budgets:
+        left.axvline(100 * budget, color="0.7", lw=0.8, ls="--", zorder=0)
     left.set(xlabel="executed MACs (% of the teacher's)", ylabel="rFID", yscale="log")
-    figure.colorbar(points, ax=left, label="candidate")
+    left.legend(fontsize=6, frameon=True)
     for budget, tone in zip(budgets, np.linspace(0, 0.6, len(budgets))):
         best = found["error"].where(found["macs_fraction"] <= budget).cummin()
         right.step(found["trial"], best.ffill(), where="post", color=str(tone), label=f"at most {budget:.0%}")
@@ -195,20 +208,18 @@ def search_progress(found: pd.DataFrame, budgets: Sequence[float]) -> Figure:
 
 
 def beside_controls(table: pd.DataFrame) -> Figure:
-    """Draw each control's score over the plan's at equal executed MACs, with its interval: right of 1 the plan wins."""
-    plans = list(dict.fromkeys(table["plan"]))
-    figure, panels = plt.subplots(1, len(plans), figsize=(WIDE, 0.24 * table["control"].nunique() + 1.0), sharey=True,
-                                  squeeze=False)
-    order = list(dict.fromkeys(table["control"]))
+    """Draw each plan's score over its controls' at equal executed MACs, with intervals: left of 1 the plan wins."""
+    plans, order = (list(dict.fromkeys(table[column])) for column in ("plan", "name"))
+    figure, panels = plt.subplots(1, len(plans), figsize=(WIDE, 0.24 * len(order) + 1.2), sharey=True, squeeze=False)
     for axes, plan in zip(panels[0], plans):
-        rows = table[table["plan"] == plan].set_index("control")
-        y = [order.index(control) for control in rows.index]
-        bars = [rows["control_over_plan"] - rows["control_over_plan_low"],
-                rows["control_over_plan_high"] - rows["control_over_plan"]]
-        axes.errorbar(rows["control_over_plan"], y, xerr=bars, fmt="o", color="0.3", ms=4, capsize=2, lw=0,
-                      elinewidth=1)
+        rows = table[table["plan"] == plan]
+        value = rows["plan_over_control"]
+        bars = [value - rows["plan_over_control_low"], rows["plan_over_control_high"] - value]
+        axes.errorbar(value, [order.index(control) for control in rows["name"]], xerr=bars, fmt="o", color="0.3",
+                      ms=4, capsize=2, elinewidth=1)
         axes.axvline(1, color=COLOURS["Flexiffusion"], lw=1)
-        axes.set(xscale="log", title=plan, xlabel="control's score / plan's score")
+        axes.set(xscale="log", xlabel="plan's score / control's score")
+        axes.set_title(f"{plan}\n\u2190 plan better | control better \u2192", fontsize=8)
         axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())

@@ -5,6 +5,7 @@ blocks above a branch and read the cached deep feature, then *null* steps that t
 segment's branch and number of active steps, are searched without any training.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,6 +86,10 @@ class SegmentSpace:
         return [self.encode(count, self.branches[0], active) for count in self.counts for active in (1, lengths[count])]
 
     def size(self) -> int:
-        """Count the different schedules: the sum over S of (branches x (length - 1) + 1)^S."""
-        lengths = {count: -(-self.teacher.steps // count) for count in self.counts}
-        return sum((len(self.branches) * (lengths[count] - 1) + 1) ** count for count in self.counts)
+        """Count the schedules: the sum over S of the product over segments of (branches x (length - 1) + 1)."""
+        total = 0
+        for count in self.counts:
+            length = -(-self.teacher.steps // count)
+            last = self.teacher.steps - (count - 1) * length
+            total += math.prod(len(self.branches) * (steps - 1) + 1 for steps in [length] * (count - 1) + [last])
+        return total

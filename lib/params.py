@@ -157,7 +157,7 @@ def load(study: str) -> dict[str, Common]:
 
 
 def _require_cuda(source: str) -> None:
-    import torch  # only a study on a GPU needs it here
+    import torch  # parameters know nothing of torch but this
 
     if not torch.cuda.is_available():
         raise ParamsError(f"{source}: device is cuda, but this machine has no CUDA device. Set device: cpu, or run "

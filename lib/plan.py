@@ -37,8 +37,20 @@ class NoiseSchedule(BaseModel):
 
     @classmethod
     def of(cls, scheduler) -> Self:
-        """Read it from a diffusers scheduler."""
+        """Read it from a diffusers scheduler.
+
+        Raises
+        ------
+        PlanError
+            If the scheduler does what a plan cannot say: clipping, its own betas, rescaled betas.
+        """
         config = scheduler.config
+        for option in ("clip_sample", "thresholding", "trained_betas", "rescale_betas_zero_snr"):
+            given = config.get(option)
+            if given is not None and given is not False:
+                raise PlanError(f"the noise schedule has {option}={str(given)[:40]}, which plans do not know. Where "
+                                f"the model allows, pass {type(scheduler).__name__}.from_config(config, {option}="
+                                f"{None if option == 'trained_betas' else False}).")
         return cls(train_timesteps=config.num_train_timesteps, beta_start=config.beta_start, beta_end=config.beta_end,
                    beta_schedule=config.beta_schedule, prediction=config.prediction_type)
 
@@ -56,7 +68,7 @@ class Plan(BaseModel):
     timesteps : tuple of int, (S,), strictly falling
         The timesteps at which the plan does anything.
     grid : tuple of int, (T,), strictly falling
-        The teacher's timesteps; those not in `timesteps` are null steps.
+        The teacher's timesteps. Where the plan walks on them, those not in `timesteps` are null steps.
     schedule : NoiseSchedule
     blocks : tuple of str, (N,), the network's layers, in the order in which they run
     cache : "output" or "residual"

@@ -1,7 +1,6 @@
-"""Copies a study's numbers and figures to ``reports/<study>/`` and writes the README's tables from them."""
+"""Copies a study's numbers and figures to ``reports/<study>/`` and fills the README's tables from them."""
 
 import argparse
-import json
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +18,10 @@ def publish(study: str) -> Path:
     if study not in studies():
         raise ParamsError(f"unknown study {study!r}. There are: {', '.join(studies())}.")
     target = paths.REPORTS / study
+    for notebook in NOTEBOOKS:
+        if not (paths.DATA / study / notebook / "metrics.json").exists():
+            raise FileNotFoundError(f"{notebook} of study {study} is not done: nothing is published. Run\n"
+                                    f"    make study STUDY={study}")
     shutil.rmtree(target, ignore_errors=True)
     for notebook in NOTEBOOKS:
         source = paths.DATA / study / notebook
@@ -29,29 +32,43 @@ def publish(study: str) -> Path:
     return target
 
 
-def metrics(study: str) -> dict[str, dict[str, float]]:
-    """Give the published metrics and timings of each notebook of a study."""
-    return {notebook: json.loads((paths.REPORTS / study / notebook / "metrics.json").read_text())
-            | json.loads((paths.REPORTS / study / notebook / "timings.json").read_text()) for notebook in NOTEBOOKS}
-
-
 def results_table(study: str) -> str:
-    """Give the study's main table as Markdown: what was sampled, at which cost, how good."""
-    table = pd.read_csv(paths.REPORTS / study / "04_schedule_search" / "tables" / "front.csv")
-    lines = ["| model and plan | executed MACs, times fewer | score [95 %] | ratio to the best teacher [95 %] | "
-             "ratio to DDIM-50 [95 %] |", "|---|---|---|---|---|"]
+    """Give the study's main table as Markdown: each way to sample, its cost, how good; dearest first."""
+    reports = paths.REPORTS / study
+    controls = pd.read_csv(reports / "01_teacher_analysis" / "tables" / "front.csv")
+    searched = pd.read_csv(reports / "04_schedule_search" / "tables" / "front.csv").query("kind != 'teacher'")
+    table = pd.concat([controls, searched]).sort_values(["macs_ratio", "ratio"])
+    lines = ["| plan | times fewer executed MACs | score [95 %] | over the best teacher's [95 %] | over DDIM's at T "
+             "steps [95 %] |", "|---|---|---|---|---|"]
     for _, row in table.iterrows():
-        cells = [row["name"], f"{row['macs_ratio']:.2f}"]
-        cells += [f"{row[c]:.3f} [{row[c + '_low']:.3f}, {row[c + '_high']:.3f}]"
-                  for c in ("score", "ratio", "ddim_ratio")]
-        lines.append("| " + " | ".join(cells) + " |")
+        name = f"**{row['name']}**" if row["kind"] != "control" else row["name"]
+        cells = [_interval(row, column) for column in ("score", "ratio", "ddim_ratio")]
+        lines.append("| " + " | ".join([name, f"{row['macs_ratio']:.2f}", *cells]) + " |")
+    return "\n".join(lines) + f"\n\nn = {table['n'].iloc[0]:,} images a row; features of {table['extractor'].iloc[0]}."
+
+
+def controls_table(study: str) -> str:
+    """Give as Markdown what else the searched plans' executed MACs would buy."""
+    table = pd.read_csv(paths.REPORTS / study / "04_schedule_search" / "tables" / "controls.csv")
+    lines = ["| searched plan | control at equal executed MACs | plan's score / control's [95 %] | better |",
+             "|---|---|---|---|"]
+    lines += [f"| {row['plan']} | {row['name']} | {_interval(row, 'plan_over_control')} | {row['better']} |"
+              for _, row in table.iterrows()]
     return "\n".join(lines)
 
 
+TABLES = {"results": results_table, "controls": controls_table}
+
+
 def filled(text: str) -> str:
-    """Replace what stands between ``<!-- results:STUDY -->`` and ``<!-- end -->`` by that study's table."""
-    return re.sub(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)",
-                  lambda found: f"{found[1]}{results_table(found[2])}\n{found[3]}", text, flags=re.DOTALL)
+    """Replace what stands between ``<!-- TABLE:STUDY -->`` and ``<!-- end -->`` by that table of that study."""
+    return re.sub(rf"(<!-- ({'|'.join(TABLES)}):(\w+) -->\n).*?(<!-- end -->)",
+                  lambda found: f"{found[1]}{TABLES[found[2]](found[3])}\n{found[4]}", text, flags=re.DOTALL)
+
+
+def _interval(row: pd.Series, column: str) -> str:
+    value, low, high = (row[name] for name in (column, f"{column}_low", f"{column}_high"))
+    return f"{value:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def main() -> None:
@@ -61,7 +78,10 @@ def main() -> None:
     parser.add_argument("--study", help="what to publish")
     arguments = parser.parse_args()
     if arguments.command == "publish":
-        print(f"published to {publish(arguments.study)}")
+        try:
+            print(f"published to {publish(arguments.study)}")
+        except (ParamsError, FileNotFoundError) as error:
+            raise SystemExit(f"error: {error}") from None
     else:
         readme = paths.ROOT / "README.md"
         readme.write_text(filled(readme.read_text()))

@@ -61,18 +61,19 @@ def notebook(name: str, study: str) -> Path:
 
 
 def study(name: str) -> None:
-    """Run the whole pipeline for a study; it joins the list in ``params.yaml`` if it is not there."""
+    """Run the whole pipeline for a study. One that ``params.yaml`` does not list is listed for as long as it runs."""
     params.load(name)  # refuses an unknown study, or a wrong file, before any work
-    path, yaml = paths.ROOT / "params.yaml", YAML()
-    listed = yaml.load(path.read_text())
-    if name not in listed["studies"]:
-        listed["studies"].append(name)
-        yaml.dump(listed, path)
-        print(f"params.yaml: added {name} to the studies")
-    done = subprocess.run([sys.executable, "-m", "dvc", "repro", f"publish@{name}"], cwd=paths.ROOT)
+    path = paths.ROOT / "params.yaml"
+    before = path.read_text()
+    if name not in YAML(typ="safe", pure=True).load(before)["studies"]:
+        path.write_text(f"{before}  - {name}\n")
+    try:
+        done = subprocess.run([sys.executable, "-m", "dvc", "repro", f"publish@{name}"], cwd=paths.ROOT)
+    finally:
+        path.write_text(before)
     if done.returncode:
         raise SystemExit(f"The study {name} stopped. What it finished is kept: run the same command again.")
-    print(f"\nDone. Figures and tables: {paths.REPORTS / name}\nExecuted notebooks:  {paths.DATA / name}")
+    print(f"\nDone. Figures and tables: {paths.REPORTS / name}\nExecuted notebooks:       {paths.DATA / name}")
 
 
 def main() -> None:

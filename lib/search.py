@@ -20,7 +20,7 @@ from tqdm import tqdm
 from lib.plan import Plan
 
 REDRAWS = 500
-"""Genomes over the budget, one after another, at which the search gives up."""
+"""Genomes over the budget, or known, one after another, at which the search ends."""
 
 
 class Space(Protocol):
@@ -45,7 +45,7 @@ class Found:
 def search(space: Space, error: Callable[[Plan], float], macs: Callable[[Plan], int], *, trials: int, population: int,
            seed: int, journal: Path, budget: int | None = None, start: Iterable[Mapping] = (), method: str = "nsga2",
            title: str = "search") -> list[Found]:
-    """Evaluate `trials` different plans and give them all, in the order of their evaluation.
+    """Evaluate `trials` different plans (fewer, if the space has no more) and give them in the order of evaluation.
 
     Parameters
     ----------
@@ -72,9 +72,10 @@ def search(space: Space, error: Callable[[Plan], float], macs: Callable[[Plan], 
     for trial in study.get_trials(states=[TrialState.COMPLETE]):
         plan = space.decode(trial.params)
         found.setdefault(plan.key, Found(plan, *trial.values))
-    if not study.trials:
-        for genome in start:
-            study.enqueue_trial(dict(genome))
+    lost = [trial.system_attrs.get("fixed_params") for trial in study.get_trials(states=[TrialState.RUNNING])]
+    for genome in [genome for genome in lost if genome] if study.trials else start:
+        study.enqueue_trial(dict(genome))
+    repeats = 0
     bar = tqdm(total=trials, initial=len(found), desc=title, unit="plan")
     while len(found) < trials:
         trial, plan, cost = _ask(study, space, distributions, macs, budget)
@@ -82,6 +83,10 @@ def search(space: Space, error: Callable[[Plan], float], macs: Callable[[Plan], 
         if new:
             found[plan.key] = Found(plan, error(plan), cost)
         study.tell(trial, [found[plan.key].error, cost])
+        repeats = 0 if new else repeats + 1
+        if repeats == REDRAWS:
+            tqdm.write(f"{title}: {REDRAWS} genomes in a row gave plans that were known: the space is searched through")
+            break
         if new:
             bar.update()
             best = min(found.values(), key=lambda one: one.error)

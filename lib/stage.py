@@ -43,9 +43,13 @@ class Stage:
         torch.set_num_threads(params.threads)
 
     def _digest(self) -> str:
+        """Hash all that a half-done result may hang on: the parameters and code of all notebooks."""
         digest = hashlib.sha256(self.params.model_dump_json().encode())
-        for path in sorted((paths.ROOT / "lib").glob("*.py")):
+        for path in (paths.PARAMS / f"{self.params.study}.yaml", *sorted((paths.ROOT / "lib").glob("*.py"))):
             digest.update(path.read_bytes())
+        for path in sorted(paths.NOTEBOOKS.glob("*.ipynb")):
+            cells = json.loads(path.read_text())["cells"]
+            digest.update(json.dumps([cell["source"] for cell in cells if cell["cell_type"] == "code"]).encode())
         return digest.hexdigest()[:12]
 
     def folder(self, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""One training loop for everything that learns here: EMA, resume after a kill, several devices through accelerate.
+"""One training loop for everything that learns here: EMA, resume after a kill, device and precision by accelerate.
 
 Batches are drawn from ``(seed, step)`` alone, so a run that was killed and resumed sees what an unbroken run sees and
 ends in the same weights.
@@ -63,7 +63,7 @@ def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator], Tensor]
     Raises
     ------
     TrainingDiverged
-        If the loss is NaN or infinite. The last good state stays in `work`.
+        If the loss or its gradient is NaN or infinite. The last good state stays in `work`.
     """
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if precision == "bf16" else "no")
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
@@ -71,8 +71,8 @@ def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator], Tensor]
     prepared, optimizer = accelerator.prepare(model, optimizer)
     ema = EMAModel(model.parameters(), decay=ema_decay)
     ema.to(accelerator.device)
-    start, history = _resume(work, model, ema, optimizer)
-    every, recent = max(1, steps // 100), []
+    start, history, recent = _resume(work, model, ema, optimizer)
+    every = max(1, steps // 100)
     bar = tqdm(total=steps, initial=start, desc=title, unit="step")
     for step in range(start, steps):
         rate = learning_rate(step, steps, lr, warmup)
@@ -81,13 +81,12 @@ def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator], Tensor]
         with accelerator.autocast():
             value = loss(prepared, step_generator(seed, step))
         recent.append(value.item())
-        if not math.isfinite(recent[-1]):
-            bar.close()
-            raise TrainingDiverged(f"{title}: the loss is {recent[-1]} at step {step}. The last good state, step "
-                                   f"{_saved_step(work)}, is kept in {work}. Lower the learning rate ({lr:g}) and run "
-                                   "again.")
         accelerator.backward(value)
-        accelerator.clip_grad_norm_(model.parameters(), clip)
+        norm = float(accelerator.clip_grad_norm_(model.parameters(), clip))
+        if not math.isfinite(recent[-1]) or not math.isfinite(norm):
+            bar.close()
+            raise TrainingDiverged(f"{title}: the loss is {recent[-1]}, its gradient's norm {norm} at step {step}. "
+                                   f"{_kept(work)} Lower the learning rate ({lr:g}) and run again.")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.step(model.parameters())
@@ -95,20 +94,23 @@ def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator], Tensor]
             history.append({"step": step + 1, "loss": sum(recent) / len(recent), "lr": rate})
             bar.set_postfix(loss=f"{history[-1]['loss']:.4f}", lr=f"{rate:.1e}", refresh=False)
             recent = []
-        if (step + 1) % save_every == 0 and step + 1 < steps and not recent:
-            _save(work, step + 1, history, model, ema, optimizer)
+        if (step + 1) % save_every == 0 and step + 1 < steps:
+            _save(work, {"step": step + 1, "history": history, "recent": recent}, model, ema, optimizer)
         bar.update()
     bar.close()
+    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # its forward is its own again, without autocast
     ema.copy_to(model.parameters())
     return history
 
 
-def _saved_step(work: Path) -> int:
+def _kept(work: Path) -> str:
     state = work / "state" / "state.json"
-    return json.loads(state.read_text())["step"] if state.exists() else 0
+    if not state.exists():
+        return "No state was saved before."
+    return f"The last good state, step {json.loads(state.read_text())['step']}, is kept in {work}."
 
 
-def _save(work: Path, step: int, history: list[dict], model: nn.Module, ema: EMAModel, optimizer) -> None:
+def _save(work: Path, state: dict, model: nn.Module, ema: EMAModel, optimizer) -> None:
     """Write the whole training state to a new folder, then put it in the place of the old one."""
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"ema/{i}": tensor for i, tensor in enumerate(ema.shadow_params)}
@@ -119,8 +121,7 @@ def _save(work: Path, step: int, history: list[dict], model: nn.Module, ema: EMA
     fresh.mkdir(parents=True)
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
               fresh / "state.safetensors")
-    (fresh / "state.json").write_text(json.dumps({"step": step, "history": history,
-                                                  "ema_step": ema.optimization_step}))
+    (fresh / "state.json").write_text(json.dumps(state | {"ema_step": ema.optimization_step}))
     shutil.rmtree(old, ignore_errors=True)
     if current.exists():
         os.replace(current, old)
@@ -128,13 +129,13 @@ def _save(work: Path, step: int, history: list[dict], model: nn.Module, ema: EMA
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _resume(work: Path, model: nn.Module, ema: EMAModel, optimizer) -> tuple[int, list[dict]]:
+def _resume(work: Path, model: nn.Module, ema: EMAModel, optimizer) -> tuple[int, list[dict], list[float]]:
     """Load the state that `_save` left; a kill between its two renames leaves the good state under the old name."""
     current, old = work / "state", work / "state.old"
     if not current.exists() and old.exists():
         os.replace(old, current)
     if not current.exists():
-        return 0, []
+        return 0, [], []
     state, tensors = json.loads((current / "state.json").read_text()), load_file(current / "state.safetensors")
     part = {kind: {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith(kind + "/")}
             for kind in ("model", "ema", "optimizer")}
@@ -148,4 +149,4 @@ def _resume(work: Path, model: nn.Module, ema: EMAModel, optimizer) -> tuple[int
         slots.setdefault(int(i), {})[slot] = tensor
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     tqdm.write(f"resuming from step {state['step']} ({work})")
-    return state["step"], state["history"]
+    return state["step"], state["history"], state["recent"]

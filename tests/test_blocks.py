@@ -76,6 +76,10 @@ def test_the_middle_under_a_reused_up_block_is_dead(described):
 def test_other_networks_are_refused():
     with pytest.raises(TypeError, match="AutoencoderKL is not supported. Supported: UNet2DModel"):
         blocks.describe(AutoencoderKL())
+    with pytest.raises(TypeError, match="time_embedding_type fourier is not supported"):
+        blocks.describe(UNet2DModel(sample_size=16, block_out_channels=(32, 32), time_embedding_type="fourier",
+                                    down_block_types=("DownBlock2D", "DownBlock2D"),
+                                    up_block_types=("UpBlock2D", "UpBlock2D")))
     with pytest.raises(TypeError, match="a level of type SkipDownBlock2D is not supported"):
         blocks.describe(UNet2DModel(sample_size=16, block_out_channels=(32, 32),
                                     down_block_types=("SkipDownBlock2D", "DownBlock2D"),

@@ -35,14 +35,16 @@ def test_all_cells_on_is_the_plain_model_to_the_bit(unet, schedule, teacher, noi
         assert torch.equal(hooked, unet(noise, teacher.timesteps[-1]).sample)
 
 
-def test_order_1_is_diffusers_ddim(unet, schedule, teacher, noise):
-    scheduler = DDIMScheduler.from_config(schedule.config)
+@pytest.mark.parametrize(("final_sigma", "to_one"), [("zero", True), ("sigma_min", False)])
+def test_order_1_is_diffusers_ddim(unet, schedule, teacher, noise, final_sigma, to_one):
+    scheduler = DDIMScheduler.from_config(schedule.config, set_alpha_to_one=to_one)
     scheduler.set_timesteps(teacher.steps)
     x_t = noise
     with torch.inference_mode():
         for t in scheduler.timesteps:
             x_t = scheduler.step(unet(x_t, t).sample, t, x_t).prev_sample
-    torch.testing.assert_close(sample(unet, schedule, teacher, noise), x_t, rtol=1e-4, atol=1e-4)
+    plan = Plan(**teacher._parts() | {"final_sigma": final_sigma})
+    torch.testing.assert_close(sample(unet, schedule, plan, noise), x_t, rtol=1e-4, atol=1e-4)
 
 
 def test_a_reused_column_is_a_dropped_step_under_order_1(unet, schedule, teacher, noise):

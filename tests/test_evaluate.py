@@ -40,7 +40,7 @@ def test_distance_and_the_rest_are_torch_fidelitys(classifier, digits):
         input1=Pixels(a), input2=Pixels(b), cuda=False, feature_extractor=classifier.name, fid=True, kid=True, prc=True,
         kid_subsets=20, kid_subset_size=897, save_cpu_ram=True, verbose=False)
     first, second = (extractor.embed(classifier, part) for part in (a, b))
-    ours = Judge(second).further(first)
+    ours = Judge(second, "it").further(first)
     assert distance(first, second) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
     assert ours["kid_x1e3"] == pytest.approx(1e3 * theirs["kernel_inception_distance_mean"], rel=1e-3, abs=1e-4)
     assert ours["precision"] == pytest.approx(theirs["precision"])
@@ -64,7 +64,7 @@ def test_the_jackknifes_interval_of_a_mean_is_the_textbooks():
 def test_intervals_of_paired_ratios_cover_the_truth():
     """Two generators whose true distances are 1 and 2, from common noise: of 40 intervals about 38 hold the ratio 2."""
     rng, hits = np.random.default_rng(2), 0
-    judge = Judge(torch.from_numpy(rng.standard_normal((50_000, 2))))
+    judge = Judge(torch.from_numpy(rng.standard_normal((50_000, 2))), "it")
     one = torch.tensor([1.0, 0.0])
     for _ in range(40):
         noise = torch.from_numpy(rng.standard_normal((1000, 2)))
@@ -77,7 +77,7 @@ def test_a_ratio_to_itself_is_one_and_pairs_beat_independent_noise():
     rng = np.random.default_rng(3)
     real, a = (torch.from_numpy(rng.standard_normal((2000, 3))) for _ in range(2))
     a = a + 0.5
-    judge = Judge(real)
+    judge = Judge(real, "it")
     same = judge.ratio(a, a)
     assert (same.value, same.low, same.high) == (1, 1, 1)
     paired = judge.ratio(a * 1.01, a)
@@ -89,7 +89,7 @@ def test_an_interpolated_control_lies_between_its_two_plans():
     rng = np.random.default_rng(4)
     real = torch.from_numpy(rng.standard_normal((2000, 2)))
     near, far = real + 0.5, real + 1.0
-    judge = Judge(real)
+    judge = Judge(real, "it")
     middle = judge.compare([(near, 0.5), (far, 0.5)], [(near, 1.0)])
     assert middle.value == pytest.approx(np.sqrt(distance(far, real) / distance(near, real)), rel=1e-6)
 

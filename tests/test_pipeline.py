@@ -81,8 +81,10 @@ def project(tmp_path_factory):
         shutil.copy(paths.ROOT / name, root / name)
     (root / "params.yaml").write_text("studies:\n  - smoke\n")
     command(root, "git", "init", "--quiet")
+    command(root, "git", "config", "user.name", "tests")
+    command(root, "git", "config", "user.email", "tests@localhost")
     command(root, "git", "add", ".")
-    command(root, "git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--message", "start")
+    command(root, "git", "commit", "--quiet", "--message", "start")
     dvc(root, "repro", "code")
     for done in yaml(root / "dvc.yaml")["stages"].values():
         for out in (*done["do"].get("outs", ()), *done["do"].get("metrics", ())):

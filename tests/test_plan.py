@@ -6,9 +6,11 @@ import re
 
 import numpy as np
 import pytest
+from diffusers import DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lib import teachers
 from lib.plan import SPACINGS, NoiseSchedule, Plan, PlanError, trailing
 
 SCHEDULE = NoiseSchedule(train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
@@ -55,12 +57,18 @@ def test_spacings_fall_strictly_from_pure_noise(steps, spacing):
 
 
 def test_trailing_spacing_is_that_of_diffusers():
-    from diffusers import DDIMScheduler
-
     for steps in (3, 7, 10, 50):
         scheduler = DDIMScheduler(timestep_spacing="trailing")
         scheduler.set_timesteps(steps)
         assert tuple(scheduler.timesteps.tolist()) == trailing(steps, 1000)
+
+
+@pytest.mark.parametrize("option", [{"clip_sample": True}, {"trained_betas": [0.1] * 1000},
+                                    {"rescale_betas_zero_snr": True}, {"thresholding": True}])
+def test_a_schedule_that_a_plan_cannot_describe_is_refused(option):
+    scheduler = DDIMScheduler.from_config(teachers.noise_schedule().config, **option)
+    with pytest.raises(PlanError, match=f"the noise schedule has {next(iter(option))}=.* which plans do not know"):
+        NoiseSchedule.of(scheduler)
 
 
 def test_segments_with_all_steps_active_are_deepcache():

@@ -98,9 +98,28 @@ def test_the_space_holds_deepcache_and_fewer_steps(space, teacher, described):
         assert set(genome) == set(space.distributions())
 
 
-def test_its_size_is_the_number_of_different_plans(space):
-    seen = set()
-    for count, length in ((2, 5), (5, 2)):
+def test_a_space_that_is_searched_through_ends_the_search(teacher, tmp_path):
+    small = Toy(teacher)
+    small.distributions = lambda: {"a": IntDistribution(0, 1), "b": IntDistribution(0, 1)}
+    found = search(small, error, macs, trials=10, population=4, seed=0, journal=tmp_path / "journal")
+    assert len(found) == 4
+
+
+def test_a_start_genome_that_was_being_evaluated_is_not_lost(teacher, tmp_path):
+    def breaks(plan):
+        raise KeyboardInterrupt
+
+    arguments = {"trials": 3, "population": 4, "seed": 0, "journal": tmp_path / "journal",
+                 "start": [{"a": 1, "b": 2}, {"a": 3, "b": 4}]}
+    with pytest.raises(KeyboardInterrupt):
+        search(Toy(teacher), breaks, macs, **arguments)
+    found = search(Toy(teacher), error, macs, **arguments)
+    assert {(899, 98), (897, 96)} <= {one.plan.timesteps[1:] for one in found}
+
+
+def test_its_size_is_the_number_of_different_plans(teacher, described):
+    seen, space = set(), SegmentSpace(teacher, described, (2, 3, 5), (0, 1))
+    for count, length in ((2, 5), (3, 4), (5, 2)):
         genes = [[(branch, (active - 0.5) / length) for branch in (0, 1) for active in range(1, length + 1)]] * count
         for slots in itertools.product(*genes):
             genome = {"segments": count}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from lib import training
 from lib.training import TrainingDiverged, step_generator, train
 
 SCRIPT = """
@@ -72,13 +73,32 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(tmp_path):
         value = model(torch.ones(1, 1)).square().sum()
         return value * float("nan") if len(calls) == 11 else value
 
-    with pytest.raises(TrainingDiverged, match="the loss is nan at step 10. The last good state, step 8, is kept in .* "
-                                               "Lower the learning rate"):
+    with pytest.raises(TrainingDiverged, match="the loss is nan, its gradient.s norm nan at step 10. The last good "
+                                               "state, step 8, is kept in .* Lower the learning rate"):
         fit(model, loss, tmp_path)
     good = nn.Linear(1, 1)
     fit(good, lambda model, _: model(torch.ones(1, 1)).square().sum(), tmp_path)
     assert all(torch.isfinite(p).all() for p in good.parameters())
     assert len(calls) == 11, "it went on from step 8"
+
+
+def test_a_gradient_that_is_no_number_stops_before_it_spoils_the_weights(tmp_path):
+    model = nn.Linear(1, 1)
+
+    def loss(model, generator):
+        return model(torch.zeros(1, 1)).sub(model.bias).sum().sqrt()  # sqrt(0): finite, its gradient is not
+
+    with pytest.raises(TrainingDiverged, match="the loss is 0.0, its gradient's norm .* No state was saved before"):
+        fit(model, loss, tmp_path)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_states_are_saved_at_every_asked_step_whatever_the_number_of_steps(tmp_path, monkeypatch):
+    saved, save = [], training._save
+    monkeypatch.setattr(training, "_save", lambda work, state, *rest: (saved.append(state["step"]),
+                                                                       save(work, state, *rest)))
+    fit(nn.Linear(1, 1), lambda model, _: model(torch.ones(1, 1)).square().sum(), tmp_path, steps=730, save_every=200)
+    assert saved == [200, 400, 600]
 
 
 def test_it_learns_and_leaves_the_average_of_the_weights(tmp_path):
