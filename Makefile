@@ -13,6 +13,7 @@ help:  ## say what there is
 env: $(BIN)/.ready  ## make the virtual environment
 
 $(BIN)/.ready: requirements.lock pyproject.toml
+	@echo "Making the environment in .venv: about two minutes and 2 GB, the first time only."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --requirement requirements.lock
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
@@ -26,7 +27,7 @@ test: env  ## check the style, run the tests, and step through all notebooks
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest -p no:cacheprovider --nbval-lax --nbval-current-env --nbval-cell-timeout 300 \
 		--nbval-sanitize-with nbval.cfg notebooks
-	@echo "All tests passed."
+	@echo "All tests passed. What the notebooks made on the way lies in data/smoke."
 
 lab: env  ## open the notebooks
 	$(BIN)/jupyter lab notebooks

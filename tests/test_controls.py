@@ -1,8 +1,12 @@
 """Controls cost what the plan costs."""
 
+import numpy as np
 import pytest
+import torch
 
 from lib import controls, cost
+from lib.controls import Control
+from lib.evaluate import Judge, distance
 from lib.plan import Plan
 
 
@@ -40,3 +44,47 @@ def test_the_bracket_takes_the_nearest_on_each_side(teacher):
     assert [weight for _, weight in found.plans] == pytest.approx([2 / 3, 1 / 3])
     assert controls.bracket("few", family, 1, lambda plan: plan.steps) is None
     assert controls.bracket("few", family, 10, lambda plan: plan.steps) is None
+
+
+@pytest.fixture(scope="module")
+def table(teacher):
+    """A table whose plans' images lie a known way off the real ones: further, the fewer steps."""
+    rng = np.random.default_rng(0)
+    real, drawn = (torch.from_numpy(rng.standard_normal((2000, 3))) for _ in range(2))
+    ddim = Plan.full(teacher.timesteps, teacher.schedule, teacher.blocks, 1)
+    best = Plan.full(teacher.timesteps, teacher.schedule, teacher.blocks, 2)
+    return controls.Table(lambda plan: drawn + 3 / plan.steps / plan.order, lambda plan: plan.steps,
+                          Judge(real, "a classifier"), best, ddim)
+
+
+def few(teacher, steps, order=1):
+    return Plan.few_steps(steps, "uniform", teacher, order)
+
+
+def test_a_row_holds_cost_score_and_ratios_to_both_teachers(table, teacher):
+    row = table.rows({"five": few(teacher, 5)}, "control").iloc[0]
+    own, best, ddim = (distance(table.features(plan), table.judge.real) for plan in (few(teacher, 5), table.reference,
+                                                                                      table.ddim))
+    assert (row["name"], row["kind"], row["n"], row["extractor"]) == ("five", "control", 2000, "a classifier")
+    assert row["macs"] == 5 and row["macs_ratio"] == 2
+    assert row["score"] == pytest.approx(own) and row["score_low"] < own < row["score_high"]
+    assert row["ratio"] == pytest.approx(own / best) and row["ddim_ratio"] == pytest.approx(own / ddim)
+    assert row["ratio_low"] < row["ratio"] < row["ratio_high"]
+    assert 0 <= row["precision"] <= 1 and 0 <= row["recall"] <= 1
+
+
+def test_verdicts_say_who_is_better(table, teacher):
+    others = [Control("worse", ((few(teacher, 2), 1.0),)), Control("same", ((few(teacher, 5), 1.0),)),
+              Control("better", ((few(teacher, 5, order=2), 1.0),)),
+              Control("between", ((few(teacher, 4), 0.5), (few(teacher, 6), 0.5)))]
+    rows = table.beside("mine", few(teacher, 5), others).set_index("name")
+    assert rows.loc[["worse", "same", "better"], "better"].tolist() == ["plan", "tie", "control"]
+    assert rows.loc["worse", "plan_over_control_high"] < 1 < rows.loc["better", "plan_over_control_low"]
+    assert rows.loc["same", "plan_over_control"] == 1
+    assert rows.loc["between", "macs"] == rows.loc["between", "plan_macs"] == 5
+    four, six = (distance(table.features(few(teacher, steps)), table.judge.real) for steps in (4, 6))
+    assert rows.loc["between", "score"] == pytest.approx(np.sqrt(four * six))
+
+
+def test_the_best_solver_is_the_one_with_the_lower_score(table):
+    assert controls.best_solver(table.judge, table.features, [table.ddim, table.reference]) is table.reference

@@ -213,6 +213,23 @@ def test_unknown_names_are_refused_before_any_work():
     assert done.returncode == 1 and "error: unknown study 'nope'" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_study_is_listed_only_while_it_runs(tmp_path, monkeypatch):
+    (tmp_path / "params.yaml").write_text("# kept\nstudies:\n  - digits\n")
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    seen = []
+
+    def repro(words, cwd):
+        seen.append((words[-1], yaml(tmp_path / "params.yaml")["studies"]))
+        return subprocess.CompletedProcess(words, returncode=len(seen) - 1)
+
+    monkeypatch.setattr(run.subprocess, "run", repro)
+    run.study("smoke")
+    with pytest.raises(SystemExit, match="The study digits stopped. What it finished is kept"):
+        run.study("digits")
+    assert seen == [("publish@smoke", ["digits", "smoke"]), ("publish@digits", ["digits"])]
+    assert (tmp_path / "params.yaml").read_text() == "# kept\nstudies:\n  - digits\n"
+
+
 def test_a_notebook_with_other_parameters_than_its_dataclass_is_refused(tmp_path, monkeypatch):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("seed = 1\nspeed = 2")])
     notebook.cells[0].metadata["tags"] = ["parameters"]

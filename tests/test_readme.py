@@ -52,6 +52,11 @@ def test_publishing_copies_numbers_and_no_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "DATA", tmp_path / "data")
     monkeypatch.setattr(paths, "REPORTS", tmp_path / "reports")
     stage = tmp_path / "data" / "smoke" / "00_teacher_training"
+    with pytest.raises(FileNotFoundError, match="00_teacher_training of study smoke is not done: nothing is published"):
+        report.publish("smoke")
+    for other in ("01_teacher_analysis", "04_schedule_search"):
+        (tmp_path / "data" / "smoke" / other).mkdir(parents=True)
+        (tmp_path / "data" / "smoke" / other / "metrics.json").write_text("{}")
     for name in ("metrics.json", "figures/a.png", "tables/b.csv", "teacher/unet/model.safetensors", "notebook.ipynb"):
         (stage / name).parent.mkdir(parents=True, exist_ok=True)
         (stage / name).write_text(name)
@@ -60,4 +65,5 @@ def test_publishing_copies_numbers_and_no_weights(tmp_path, monkeypatch):
     stale.write_text("")
     report.publish("smoke")
     found = {str(file.relative_to(tmp_path / "reports" / "smoke")) for file in (tmp_path / "reports").rglob("*.*")}
-    assert found == {f"00_teacher_training/{name}" for name in ("metrics.json", "figures/a.png", "tables/b.csv")}
+    assert found == {f"00_teacher_training/{name}" for name in ("metrics.json", "figures/a.png", "tables/b.csv")} | {
+        "01_teacher_analysis/metrics.json", "04_schedule_search/metrics.json"}

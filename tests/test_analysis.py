@@ -1,0 +1,49 @@
+"""What is said of the teacher's blocks: similarity, sensitivity, time."""
+
+import numpy as np
+import pytest
+import torch
+
+from lib import analysis, cost, sampling
+from lib.plan import Plan
+
+
+def test_similarity_is_the_cosine_of_neighbouring_outputs(unet, schedule, teacher, noise, described):
+    found = analysis.similarity(unet, schedule, teacher, noise)
+    assert np.isnan(found[0]).all() and not np.isnan(found[1:]).any()
+    outputs, x_t = [], noise
+    handle = unet.up_blocks[0].resnets[1].register_forward_hook(lambda m, i, o: outputs.append(o.flatten(1)))
+    scheduler = sampling.solver(teacher, schedule)
+    with torch.inference_mode():
+        for t in scheduler.timesteps:
+            x_t = scheduler.step(unet(x_t, t).sample, t, x_t).prev_sample
+    handle.remove()
+    a, b = outputs[3], outputs[4]
+    cosine = ((a * b).sum(1) / a.norm(dim=1) / b.norm(dim=1)).mean()
+    assert found[4, described.index["up0.1"]] == pytest.approx(float(cosine), abs=1e-4)
+
+
+def test_sensitivity_is_the_change_of_the_image_from_one_reused_cell(unet, schedule, teacher, noise, described):
+    damage = analysis.sensitivity(unet, schedule, teacher, noise, [2, 7])
+    images = sampling.sample(unet, schedule, teacher, noise)
+    for row, step in enumerate((2, 7)):
+        for name in ("mid", "up2.1", "down0.0"):
+            cells = teacher.cells
+            cells[step, described.index[name]] = False
+            changed = sampling.sample(unet, schedule, teacher.with_cells(cells), noise)
+            expected = float((changed - images).square().mean() / images.var(dim=0).mean())
+            assert damage[row, described.index[name]] == pytest.approx(expected, rel=0.02, abs=1e-9), (step, name)
+    with pytest.raises(ValueError, match="a full plan of order 1"):
+        analysis.sensitivity(unet, schedule, Plan.random(0.5, 0, teacher), noise, [2])
+
+
+def test_a_blocks_time_is_that_blocks(unet, noise, described):
+    """A block that sleeps takes the time; the others and the rest do not."""
+    import time
+
+    handle = unet.up_blocks[1].upsamplers[0].conv.register_forward_hook(lambda *_: time.sleep(0.05))
+    seconds = cost.block_seconds(unet, noise, repeats=3)
+    handle.remove()
+    assert set(seconds) == {*described.names, "stem and head"}
+    assert seconds["up1.up"] >= 0.05 > max(value for name, value in seconds.items() if name != "up1.up")
+    assert not unet.mid_block._forward_hooks and not unet.mid_block._forward_pre_hooks
