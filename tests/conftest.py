@@ -1,5 +1,6 @@
 """A tiny teacher with random weights, and plans for it."""
 
+import hypothesis
 import pytest
 import torch
 
@@ -7,6 +8,9 @@ from lib import blocks, teachers
 from lib.plan import NoiseSchedule, Plan, trailing
 
 SHAPE = (1, 16, 16)
+
+hypothesis.settings.register_profile("busy machine", deadline=None)
+hypothesis.settings.load_profile("busy machine")
 
 
 @pytest.fixture(autouse=True, scope="session")
