@@ -37,4 +37,4 @@ bench: env  ## measure speed, as ratios in one run
 
 format: env  ## mend the style, strip volatile notebook metadata
 	$(BIN)/ruff check --fix .
-	$(BIN)/nbstripout --keep-id notebooks/*.ipynb
+	$(BIN)/nbstripout --keep-count --keep-id notebooks/*.ipynb
