@@ -7,19 +7,22 @@ and papers on transformers do not.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from lib import blocks as _blocks
-from lib.plan import Plan
+from lib import sampling
+from lib.engine import Engine
+from lib.plan import NoiseSchedule, Plan
 
 ATTENTION = ("scaled_dot_product", "bmm")  # operators that only attention uses in these networks
 
@@ -130,6 +133,78 @@ def median_ratio(a: list[float], b: list[float], seed: int = 0) -> tuple[float, 
     ratios = np.median(pairs[0][draws], axis=1) / np.median(pairs[1][draws], axis=1)
     low, high = np.quantile(ratios, [0.025, 0.975])
     return float(np.median(a) / np.median(b)), float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Measured seconds of one step (network call and solver) for each pattern of live cells in a column.
+
+    Attributes
+    ----------
+    seconds : dict of pattern to float; a pattern is a string of 1 (runs) and 0, a character a block
+    batch : int, images a step
+    precision : str
+    """
+
+    seconds: dict[str, float]
+    batch: int
+    precision: str
+
+    def of(self, plan: Plan, live: np.ndarray) -> float:
+        """Give the seconds that a batch takes under a plan.
+
+        Parameters
+        ----------
+        live : (S, N), bool, from `lib.blocks.Blocks.liveness`
+
+        Raises
+        ------
+        KeyError
+            If a column's pattern was not measured.
+        """
+        patterns = [_pattern(row) for row in live]
+        strange = set(patterns) - set(self.seconds)
+        if strange:
+            raise KeyError(f"the latency table has no column {sorted(strange)[0]}: measure a plan that holds it")
+        return sum(self.seconds[pattern] for pattern in patterns)
+
+    def save(self, path: Path) -> None:
+        """Write the table as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote."""
+        return cls(**json.loads(path.read_text()))
+
+
+def measure(model: nn.Module, schedule: SchedulerMixin, plans: Iterable[Plan], noise: torch.Tensor, *, precision: str,
+            repeats: int) -> Latency:
+    """Measure the median time of each column pattern while walking some plans in turn.
+
+    Parameters
+    ----------
+    plans : Plan
+        A few steps of each kind are enough, such as DeepCache over ten steps at each branch.
+    noise : Tensor, (B, C, H, W)
+    repeats : int, walks of each plan, after one that does not count
+    """
+    engines = [Engine(model, plan, NoiseSchedule.of(schedule)) for plan in plans]
+    seconds: dict[str, list[float]] = {_pattern(row): [] for engine in engines for row in engine.live}
+    with torch.inference_mode(), sampling.autocast(noise.device, precision):
+        for turn in tqdm(range(repeats + 1), desc="latency of columns", unit="round"):
+            for engine in engines:
+                with engine:
+                    start = _now()
+                    for row, _ in zip(engine.live, sampling.walk(engine, schedule, noise), strict=True):
+                        if turn:
+                            seconds[_pattern(row)].append(_now() - start)
+                        start = _now()
+    return Latency({pattern: float(np.median(times)) for pattern, times in seconds.items()}, len(noise), precision)
+
+
+def _pattern(row: np.ndarray) -> str:
+    return "".join("01"[int(runs)] for runs in row)
 
 
 def block_seconds(model: nn.Module, x_t: torch.Tensor, repeats: int) -> dict[str, float]:

@@ -6,15 +6,18 @@ after another: both sets of images come from the same noise, so the ratio is com
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from safetensors.torch import load_file, save_file
 from scipy import stats
+from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
@@ -27,6 +30,9 @@ GROUPS = 20
 """Blocks of noise indices that the jackknife leaves out one by one."""
 PRC_IMAGES = 5_000
 """Precision and recall compare all pairs: at most so many generated images."""
+
+KINDS = ("rfid", "rfid, shrunk", "paired")
+"""Ways to measure how far images lie from the teacher's: see `Imitation`."""
 
 Statistics = dict[str, np.ndarray]
 
@@ -43,9 +49,18 @@ class Estimate:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
-def statistics(features: Tensor) -> Statistics:
-    """Give mean and covariance of features (n, D), in float64."""
-    return fid_features_to_statistics(features.double())
+def statistics(features: Tensor, shrink: bool = False) -> Statistics:
+    """Give mean and covariance of features (n, D), in float64.
+
+    Parameters
+    ----------
+    shrink : bool
+        Estimate the covariance after Ledoit and Wolf (2004), which is sound at small n, instead of plainly.
+    """
+    if not shrink:
+        return fid_features_to_statistics(features.double())
+    array = features.double().numpy()
+    return {"mu": array.mean(axis=0), "sigma": ledoit_wolf(array)[0]}
 
 
 def distance(a: Tensor | Statistics, b: Tensor | Statistics) -> float:
@@ -101,12 +116,14 @@ class Judge:
     real: Tensor
     extractor: str
 
-    def __post_init__(self):
-        object.__setattr__(self, "_real", statistics(self.real))
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Mean and covariance of the data set's features."""
+        return statistics(self.real)
 
     def score(self, generated: Tensor) -> Estimate:
         """Give the distance to the data set, with its interval."""
-        return jackknife(lambda g: distance(g, self._real), [generated])
+        return jackknife(lambda g: distance(g, self.statistics), [generated])
 
     def ratio(self, generated: Tensor, teacher: Tensor) -> Estimate:
         """Give the score over the teacher's score from the same noise, with the interval of the pair."""
@@ -120,7 +137,7 @@ class Judge:
         parts = [*a, *((features, -weight) for features, weight in b)]
 
         def value(*samples: Tensor) -> float:
-            logs = [weight * np.log(distance(s, self._real)) for s, (_, weight) in zip(samples, parts)]
+            logs = [weight * np.log(distance(s, self.statistics)) for s, (_, weight) in zip(samples, parts)]
             return float(np.exp(sum(logs)))
 
         return jackknife(value, [features for features, _ in parts])
@@ -199,6 +216,68 @@ class Bank:
     def save(self, path: Path) -> None:
         """Write the features of all plans seen so far to one file."""
         save_file({f"{self.key}/{plan}": tensor for plan, tensor in self._features.items()}, path)
+
+
+@dataclass(frozen=True)
+class Imitation:
+    """How far a plan's images lie from the teacher's of the same noise: Flexiffusion's rFID, and two cross-checks.
+
+    No real image is needed, and the teacher's are made once. Smaller is nearer; the teacher itself is at 0.
+
+    Attributes
+    ----------
+    bank : Bank
+    teacher : Plan
+    kind : str, of `KINDS`
+        The Frechet distance between the two sets of features, with plain or with shrunk covariances; or the mean
+        squared distance between the features of the two images that come from one noise.
+    """
+
+    bank: Bank
+    teacher: Plan
+    kind: str = "rfid, shrunk"
+
+    def __call__(self, plan: Plan) -> float:
+        """Give the error of a plan."""
+        return imitation(self.bank.features(plan), self.bank.features(self.teacher), self.kind)
+
+
+def imitation(features: Tensor, teacher: Tensor, kind: str) -> float:
+    """Give the distance of features (n, D) to the teacher's from the same noise, by a measure of `KINDS`."""
+    if kind == "paired":
+        return float((features.double() - teacher.double()).square().sum(dim=1).mean())
+    shrink = {"rfid": False, "rfid, shrunk": True}[kind]
+    return distance(statistics(features, shrink), statistics(teacher, shrink))
+
+
+def rank_agreement(plans: Sequence[Tensor], final: Sequence[float], judge: Judge, teacher: Tensor,
+                   sizes: Iterable[int], seed: int, draws: int = 8) -> pd.DataFrame:
+    """Ask how well cheap measures rank plans: Kendall's tau with the final score, from fewer and fewer images.
+
+    Parameters
+    ----------
+    plans : features (n, D) of each plan's images, all from the same noise
+    final : the plans' final scores, from other noise
+    teacher : Tensor, (n, D), features of the imitated teacher from that noise
+    sizes : numbers of images, each at most n
+    draws : subsets of the noise per size (one, where the size is n)
+
+    Returns
+    -------
+    agreement : columns kind, images, tau (mean over the draws), tau_low, tau_high (least and greatest)
+    """
+    rows = []
+    for size in sizes:
+        taus: dict[str, list[float]] = {kind: [] for kind in (*KINDS, "score")}
+        for draw in range(draws if size < len(teacher) else 1):
+            chosen = np.random.default_rng((seed, size, draw)).permutation(len(teacher))[:size]
+            for kind in taus:
+                values = [distance(features[chosen], judge.statistics) if kind == "score" else
+                          imitation(features[chosen], teacher[chosen], kind) for features in plans]
+                taus[kind].append(float(stats.kendalltau(values, final).statistic))
+        rows += [{"kind": kind, "images": size, "tau": np.mean(found), "tau_low": min(found), "tau_high": max(found)}
+                 for kind, found in taus.items()]
+    return pd.DataFrame(rows)
 
 
 def digest(model: nn.Module) -> str:

@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axis import Axis
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -18,10 +19,14 @@ NARROW, WIDE = 3.3, 6.9  # inches
 _PALETTE = sns.color_palette("colorblind")
 COLOURS = {"teacher": "black", "Flexiffusion": _PALETTE[0], "DiP-GO": _PALETTE[1], "DiffNAS": _PALETTE[2]}
 """One colour a method in every figure; controls are grey."""
+VARIANTS = "*PXdh"
+"""Markers of a method's variants, in the order in which they come; their names begin with the method's and a comma."""
 CONTROLS = {"DDIM, uniform": ("0.45", "o", "-"), "DDIM, quadratic": ("0.6", "s", ":"),
             "DPM-Solver++, uniform": ("0.0", "D", "-"), "DPM-Solver++, quadratic": ("0.25", "P", ":"),
             "DeepCache, branch 0": ("0.4", "^", "--"), "DeepCache, branch 1": ("0.7", "v", "--"),
-            "random cells": ("0.75", "x", ":")}
+            "random cells": ("0.75", "x", ":"), "searched steps, DDIM": ("0.45", "<", ""),
+            "searched steps": ("0.0", ">", ""), "random search": ("0.7", "1", ""),
+            "random search, extended": ("0.7", "2", "")}
 """Grey, marker and line of each control."""
 KINDS = {"null": "white", "partial": sns.color_palette("pastel")[0], "full": _PALETTE[0]}
 
@@ -61,6 +66,14 @@ def grid(images: np.ndarray, rows: Sequence[str], columns: Sequence[str] = (), c
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     sns.despine(ax=axes, left=True, bottom=True)
     return figure
+
+
+def _plain_logarithm(axis: Axis) -> None:
+    """Label a logarithmic axis with plain numbers, more of them where it spans little."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high > 8 * low else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
+    axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def training_curve(history: pd.DataFrame) -> Figure:
@@ -157,10 +170,11 @@ def front(table: pd.DataFrame, ylabel: str, value: str = "ratio", mark: float | 
     mark : a line at this value ("at most 5 % worse"); None for none
     """
     figure, axes = plt.subplots(figsize=(WIDE, 3.4))
+    variants = [family for family in dict.fromkeys(table["family"]) if family not in CONTROLS]
     for family, rows in table.groupby("family", sort=False):
         rows = rows.sort_values("macs_ratio")
-        own = family in COLOURS
-        colour, marker, line = (COLOURS[family], "*", "") if own else CONTROLS[family]
+        own = family in variants
+        colour, marker, line = _own(family, variants) if own else CONTROLS[family]
         bars = [rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]]
         axes.errorbar(rows["macs_ratio"], rows[value], bars, color=colour, marker=marker, ls=line,
                       ms=9 if own else 5, lw=1, elinewidth=0.8, capsize=1.5, label=family, zorder=3 if own else 2)
@@ -169,16 +183,18 @@ def front(table: pd.DataFrame, ylabel: str, value: str = "ratio", mark: float | 
         axes.annotate("5 % worse", (1, mark), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7,
                       color="0.5")
     axes.set(xscale="log", yscale="log", xlabel="times fewer executed MACs than the teacher", ylabel=ylabel)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
-        axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
-        axis.set_minor_formatter(NullFormatter())
+    _plain_logarithm(axes.xaxis)
+    _plain_logarithm(axes.yaxis)
     axes.legend(fontsize=7, ncols=2)
     return figure
 
 
-def search_progress(found: pd.DataFrame, budgets: Sequence[float]) -> Figure:
-    """Draw all searched plans by cost and error, and the best error so far under each budget.
+def _own(family: str, variants: Sequence[str]) -> tuple:
+    return COLOURS[family.partition(",")[0]], VARIANTS[variants.index(family) % len(VARIANTS)], ""
+
+
+def search_progress(found: pd.DataFrame, budgets: Sequence[float], title: str) -> Figure:
+    """Draw all plans of one search by cost and error, and the best error so far under each budget.
 
     Parameters
     ----------
@@ -186,6 +202,7 @@ def search_progress(found: pd.DataFrame, budgets: Sequence[float]) -> Figure:
     budgets : fractions of the teacher's MACs
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 2.8))
+    figure.suptitle(title, fontsize=9)
     kinds = {"no partial steps": found["partial_steps"] == 0, "with partial steps": found["partial_steps"] > 0}
     for (name, rows), colour in zip(kinds.items(), ("0.3", COLOURS["Flexiffusion"])):
         left.scatter(100 * found["macs_fraction"][rows], found["error"][rows], s=10, color=colour, label=name)
@@ -201,28 +218,92 @@ def search_progress(found: pd.DataFrame, budgets: Sequence[float]) -> Figure:
     right.set(xlabel="candidates tried", ylabel="best rFID so far", yscale="log")
     right.legend(title="executed MACs", fontsize=7, title_fontsize=7)
     for axes in (left, right):
-        axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        _plain_logarithm(axes.yaxis)
+    return figure
+
+
+def searches(found: pd.DataFrame, budgets: Sequence[float]) -> Figure:
+    """Draw each search's best error so far within the smallest budget; columns as in `search_progress`, and search."""
+    figure, axes = plt.subplots(figsize=(WIDE, 2.8))
+    names = list(dict.fromkeys(found["search"]))
+    for number, name in enumerate(names):
+        rows = found[found["search"] == name]
+        best = rows["error"].where(rows["macs_fraction"] <= min(budgets)).cummin().ffill()
+        own = name not in CONTROLS
+        axes.step(rows["trial"], best, where="post", label=name, lw=1.6 if own else 1,
+                  color=COLOURS["Flexiffusion"] if own else CONTROLS[name][0],
+                  ls=("-", "--", ":", "-.")[number % 4 if own else names.index(name) % 4])
+    axes.set(xlabel="candidates tried", ylabel=f"best rFID within {min(budgets):.0%}", yscale="log")
+    _plain_logarithm(axes.yaxis)
+    axes.legend(fontsize=7, ncols=2)
+    return figure
+
+
+def rank_agreement(agreement: pd.DataFrame, many: int) -> Figure:
+    """Draw Kendall's tau with the final score against the images behind the cheap measure, one panel a space.
+
+    Parameters
+    ----------
+    agreement : columns space, kind, images, tau, tau_low, tau_high, plans
+    many : images behind the final score; a line marks a tenth of them
+    """
+    spaces = list(dict.fromkeys(agreement["space"]))
+    figure, panels = plt.subplots(1, len(spaces), figsize=(WIDE, 2.6), sharey=True, squeeze=False)
+    for axes, space in zip(panels[0], spaces):
+        rows = agreement[agreement["space"] == space]
+        for (kind, line), colour in zip(rows.groupby("kind", sort=False), (*_PALETTE[:3], "0.5")):
+            axes.plot(line["images"], line["tau"], marker="o", ms=3, lw=1, color=colour, label=kind)
+            axes.fill_between(line["images"], line["tau_low"], line["tau_high"], color=colour, alpha=0.12, lw=0)
+        axes.axvline(many / 10, color="0.7", lw=0.8, ls="--")
+        axes.axhline(0.7, color="0.85", lw=0.8, ls="--")
+        axes.set(xscale="log", xlabel="images", title=f"{space}, {rows['plans'].iloc[0]} candidates")
+        _plain_logarithm(axes.xaxis)
+    panels[0, 0].set(ylabel="Kendall's tau")
+    panels[0, -1].legend(fontsize=7, loc="lower right")
+    return figure
+
+
+def dividends(table: pd.DataFrame) -> Figure:
+    """Draw what a partial step after each full one is worth at equal executed MACs: below 1 it pays.
+
+    Parameters
+    ----------
+    table : columns order, full_steps, branch, calls, ratio, ratio_low, ratio_high
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(WIDE, 2.8), sharey=True)
+    names = {1: "DDIM (order 1)", 2: "DPM-Solver++ (order 2)"}
+    for axes, (order, rows) in zip(panels, table.groupby("order")):
+        for (branch, line), tone in zip(rows.groupby("branch"), np.linspace(0.35, 1, rows["branch"].nunique())):
+            bars = [line["ratio"] - line["ratio_low"], line["ratio_high"] - line["ratio"]]
+            axes.errorbar(line["calls"], line["ratio"], bars, marker="o", ms=4, lw=1, elinewidth=0.8, capsize=2,
+                          color=plt.cm.Blues(tone), label=f"branch {branch}")
+        axes.axhline(1, color="0.5", lw=0.8)
+        axes.set(yscale="log", xlabel="executed MACs (full calls)", title=names[order])
+        _plain_logarithm(axes.yaxis)
+    panels[0].set(ylabel="with partial steps / more full steps")
+    panels[-1].legend(fontsize=7)
     return figure
 
 
 def beside_controls(table: pd.DataFrame) -> Figure:
     """Draw each plan's score over its controls' at equal executed MACs, with intervals: left of 1 the plan wins."""
     plans, order = (list(dict.fromkeys(table[column])) for column in ("plan", "name"))
-    figure, panels = plt.subplots(1, len(plans), figsize=(WIDE, 0.24 * len(order) + 1.2), sharey=True, squeeze=False)
-    for axes, plan in zip(panels[0], plans):
+    wide = min(3, len(plans))
+    high = -(-len(plans) // wide)
+    figure, panels = plt.subplots(high, wide, figsize=(WIDE, high * (0.2 * len(order) + 1)), sharey=True, squeeze=False)
+    for axes in panels.flat[len(plans):]:
+        axes.set_axis_off()
+    for axes, plan in zip(panels.flat, plans):
         rows = table[table["plan"] == plan]
         value = rows["plan_over_control"]
         bars = [value - rows["plan_over_control_low"], rows["plan_over_control_high"] - value]
         axes.errorbar(value, [order.index(control) for control in rows["name"]], xerr=bars, fmt="o", color="0.3",
                       ms=4, capsize=2, elinewidth=1)
         axes.axvline(1, color=COLOURS["Flexiffusion"], lw=1)
-        axes.set(xscale="log", xlabel="plan's score / control's score")
-        axes.set_title(f"{plan}\n\u2190 plan better | control better \u2192", fontsize=8)
-        axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    panels[0, 0].set_yticks(range(len(order)), order)
+        axes.set_xscale("log")
+        axes.set_title(plan, fontsize=7)
+        _plain_logarithm(axes.xaxis)
+    panels[0, 0].set_yticks(range(len(order)), order, fontsize=7)
     panels[0, 0].invert_yaxis()
+    figure.supxlabel("\u2190 plan better      plan's score / control's score      control better \u2192", fontsize=8)
     return figure

@@ -96,15 +96,24 @@ class TeacherAnalysis(Common):
 class ScheduleSearch(Common):
     """Parameters of 04_schedule_search."""
 
-    order: Literal[1, 2]  # of the solver under the searched schedules
-    segment_counts: list[Positive] = Field(min_length=1)  # choices of S
+    segment_counts: list[Positive] = Field(min_length=1)  # choices of S in the paper's space
     branches: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)  # choices of a segment's skip connection
-    trials: Positive  # candidates scored by rFID
+    full_steps: list[Positive] = Field(min_length=1)  # choices of the number of full steps in the extended space
+    partials: Positive  # most partial steps of a segment in the extended space
+    base_steps: int = Field(ge=2, le=1000)  # of the short DPM-Solver++ base
+    base_segment_counts: list[Positive] = Field(min_length=1)  # choices of S on the short base
+    base_budgets: list[Fraction] = Field(min_length=1)  # of the short base's executed MACs
+    trials: Positive  # candidates of each search, scored by rFID
     population: int = Field(ge=2)
-    search_images: int = Field(ge=70)  # images a candidate; more than the extractor has features
+    workers: Positive  # processes of a search; results repeat exactly with one alone
+    search_images: int = Field(ge=10)  # images a candidate
     budgets: list[Fraction] = Field(min_length=1)  # of the teacher's executed MACs
     finalists: Positive  # best of the search that meet again on the second bank
     select_images: int = Field(ge=70)
+    rank_plans: int = Field(ge=5)  # candidates on which rFID is held against the final score
+    rank_images: int = Field(ge=70)  # images of that final score
+    rank_sizes: list[Annotated[int, Field(ge=10)]] = Field(min_length=1)  # images behind rFID there
+    dividend_steps: list[Positive] = Field(min_length=1)  # full steps at which one partial step each is added
     latency_batch: Positive
     latency_repeats: int = Field(ge=3)
 

@@ -1,6 +1,7 @@
 """Copies a study's numbers and figures to ``reports/<study>/`` and fills the README's tables from them."""
 
 import argparse
+import json
 import re
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import pandas as pd
 
 from lib import paths
 from lib.params import NOTEBOOKS, ParamsError, studies
+from lib.stage import Stage
 
 KEPT = ("metrics.json", "timings.json", "meta.json", "figures/*.png", "figures/*.csv", "tables/*.csv", "plans/*.json")
 
@@ -38,12 +40,15 @@ def results_table(study: str) -> str:
     controls = pd.read_csv(reports / "01_teacher_analysis" / "tables" / "front.csv")
     searched = pd.read_csv(reports / "04_schedule_search" / "tables" / "front.csv").query("kind != 'teacher'")
     table = pd.concat([controls, searched]).sort_values(["macs_ratio", "ratio"])
-    lines = ["| plan | times fewer executed MACs | score [95 %] | over the best teacher's [95 %] | over DDIM's at T "
-             "steps [95 %] |", "|---|---|---|---|---|"]
+    speeds = json.loads((reports / "01_teacher_analysis" / "timings.json").read_text())
+    speeds |= json.loads((reports / "04_schedule_search" / "timings.json").read_text())
+    lines = ["| plan | times fewer executed MACs | times faster, measured | score [95 %] | over the best teacher's "
+             "[95 %] | over DDIM's at T steps [95 %] |", "|---|---|---|---|---|---|"]
     for _, row in table.iterrows():
         name = f"**{row['name']}**" if row["kind"] != "control" else row["name"]
         cells = [_interval(row, column) for column in ("score", "ratio", "ddim_ratio")]
-        lines.append("| " + " | ".join([name, f"{row['macs_ratio']:.2f}", *cells]) + " |")
+        faster = speeds[f"speed_up_{Stage.key(row['name'])}"]
+        lines.append("| " + " | ".join([name, f"{row['macs_ratio']:.2f}", f"{faster:.2f}", *cells]) + " |")
     return "\n".join(lines) + f"\n\nn = {table['n'].iloc[0]:,} images a row; features of {table['extractor'].iloc[0]}."
 
 

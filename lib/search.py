@@ -1,17 +1,24 @@
 """Search for plans over any genome that decodes to one: evolutionary (NSGA-II) or random, on Optuna.
 
 Two objectives are minimised, an error and the executed MACs. Candidates are asked and told one by one and every trial
-goes into a journal, so that a search resumes after a kill.
+goes into a storage, a journal file or a database, so that a search resumes after a kill, and that several processes, or
+several machines, work on one.
 """
 
+import multiprocessing
+import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 import optuna
+import torch
 from optuna.distributions import BaseDistribution
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import NSGAIISampler, RandomSampler
+from optuna.samplers.nsgaii import PolynomialMutation
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -43,56 +50,45 @@ class Found:
 
 
 def search(space: Space, error: Callable[[Plan], float], macs: Callable[[Plan], int], *, trials: int, population: int,
-           seed: int, journal: Path, budget: int | None = None, start: Iterable[Mapping] = (), method: str = "nsga2",
-           title: str = "search") -> list[Found]:
+           seed: int, storage: Path | str, budget: int | None = None, start: Iterable[Mapping] = (),
+           method: str = "nsga2", workers: int = 1, title: str = "search") -> list[Found]:
     """Evaluate `trials` different plans (fewer, if the space has no more) and give them in the order of evaluation.
 
     Parameters
     ----------
     space : Space
     error, macs : callable(plan), both minimised
+        With several workers they, and the space, are sent to other processes: no lambdas.
     population : int, of NSGA-II
-    journal : Path
-        File that keeps the trials; if it is there, the search goes on from it.
+    storage : Path or str
+        A journal file, or the URL of a database (``sqlite:///...``, ``postgresql://...``) that several machines share.
+        If it holds trials of this title, the search goes on from them.
     budget : int, MACs; dearer genomes are drawn again before they cost an evaluation
     start : genomes to begin with (known schedules)
     method : "nsga2" or "random"
+    workers : int
+        Processes that share the storage, each with its part of torch's threads. One alone repeats exactly; of several
+        the order in which they come to the storage is chance.
 
     Raises
     ------
     ValueError
         If the space has next to nothing within the budget.
+    RuntimeError
+        If a worker failed; what the others found is kept.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = JournalStorage(JournalFileBackend(str(journal)))
-    study = optuna.create_study(storage=storage, study_name=title, load_if_exists=True, directions=["minimize"] * 2)
-    study.sampler = _sampler(method, population, seed + len(study.trials))  # a resumed sampler must not repeat itself
-    distributions = dict(space.distributions())
-    found: dict[str, Found] = {}
-    for trial in study.get_trials(states=[TrialState.COMPLETE]):
-        plan = space.decode(trial.params)
-        found.setdefault(plan.key, Found(plan, *trial.values))
-    lost = [trial.system_attrs.get("fixed_params") for trial in study.get_trials(states=[TrialState.RUNNING])]
-    for genome in [genome for genome in lost if genome] if study.trials else start:
+    job = _Job(space, error, macs, trials, population, seed, storage, budget, method, title)
+    study = job.open()
+    running = study.get_trials(states=[TrialState.RUNNING])  # of a search that was killed
+    lost = [genome for trial in running if (genome := trial.system_attrs.get("fixed_params"))]
+    for genome in lost if study.trials else start:
         study.enqueue_trial(dict(genome))
-    repeats = 0
-    bar = tqdm(total=trials, initial=len(found), desc=title, unit="plan")
-    while len(found) < trials:
-        trial, plan, cost = _ask(study, space, distributions, macs, budget)
-        new = plan.key not in found
-        if new:
-            found[plan.key] = Found(plan, error(plan), cost)
-        study.tell(trial, [found[plan.key].error, cost])
-        repeats = 0 if new else repeats + 1
-        if repeats == REDRAWS:
-            tqdm.write(f"{title}: {REDRAWS} genomes in a row gave plans that were known: the space is searched through")
-            break
-        if new:
-            bar.update()
-            best = min(found.values(), key=lambda one: one.error)
-            bar.set_postfix(best=f"{best.error:.3g}", macs=f"{best.macs / 1e6:.0f}M", refresh=False)
-    bar.close()
-    return list(found.values())
+    with tqdm(total=trials, initial=len(job.look(study)), desc=title, unit="plan") as bar:
+        if workers == 1:
+            job.work(study, bar)
+        else:
+            _share(job, study, workers, bar)
+    return list(job.look(study).values())[:trials]
 
 
 def pareto(found: Iterable[Found]) -> list[Found]:
@@ -104,21 +100,108 @@ def pareto(found: Iterable[Found]) -> list[Found]:
     return front
 
 
-def _sampler(method: str, population: int, seed: int) -> optuna.samplers.BaseSampler:
-    if method == "random":
-        return RandomSampler(seed=seed)
-    return NSGAIISampler(population_size=population, seed=seed)
+@dataclass(frozen=True)
+class _Job:
+    """All that a worker needs to know, and what it has seen of the storage."""
+
+    space: Space
+    error: Callable[[Plan], float]
+    macs: Callable[[Plan], int]
+    trials: int
+    population: int
+    seed: int
+    storage: Path | str
+    budget: int | None
+    method: str
+    title: str
+    found: dict[str, Found] = field(default_factory=dict)
+    seen: set[int] = field(default_factory=set)
+
+    def open(self) -> optuna.Study:
+        """Open the storage, with a sampler that does not repeat what a killed one or another worker drew."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        storage = self.storage
+        if isinstance(storage, Path):
+            storage = JournalStorage(JournalFileBackend(str(storage)))
+        study = optuna.create_study(storage=storage, study_name=self.title, load_if_exists=True,
+                                    directions=["minimize"] * 2)
+        seed = self.seed + len(study.trials)
+        if self.method == "random":
+            study.sampler = RandomSampler(seed=seed)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)  # PolynomialMutation
+                study.sampler = NSGAIISampler(population_size=self.population, seed=seed, mutation=PolynomialMutation())
+        return study
+
+    def look(self, study: optuna.Study) -> dict[str, Found]:
+        """Take what all workers told the storage: one entry for each different plan."""
+        for trial in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
+            if trial.number not in self.seen:
+                self.seen.add(trial.number)
+                plan = self.space.decode(trial.params)
+                self.found.setdefault(plan.key, Found(plan, *trial.values))
+        return self.found
+
+    def work(self, study: optuna.Study, bar: tqdm | None = None) -> None:
+        """Ask, evaluate and tell until there are enough plans."""
+        distributions, repeats = dict(self.space.distributions()), 0
+        while len(found := self.look(study)) < self.trials:
+            trial, plan, cost = self._ask(study, distributions)
+            before = len(found)
+            one = found.get(plan.key) or Found(plan, self.error(plan), cost)
+            study.tell(trial, [one.error, one.macs])
+            repeats = 0 if plan.key not in found else repeats + 1
+            if repeats == REDRAWS:
+                tqdm.write(f"{self.title}: {REDRAWS} genomes in a row gave plans that were known: the space is "
+                           "searched through")
+                return
+            if bar is not None:
+                _show(bar, self.look(study), before)
+
+    def _ask(self, study: optuna.Study, distributions: dict[str, BaseDistribution]) -> tuple[optuna.Trial, Plan, int]:
+        """Ask for a genome within the budget; dearer ones are told as failed: the sampler learns nothing of them."""
+        for _ in range(REDRAWS):
+            trial = study.ask(distributions)
+            plan = self.space.decode(trial.params)
+            cost = self.macs(plan)
+            if self.budget is None or cost <= self.budget:
+                return trial, plan, cost
+            study.tell(trial, state=TrialState.FAIL)
+        raise ValueError(f"none of {REDRAWS} genomes cost at most {self.budget} MACs: raise the budget, or widen the "
+                         "space by cheaper choices.")
 
 
-def _ask(study: optuna.Study, space: Space, distributions: dict, macs: Callable[[Plan], int], budget: int | None
-         ) -> tuple[optuna.Trial, Plan, int]:
-    """Ask for a genome within the budget; dearer ones are told as failed, and the sampler learns nothing of them."""
-    for _ in range(REDRAWS):
-        trial = study.ask(distributions)
-        plan = space.decode(trial.params)
-        cost = macs(plan)
-        if budget is None or cost <= budget:
-            return trial, plan, cost
-        study.tell(trial, state=TrialState.FAIL)
-    raise ValueError(f"none of {REDRAWS} genomes cost at most {budget} MACs: raise the budget, or widen the space by "
-                     "cheaper choices.")
+def _share(job: _Job, study: optuna.Study, workers: int, bar: tqdm) -> None:
+    """Let several processes work on one storage, and show how they get on."""
+    threads = max(1, torch.get_num_threads() // workers)
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=_worker, args=(replace(job, seed=job.seed + 1_000_000 * (number + 1)), threads),
+                               daemon=True) for number in range(workers)]
+    for process in processes:
+        process.start()
+    try:
+        while any(process.is_alive() for process in processes):
+            time.sleep(0.5)
+            before = len(job.found)
+            _show(bar, job.look(study), before)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+    failed = [process.exitcode for process in processes if process.exitcode]
+    if failed and len(job.look(study)) < job.trials:
+        raise RuntimeError(f"{job.title}: {len(failed)} of {workers} workers failed (their own errors stand above). "
+                           "What they found is kept: run it again to go on.")
+
+
+def _worker(job: _Job, threads: int) -> None:
+    torch.set_num_threads(threads)
+    job.work(job.open())
+
+
+def _show(bar: tqdm, found: Mapping[str, Found], before: int) -> None:
+    if len(found) > before:
+        best = min(found.values(), key=lambda one: one.error)
+        bar.set_postfix(best=f"{best.error:.3g}", macs=f"{best.macs / 1e6:.0f}M", refresh=False)
+        bar.update(len(found) - before)

@@ -104,5 +104,9 @@ def write_json(path: Path, content: Mapping) -> None:
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=paths.ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    """Give the commit, with "-dirty" where code or parameters are not as committed."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=paths.ROOT, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "lib", "notebooks", "params")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "") or "unknown"

@@ -69,3 +69,17 @@ def test_interleaving_takes_turns_and_ratios_have_an_interval():
     assert turns == ["a", "b"] * 4 and len(seconds["a"]) == 3
     ratio, low, high = cost.median_ratio([2.0, 2.1, 1.9, 2.0], [1.0, 1.0, 1.1, 1.0])
     assert low <= ratio == 2.0 <= high
+
+
+def test_a_plans_time_is_the_sum_over_its_columns(unet, schedule, teacher, described, noise, tmp_path):
+    plan = Plan.deepcache(5, described.branch(1), teacher)
+    latency = cost.measure(unet, schedule, [plan], noise, precision="fp32", repeats=2)
+    live, _ = described.liveness(plan.cells)
+    full, part = ("".join("01"[runs] for runs in row.astype(int)) for row in live[:2])
+    assert set(latency.seconds) == {full, part} and latency.batch == len(noise)
+    assert latency.of(plan, live) == pytest.approx(2 * latency.seconds[full] + 8 * latency.seconds[part])
+    latency.save(tmp_path / "latency.json")
+    assert cost.Latency.load(tmp_path / "latency.json") == latency
+    other = Plan.deepcache(5, described.branch(0), teacher)
+    with pytest.raises(KeyError, match="measure a plan that holds it"):
+        latency.of(other, described.liveness(other.cells)[0])

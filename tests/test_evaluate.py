@@ -123,3 +123,35 @@ def test_the_extractor_comes_back_from_its_folder_and_rounds_to_pixels(classifie
     assert torch.equal(extractor.embed(again, images), extractor.embed(classifier, data.to_uint8(images)))
     with pytest.raises(FileNotFoundError, match="00_teacher_training makes it"):
         extractor.load(tmp_path / "none")
+
+
+def test_a_shrunk_covariance_is_sound_where_a_plain_one_is_not():
+    """40 samples of 64 features: nearer to the truth (the unit matrix), and no direction of no variance."""
+    features = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    plain, shrunk = (evaluate.statistics(features, shrink)["sigma"] for shrink in (False, True))
+    assert np.linalg.norm(shrunk - np.eye(64)) < np.linalg.norm(plain - np.eye(64)) / 3
+    assert np.linalg.eigvalsh(shrunk).min() > 0.1 > np.linalg.eigvalsh(plain).min()
+
+
+@pytest.mark.parametrize("kind", evaluate.KINDS)
+def test_imitation_is_nothing_for_the_teacher_and_grows_with_the_distance(kind):
+    generator = torch.Generator().manual_seed(0)
+    teacher, noise = (torch.randn(200, 64, generator=generator) for _ in range(2))
+    errors = [evaluate.imitation(teacher + scale * noise, teacher, kind) for scale in (0, 0.5, 1)]
+    assert errors[0] == pytest.approx(0, abs=1e-6) and errors[0] < errors[1] < errors[2]
+
+
+def test_paired_distance_is_the_mean_squared_gap():
+    teacher = torch.zeros(10, 4)
+    assert evaluate.imitation(teacher + 2, teacher, "paired") == 16
+
+
+def test_rank_agreement_is_1_for_the_same_order_and_falls_with_fewer_images():
+    generator = torch.Generator().manual_seed(0)
+    real, teacher = (torch.randn(500, 8, generator=generator) for _ in range(2))
+    shifts = np.linspace(0, 0.6, 8)
+    plans = [torch.randn(500, 8, generator=generator) + float(shift) for shift in shifts]
+    found = evaluate.rank_agreement(plans, shifts, Judge(real, "it"), teacher, [10, 500], seed=0)
+    tau = found.set_index(["kind", "images"])["tau"]
+    assert set(found["kind"]) == {*evaluate.KINDS, "score"}
+    assert tau["rfid", 500] == pytest.approx(1) == tau["score", 500] and tau["rfid, shrunk", 10] < 0.99

@@ -236,7 +236,7 @@ def test_a_notebook_with_other_parameters_than_its_dataclass_is_refused(tmp_path
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, tmp_path / "04_schedule_search.ipynb")
     monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
-    with pytest.raises(params.ParamsError, match=r"has \['speed'\] too much and lacks \['branches', .*'trials'\]"):
+    with pytest.raises(params.ParamsError, match=r"has \['speed'\] too much and lacks \['base_budgets', .*'workers'\]"):
         run.notebook("04_schedule_search", "smoke")
 
 

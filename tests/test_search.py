@@ -1,14 +1,22 @@
-"""The search: finds, respects the budget, evaluates nothing twice, resumes. And Flexiffusion's space."""
+"""The search: finds, respects the budget, evaluates nothing twice, resumes, shares work. And Flexiffusion's spaces."""
 
 import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
 
 import numpy as np
 import pytest
-from optuna.distributions import IntDistribution
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, IntDistribution
 
-from lib import cost
-from lib.flexiffusion import SegmentSpace
-from lib.plan import Plan
+from lib import blocks, cost, teachers
+from lib.flexiffusion import FreeSpace, SegmentSpace
+from lib.plan import NoiseSchedule, Plan, trailing
 from lib.search import Found, pareto, search
 
 
@@ -35,7 +43,7 @@ def macs(plan):
 
 
 def run(teacher, journal, trials=60, **options):
-    return search(Toy(teacher), error, macs, trials=trials, population=10, seed=0, journal=journal, **options)
+    return search(Toy(teacher), error, macs, trials=trials, population=10, seed=0, storage=journal, **options)
 
 
 def test_it_repeats_and_draws_better_than_random(teacher, tmp_path):
@@ -67,7 +75,7 @@ def test_it_resumes_and_loses_only_the_running_trial(teacher, tmp_path):
         calls.append(plan.key)
         return error(plan)
 
-    arguments = {"trials": 40, "population": 10, "seed": 0, "journal": tmp_path / "journal"}
+    arguments = {"trials": 40, "population": 10, "seed": 0, "storage": tmp_path / "journal"}
     with pytest.raises(KeyboardInterrupt):
         search(Toy(teacher), breaks, macs, **arguments)
     before = list(calls)
@@ -79,6 +87,67 @@ def test_it_resumes_and_loses_only_the_running_trial(teacher, tmp_path):
     found = search(Toy(teacher), counts, macs, **arguments)
     assert [one.plan.key for one in found][:20] == before
     assert len(calls) == len(set(calls)) == len(found) == 40
+
+
+def logged(path, plan):
+    """Toy's error, slowly, with a line in a file for each evaluation begun."""
+    with open(path, "a") as file:
+        file.write(f"{os.getpid()} {plan.key}\n")
+    time.sleep(0.05)
+    return error(plan)
+
+
+@pytest.mark.parametrize("storage", ["journal", "database"])
+def test_two_workers_share_the_trials(teacher, tmp_path, storage):
+    where = tmp_path / "journal" if storage == "journal" else f"sqlite:///{tmp_path}/search.db"
+    found = run_logged(teacher, where, tmp_path / "log", trials=24, workers=2)
+    lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert len({one.plan.key for one in found}) == len(found) == 24
+    assert len({worker for worker, _ in lines}) == 2
+    assert all(one.error == error(one.plan) and one.macs == macs(one.plan) for one in found)
+    assert len(lines) <= 24 + 8  # two may evaluate one plan at the same moment, and each may end one too many
+
+
+def run_logged(teacher, storage, log, **options):
+    return search(Toy(teacher), partial(logged, log), macs, population=10, seed=0, storage=storage, **options)
+
+
+def test_a_worker_that_fails_is_told(teacher, tmp_path):
+    with pytest.raises(RuntimeError, match="2 of 2 workers failed"):
+        search(Toy(teacher), fails, macs, trials=4, population=2, seed=0, storage=tmp_path / "journal", workers=2)
+
+
+def fails(plan):
+    raise OSError("no disk")
+
+
+KILLED = """
+from pathlib import Path
+import sys
+sys.path.insert(0, {tests!r})
+from test_search import run_logged
+from lib import blocks, teachers
+from lib.plan import NoiseSchedule, Plan, trailing
+unet = teachers.unet((1, 16, 16), [8, 8, 16], 1, 4)
+teacher = Plan.full(trailing(10, 1000), NoiseSchedule.of(teachers.noise_schedule()), blocks.describe(unet).names)
+run_logged(teacher, Path({journal!r}), {log!r}, trials=40)
+"""
+
+
+def test_kill_9_loses_no_trial_but_the_running_one(teacher, tmp_path):
+    log, journal = tmp_path / "log", tmp_path / "journal"
+    code = KILLED.format(tests=os.path.dirname(__file__), journal=str(journal), log=str(log))
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 12):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = [line.split()[1] for line in log.read_text().splitlines()]
+    found = run_logged(teacher, journal, log, trials=40)
+    after = [line.split()[1] for line in log.read_text().splitlines()][len(before):]
+    assert len(before) >= 12 and len(found) == 40
+    assert not set(before[:-1]) & set(after), "a finished trial was evaluated again"
+    assert set(before[:-1]) <= {one.plan.key for one in found}
 
 
 def test_the_front_holds_what_nothing_beats(teacher):
@@ -101,7 +170,7 @@ def test_the_space_holds_deepcache_and_fewer_steps(space, teacher, described):
 def test_a_space_that_is_searched_through_ends_the_search(teacher, tmp_path):
     small = Toy(teacher)
     small.distributions = lambda: {"a": IntDistribution(0, 1), "b": IntDistribution(0, 1)}
-    found = search(small, error, macs, trials=10, population=4, seed=0, journal=tmp_path / "journal")
+    found = search(small, error, macs, trials=10, population=4, seed=0, storage=tmp_path / "journal")
     assert len(found) == 4
 
 
@@ -109,7 +178,7 @@ def test_a_start_genome_that_was_being_evaluated_is_not_lost(teacher, tmp_path):
     def breaks(plan):
         raise KeyboardInterrupt
 
-    arguments = {"trials": 3, "population": 4, "seed": 0, "journal": tmp_path / "journal",
+    arguments = {"trials": 3, "population": 4, "seed": 0, "storage": tmp_path / "journal",
                  "start": [{"a": 1, "b": 2}, {"a": 3, "b": 4}]}
     with pytest.raises(KeyboardInterrupt):
         search(Toy(teacher), breaks, macs, **arguments)
@@ -147,3 +216,48 @@ def test_what_does_not_fit_is_refused(teacher, described):
         SegmentSpace(teacher, described, (9,), (0,))
     with pytest.raises(ValueError, match=r"branch 6: this network has branches 0\.\.5"):
         SegmentSpace(teacher, described, (2,), (0, 6))
+
+
+@pytest.fixture(scope="module")
+def free(teacher, described):
+    return FreeSpace(teacher, described, (2, 4, 5), (0, 1), partials=2)
+
+
+def test_the_free_space_holds_both_solvers_uniform_steps_and_caching(free, teacher, described):
+    for order in (1, 2):
+        uniform = Plan.few_steps(5, "uniform", teacher, order)
+        assert free.decode(free.encode(5, order)).key == uniform.key
+    cached = free.decode(free.encode(5, 1, partials=1))
+    assert cached.key == Plan.deepcache(2, described.branch(0), teacher).key
+    for genome in free.known():
+        assert set(genome) == set(free.distributions())
+
+
+@given(st.data())
+def test_every_genome_of_the_free_space_is_a_plan(data):
+    unet = teachers.unet((1, 16, 16), [8, 8, 16], 1, 4)
+    described = blocks.describe(unet)
+    fits = NoiseSchedule.of(teachers.noise_schedule())
+    teacher = Plan.full(trailing(10, 1000), fits, described.names)
+    space = FreeSpace(teacher, described, (2, 40), (0, 1), partials=data.draw(st.integers(0, 3)))
+    genome = {}
+    for name, gene in space.distributions().items():
+        if isinstance(gene, CategoricalDistribution):
+            genome[name] = data.draw(st.sampled_from(gene.choices))
+        elif isinstance(gene, IntDistribution):
+            genome[name] = data.draw(st.integers(gene.low, gene.high))
+        else:
+            genome[name] = data.draw(st.floats(gene.low, gene.high))
+    plan, count = space.decode(genome), space.counts[genome["segments"]]
+    extra = sum(genome.get(f"partials_{slot}", 0) for slot in range(count))
+    assert plan.steps == count + extra and plan.cells.all(axis=1).sum() == count and plan.order == genome["order"]
+
+
+def test_power_and_lengths_move_the_steps(free):
+    def steps(**genes):
+        return free.decode(free.encode(4, 1) | genes).timesteps
+
+    assert steps() == (999, 749, 499, 249)
+    assert steps(power=1.0) == (999, 561, 249, 61)  # 1000 (1 - k/4)^2 - 1
+    assert steps(length_0=1.0) == (999, 499, 332, 166)  # the first three times as long as the others
+    assert free.decode(free.encode(4, 1) | {"partials_0": 1, "reach_0": 0.5}).timesteps == (999, 937, 749, 499, 249)
