@@ -6,6 +6,7 @@ after another: both sets of images come from the same noise, so the ratio is com
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -208,7 +209,7 @@ class Bank:
                 images = sampling.sample(self.model, self.schedule, plan, self.noise(), precision=self.precision,
                                          title=title)
                 self._features[plan.key] = extractor.embed(self.classifier, images)
-                partial = path.with_suffix(".partial")
+                partial = path.with_suffix(f".{os.getpid()}")  # workers may write the same features at once
                 save_file({"features": self._features[plan.key]}, partial)
                 partial.replace(path)
         return self._features[plan.key]

@@ -27,7 +27,8 @@ CONTROLS = {"DDIM, uniform": ("0.45", "o", "-"), "DDIM, quadratic": ("0.6", "s",
             "random cells": ("0.75", "x", ":"), "searched steps, DDIM": ("0.45", "<", ""),
             "searched steps": ("0.0", ">", ""), "random search": ("0.7", "1", ""),
             "random search, extended": ("0.7", "2", "")}
-"""Grey, marker and line of each control."""
+OTHER = ("0.6", "v", "--")
+"""Grey, marker and line of each control, and of one that has none of its own."""
 KINDS = {"null": "white", "partial": sns.color_palette("pastel")[0], "full": _PALETTE[0]}
 
 
@@ -170,11 +171,11 @@ def front(table: pd.DataFrame, ylabel: str, value: str = "ratio", mark: float | 
     mark : a line at this value ("at most 5 % worse"); None for none
     """
     figure, axes = plt.subplots(figsize=(WIDE, 3.4))
-    variants = [family for family in dict.fromkeys(table["family"]) if family not in CONTROLS]
+    variants = [family for family in dict.fromkeys(table["family"]) if family.partition(",")[0] in COLOURS]
     for family, rows in table.groupby("family", sort=False):
         rows = rows.sort_values("macs_ratio")
         own = family in variants
-        colour, marker, line = _own(family, variants) if own else CONTROLS[family]
+        colour, marker, line = _own(family, variants) if own else CONTROLS.get(family, OTHER)
         bars = [rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]]
         axes.errorbar(rows["macs_ratio"], rows[value], bars, color=colour, marker=marker, ls=line,
                       ms=9 if own else 5, lw=1, elinewidth=0.8, capsize=1.5, label=family, zorder=3 if own else 2)
@@ -222,20 +223,25 @@ def search_progress(found: pd.DataFrame, budgets: Sequence[float], title: str) -
     return figure
 
 
-def searches(found: pd.DataFrame, budgets: Sequence[float]) -> Figure:
-    """Draw each search's best error so far within the smallest budget; columns as in `search_progress`, and search."""
-    figure, axes = plt.subplots(figsize=(WIDE, 2.8))
-    names = list(dict.fromkeys(found["search"]))
-    for number, name in enumerate(names):
-        rows = found[found["search"] == name]
-        best = rows["error"].where(rows["macs_fraction"] <= min(budgets)).cummin().ffill()
-        own = name not in CONTROLS
-        axes.step(rows["trial"], best, where="post", label=name, lw=1.6 if own else 1,
-                  color=COLOURS["Flexiffusion"] if own else CONTROLS[name][0],
-                  ls=("-", "--", ":", "-.")[number % 4 if own else names.index(name) % 4])
-    axes.set(xlabel="candidates tried", ylabel=f"best rFID within {min(budgets):.0%}", yscale="log")
-    _plain_logarithm(axes.yaxis)
-    axes.legend(fontsize=7, ncols=2)
+def searches(found: pd.DataFrame, budget: float) -> Figure:
+    """Draw each search's best error so far within a budget, a panel for each teacher that searches imitate.
+
+    Parameters
+    ----------
+    found : columns as in `search_progress`, search and target
+    """
+    targets = list(dict.fromkeys(found["target"]))
+    figure, panels = plt.subplots(1, len(targets), figsize=(WIDE, 2.8), squeeze=False)
+    for axes, target in zip(panels[0], targets):
+        for (name, rows), line in zip(found[found["target"] == target].groupby("search", sort=False), ("-", "--", ":")):
+            best = rows["error"].where(rows["macs_fraction"] <= budget).cummin().ffill()
+            own = name.partition(",")[0] in COLOURS
+            axes.step(rows["trial"], best, where="post", label=name, ls=line, lw=1.6 if own else 1,
+                      color=COLOURS[name.partition(",")[0]] if own else CONTROLS.get(name, OTHER)[0])
+        axes.set(xlabel="candidates tried", ylabel=f"best rFID within {100 * budget:.3g}%", yscale="log")
+        axes.set_title(f"imitating {target}", fontsize=8)
+        _plain_logarithm(axes.yaxis)
+        axes.legend(fontsize=7)
     return figure
 
 

@@ -62,7 +62,7 @@ class SegmentSpace:
         """Give each gene's range."""
         genes: dict[str, BaseDistribution] = {"segments": CategoricalDistribution(self.counts)}
         for slot in range(max(self.counts)):
-            genes[f"branch_{slot}"] = IntDistribution(0, len(self.branches) - 1)
+            genes[f"branch_{slot}"] = CategoricalDistribution(self.branches)
             genes[f"interval_{slot}"] = FloatDistribution(0.0, 1.0)
         return genes
 
@@ -73,7 +73,7 @@ class SegmentSpace:
         chosen = []
         for slot in range(count):
             active = min(length, 1 + int(genome[f"interval_{slot}"] * length))
-            chosen.append((active, self.branches[genome[f"branch_{slot}"]]))
+            chosen.append((active, genome[f"branch_{slot}"]))
         return Plan.segments([(active, self.shallow[branch]) for active, branch in chosen], self.teacher,
                              paper="2409.17566", active_and_branch=[list(pair) for pair in chosen])
 
@@ -82,7 +82,7 @@ class SegmentSpace:
         length = -(-self.teacher.steps // count)
         genome = {"segments": count}
         for slot in range(max(self.counts)):
-            genome[f"branch_{slot}"] = self.branches.index(branch)
+            genome[f"branch_{slot}"] = branch
             genome[f"interval_{slot}"] = (active - 0.5) / length
         return genome
 
@@ -128,6 +128,12 @@ class FreeSpace:
     partials: int
     orders: tuple[int, ...] = (1, 2)
 
+    def __post_init__(self):
+        if list(self.counts) != sorted(set(self.counts)):
+            raise ValueError(f"full_steps: must rise, got {list(self.counts)}")
+        for branch in self.branches:
+            self.blocks.branch(branch)  # raises for a branch that the network has not
+
     @cached_property
     def shallow(self) -> dict[int, np.ndarray]:
         """The blocks that a partial step runs, per branch."""
@@ -141,8 +147,8 @@ class FreeSpace:
         for slot in range(max(self.counts)):
             genes[f"length_{slot}"] = FloatDistribution(0.0, 1.0)
             if self.partials:
-                genes[f"partials_{slot}"] = IntDistribution(0, self.partials)
-                genes[f"branch_{slot}"] = IntDistribution(0, len(self.branches) - 1)
+                genes[f"partials_{slot}"] = CategoricalDistribution(tuple(range(self.partials + 1)))
+                genes[f"branch_{slot}"] = CategoricalDistribution(self.branches)
                 genes[f"reach_{slot}"] = FloatDistribution(0.0, 1.0)
         return genes
 
@@ -158,7 +164,7 @@ class FreeSpace:
             rows.append(np.ones(len(self.blocks), bool))
             for step in range(1, partials + 1):
                 places.append(begins[slot] + genome[f"reach_{slot}"] * lengths[slot] * step / (partials + 1))
-                rows.append(self.shallow[self.branches[genome[f"branch_{slot}"]]])
+                rows.append(self.shallow[genome[f"branch_{slot}"]])
         power = POWERS ** (2 * genome["power"] - 1)
         wanted = [round(train * (1 - place) ** power) - 1 for place in places]
         for i in range(1, len(wanted)):  # rounding may make neighbours equal
@@ -167,16 +173,20 @@ class FreeSpace:
         full = Plan.full(timesteps, self.teacher.schedule, self.teacher.blocks, genome["order"], self.teacher.grid)
         return full.with_cells(np.stack(rows), method="free segments", segments=count)
 
-    def encode(self, count: int, order: int, partials: int = 0) -> dict:
+    def encode(self, count: int, order: int, partials: int = 0, branch: int | None = None) -> dict:
         """Give the genome of uniform segments, each with as many partial steps at equal distances."""
         genome = {"segments": self.counts.index(count), "order": order, "power": 0.5}
         for slot in range(max(self.counts)):
             genome[f"length_{slot}"] = 0.5
             if self.partials:
-                genome |= {f"partials_{slot}": partials, f"branch_{slot}": 0, f"reach_{slot}": 1.0}
+                genome |= {f"partials_{slot}": partials, f"reach_{slot}": 1.0,
+                           f"branch_{slot}": self.branches[0] if branch is None else branch}
         return genome
 
     def known(self) -> list[dict]:
-        """Give the known schedules to start from: each solver's uniform steps, without and with a partial step each."""
-        return [self.encode(count, order, partials) for order in self.orders for count in self.counts
-                for partials in ({0, 1} if self.partials else {0})]
+        """Give the known schedules to start from: each solver's uniform steps; with caching, one branch a count."""
+        known = [self.encode(count, order) for count in self.counts for order in self.orders]
+        if self.partials:
+            known += [self.encode(count, self.orders[-1], 1 + i // len(self.branches) % self.partials,
+                                  self.branches[i % len(self.branches)]) for i, count in enumerate(self.counts)]
+        return known

@@ -6,6 +6,7 @@ several machines, work on one.
 """
 
 import multiprocessing
+import secrets
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -28,6 +29,8 @@ from lib.plan import Plan
 
 REDRAWS = 500
 """Genomes over the budget, or known, one after another, at which the search ends."""
+MUTATIONS = 4
+"""Genes that a child changes, on average: of a long genome many mean nothing at its number of segments."""
 
 
 class Space(Protocol):
@@ -59,16 +62,16 @@ def search(space: Space, error: Callable[[Plan], float], macs: Callable[[Plan], 
     space : Space
     error, macs : callable(plan), both minimised
         With several workers they, and the space, are sent to other processes: no lambdas.
-    population : int, of NSGA-II
+    population : int, of NSGA-II; the start genomes should not outnumber it
     storage : Path or str
         A journal file, or the URL of a database (``sqlite:///...``, ``postgresql://...``) that several machines share.
-        If it holds trials of this title, the search goes on from them.
+        If it holds trials of this title, the search goes on from them. One worker on a journal repeats exactly; where
+        several workers or machines share the work, the order in which they come to the storage is chance.
     budget : int, MACs; dearer genomes are drawn again before they cost an evaluation
     start : genomes to begin with (known schedules)
     method : "nsga2" or "random"
     workers : int
-        Processes that share the storage, each with its part of torch's threads. One alone repeats exactly; of several
-        the order in which they come to the storage is chance.
+        Processes that share the storage, each with its part of torch's threads.
 
     Raises
     ------
@@ -77,12 +80,17 @@ def search(space: Space, error: Callable[[Plan], float], macs: Callable[[Plan], 
     RuntimeError
         If a worker failed; what the others found is kept.
     """
+    if isinstance(storage, str):
+        seed = secrets.randbelow(2**31)  # two machines that begin together must not draw the same
     job = _Job(space, error, macs, trials, population, seed, storage, budget, method, title)
     study = job.open()
-    running = study.get_trials(states=[TrialState.RUNNING])  # of a search that was killed
-    lost = [genome for trial in running if (genome := trial.system_attrs.get("fixed_params"))]
-    for genome in lost if study.trials else start:
-        study.enqueue_trial(dict(genome))
+    for genome in start:
+        study.enqueue_trial(dict(genome), skip_if_exists=True)
+    if isinstance(storage, Path):  # what runs there is what a killed search lost; in a database it may be another's
+        for trial in study.get_trials(states=[TrialState.RUNNING]):
+            study.tell(trial.number, state=TrialState.FAIL)
+            if genome := trial.system_attrs.get("fixed_params"):
+                study.enqueue_trial(genome)
     with tqdm(total=trials, initial=len(job.look(study)), desc=title, unit="plan") as bar:
         if workers == 1:
             job.work(study, bar)
@@ -129,9 +137,11 @@ class _Job:
         if self.method == "random":
             study.sampler = RandomSampler(seed=seed)
         else:
+            genes = len(self.space.distributions())
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExperimentalWarning)  # PolynomialMutation
-                study.sampler = NSGAIISampler(population_size=self.population, seed=seed, mutation=PolynomialMutation())
+                study.sampler = NSGAIISampler(population_size=self.population, seed=seed, mutation=PolynomialMutation(),
+                                              mutation_prob=min(1.0, MUTATIONS / genes))
         return study
 
     def look(self, study: optuna.Study) -> dict[str, Found]:
@@ -149,9 +159,12 @@ class _Job:
         while len(found := self.look(study)) < self.trials:
             trial, plan, cost = self._ask(study, distributions)
             before = len(found)
-            one = found.get(plan.key) or Found(plan, self.error(plan), cost)
-            study.tell(trial, [one.error, one.macs])
-            repeats = 0 if plan.key not in found else repeats + 1
+            if plan.key in found:  # a copy would only crowd the population
+                study.tell(trial, state=TrialState.FAIL)
+                repeats += 1
+            else:
+                study.tell(trial, [self.error(plan), cost])
+                repeats = 0
             if repeats == REDRAWS:
                 tqdm.write(f"{self.title}: {REDRAWS} genomes in a row gave plans that were known: the space is "
                            "searched through")
@@ -163,6 +176,7 @@ class _Job:
         """Ask for a genome within the budget; dearer ones are told as failed: the sampler learns nothing of them."""
         for _ in range(REDRAWS):
             trial = study.ask(distributions)
+            _ = trial.relative_params  # where all genes were given: else NSGA-II takes the trial into no population
             plan = self.space.decode(trial.params)
             cost = self.macs(plan)
             if self.budget is None or cost <= self.budget:
@@ -176,8 +190,8 @@ def _share(job: _Job, study: optuna.Study, workers: int, bar: tqdm) -> None:
     """Let several processes work on one storage, and show how they get on."""
     threads = max(1, torch.get_num_threads() // workers)
     spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=_worker, args=(replace(job, seed=job.seed + 1_000_000 * (number + 1)), threads),
-                               daemon=True) for number in range(workers)]
+    processes = [spawn.Process(target=_worker, args=(replace(job, seed=secrets.randbelow(2**31)), threads), daemon=True)
+                 for _ in range(workers)]
     for process in processes:
         process.start()
     try:
