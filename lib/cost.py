@@ -150,12 +150,12 @@ class Latency:
     batch: int
     precision: str
 
-    def of(self, plan: Plan, live: np.ndarray) -> float:
+    def of(self, live: np.ndarray) -> float:
         """Give the seconds that a batch takes under a plan.
 
         Parameters
         ----------
-        live : (S, N), bool, from `lib.blocks.Blocks.liveness`
+        live : (S, N), bool, the plan's live cells, from `lib.blocks.Blocks.liveness`
 
         Raises
         ------

@@ -42,20 +42,21 @@ def results_table(study: str) -> str:
     table = pd.concat([controls, searched]).sort_values(["macs_ratio", "ratio"])
     speeds = json.loads((reports / "01_teacher_analysis" / "timings.json").read_text())
     speeds |= json.loads((reports / "04_schedule_search" / "timings.json").read_text())
-    lines = ["| plan | times fewer executed MACs | times faster, measured | score [95 %] | over the best teacher's "
+    lines = ["| plan | times fewer executed MACs | times faster | score [95 %] | over the best teacher's "
              "[95 %] | over DDIM's at T steps [95 %] |", "|---|---|---|---|---|---|"]
     for _, row in table.iterrows():
         name = f"**{row['name']}**" if row["kind"] != "control" else row["name"]
         cells = [_interval(row, column) for column in ("score", "ratio", "ddim_ratio")]
-        faster = speeds[f"speed_up_{Stage.key(row['name'])}"]
-        lines.append("| " + " | ".join([name, f"{row['macs_ratio']:.2f}", f"{faster:.2f}", *cells]) + " |")
+        faster = speeds.get(f"speed_up_{Stage.key(row['name'])}")
+        timed = f"{faster:.2f}" if faster else "not measured yet"
+        lines.append("| " + " | ".join([name, f"{row['macs_ratio']:.2f}", timed, *cells]) + " |")
     return "\n".join(lines) + f"\n\nn = {table['n'].iloc[0]:,} images a row; features of {table['extractor'].iloc[0]}."
 
 
 def controls_table(study: str) -> str:
     """Give as Markdown what else the searched plans' executed MACs would buy."""
     table = pd.read_csv(paths.REPORTS / study / "04_schedule_search" / "tables" / "controls.csv")
-    lines = ["| searched plan | control at equal executed MACs | plan's score / control's [95 %] | better |",
+    lines = ["| searched plan | control with the whole budget | plan's score / control's [95 %] | better |",
              "|---|---|---|---|"]
     lines += [f"| {row['plan']} | {row['name']} | {_interval(row, 'plan_over_control')} | {row['better']} |"
               for _, row in table.iterrows()]

@@ -56,6 +56,9 @@ def notebook(name: str, study: str) -> Path:
     for part in (copy, *copy.cells):
         part.metadata.pop("papermill", None)
         part.metadata.pop("execution", None)
+    for cell in copy.cells:  # progress bars were for the terminal
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     nbformat.write(copy, executed)
     return executed
 

@@ -150,7 +150,7 @@ class _Job:
             if trial.number not in self.seen:
                 self.seen.add(trial.number)
                 plan = self.space.decode(trial.params)
-                self.found.setdefault(plan.key, Found(plan, *trial.values))
+                self.found.setdefault(plan.key, Found(plan, trial.values[0], int(trial.values[1])))
         return self.found
 
     def work(self, study: optuna.Study, bar: tqdm | None = None) -> None:

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from ruamel.yaml import YAML
 
 from lib import paths
 from lib.params import Common
@@ -43,9 +44,11 @@ class Stage:
         torch.set_num_threads(params.threads)
 
     def _digest(self) -> str:
-        """Hash all that a half-done result may hang on: the parameters and code of all notebooks."""
+        """Hash all that a half-done result may hang on: parameters, notebooks' code, and the stage's modules."""
         digest = hashlib.sha256(self.params.model_dump_json().encode())
-        for path in (paths.PARAMS / f"{self.params.study}.yaml", *sorted((paths.ROOT / "lib").glob("*.py"))):
+        stages = YAML(typ="safe", pure=True).load((paths.ROOT / "dvc.yaml").read_text())["stages"]
+        modules = [name for name in stages[self.notebook]["do"]["deps"] if name.startswith("lib/")]
+        for path in (paths.PARAMS / f"{self.params.study}.yaml", *(paths.ROOT / name for name in modules)):
             digest.update(path.read_bytes())
         for path in sorted(paths.NOTEBOOKS.glob("*.ipynb")):
             cells = json.loads(path.read_text())["cells"]

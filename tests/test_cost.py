@@ -77,9 +77,9 @@ def test_a_plans_time_is_the_sum_over_its_columns(unet, schedule, teacher, descr
     live, _ = described.liveness(plan.cells)
     full, part = ("".join("01"[runs] for runs in row.astype(int)) for row in live[:2])
     assert set(latency.seconds) == {full, part} and latency.batch == len(noise)
-    assert latency.of(plan, live) == pytest.approx(2 * latency.seconds[full] + 8 * latency.seconds[part])
+    assert latency.of(live) == pytest.approx(2 * latency.seconds[full] + 8 * latency.seconds[part])
     latency.save(tmp_path / "latency.json")
     assert cost.Latency.load(tmp_path / "latency.json") == latency
     other = Plan.deepcache(5, described.branch(0), teacher)
     with pytest.raises(KeyError, match="measure a plan that holds it"):
-        latency.of(other, described.liveness(other.cells)[0])
+        latency.of(described.liveness(other.cells)[0])
