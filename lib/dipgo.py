@@ -1,0 +1,402 @@
+"""DiP-GO (arXiv 2410.16942): a small pruner learns, through the whole sampling run, which cells may reuse.
+
+The `SuperNet` runs every block at every step and mixes each output with what the block gave before, by a gate. A
+`Pruner` gives the gates; the images' difference from the teacher's and the price of the gates that are on are minimised
+by gradient (`learn`). Its scores then become plans of any cost (`prune`).
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from lib import blocks as _blocks
+from lib import sampling
+from lib.blocks import Blocks
+from lib.cost import Costs
+from lib.plan import NoiseSchedule, Plan
+
+State = tuple[Tensor, ...]
+
+
+class SuperNet:
+    """A frozen model all of whose cells compute, and are mixed with what they gave before, by gates.
+
+    A cell gives g * now + (1 - g) * before (section 3.2 of the paper), and that mixture is what it will have given
+    before at the next step. The first step has no gates.
+
+    Parameters
+    ----------
+    model : Module of a family that `lib.blocks.describe` knows, whose blocks cache their outputs
+    plan : Plan, full: the teacher's T steps and solver
+    schedule : the model's noise schedule
+    precision : "fp32" or "bf16", of the network
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, schedule: SchedulerMixin, precision: str = "fp32"):
+        self.model, self.plan, self.precision = model, plan, precision
+        self.blocks = _blocks.describe(model)
+        plan.check_fits(self.blocks.names, NoiseSchedule.of(schedule))
+        self._solver = sampling.solver(plan, schedule)
+
+    def _step(self, step: int, gates: Tensor, x_t: Tensor, x_0: Tensor, *before: Tensor) -> State:
+        """Make one step. It reads and leaves nothing but its arguments, so that a checkpoint may make it again."""
+        after: list[Tensor] = []
+
+        def mix(module: nn.Module, inputs: tuple, now: Tensor) -> Tensor:
+            place = len(after)  # blocks run in the order in which they are described
+            after.append(torch.lerp(before[place], now, gates[step, place].to(now.dtype)) if before else now)
+            return after[place]
+
+        handles = [self.model.get_submodule(block.modules[-1]).register_forward_hook(mix) for block in self.blocks]
+        try:
+            with sampling.autocast(x_t.device, self.precision):
+                prediction = self.model(x_t, self._solver.timesteps[step]).sample
+        finally:  # a checkpoint leaves early, by an exception
+            for handle in handles:
+                handle.remove()
+        self._solver._step_index = step
+        now = self._solver.convert_model_output(prediction.to(x_t.dtype), sample=x_t)
+        last = step == self.plan.steps - 1 and (self.plan.final_sigma == "zero" or self.plan.steps < 15)
+        if self.plan.order == 1 or step == 0 or last:
+            following = self._solver.dpm_solver_first_order_update(now, sample=x_t)
+        else:
+            following = self._solver.multistep_dpm_solver_second_order_update([x_0, now], sample=x_t)
+        return following, now, *after
+
+    def _walk(self, first: int, last: int, gates: Tensor, *state: Tensor) -> State:
+        for step in range(first, last):
+            state = checkpoint(self._step, step, gates, *state, use_reentrant=False, preserve_rng_state=False)
+        return state
+
+    def images(self, noise: Tensor, gates: Tensor, nested: bool = True) -> Tensor:
+        """Sample under soft gates; differentiable in the gates.
+
+        Parameters
+        ----------
+        noise : Tensor, (n, C, H, W)
+        gates : Tensor, (T, N), in [0, 1]; row 0 is not read
+        nested : bool
+            Keep the N outputs of every sqrt(T)-th step only, and make the steps between again where the gradient needs
+            them: a checkpoint at each step alone would keep all T x N.
+
+        Returns
+        -------
+        images : Tensor, (n, C, H, W)
+        """
+        device = next(self.model.parameters()).device
+        noise, gates = noise.to(device), gates.to(device)
+        state = self._step(0, gates, noise, noise)
+        stride = math.isqrt(self.plan.steps) if nested else self.plan.steps
+        for first in range(1, self.plan.steps, stride):
+            last = min(first + stride, self.plan.steps)
+            if nested:
+                state = checkpoint(self._walk, first, last, gates, *state, use_reentrant=False,
+                                   preserve_rng_state=False)
+            else:
+                state = self._walk(first, last, gates, *state)
+        return state[0]
+
+
+GROUPINGS = ("layers", "levels", "columns")
+
+
+def grouping(blocks: Blocks, kind: str) -> np.ndarray:
+    """Say which gate of a column each block follows, (N,), int.
+
+    Parameters
+    ----------
+    kind : "layers" (a gate a block), "levels" (a gate a level, as in the paper) or "columns" (one gate: fewer steps)
+    """
+    if kind == "columns":
+        return np.zeros(len(blocks), dtype=int)
+    if kind == "layers":
+        return np.arange(len(blocks))
+    levels = list(blocks.levels)
+    return np.array([levels.index(block.level) for block in blocks])
+
+
+class Pruner(nn.Module):
+    """Gives each cell the logits of reusing and of computing; all begin at (0, 1), which computes.
+
+    Parameters
+    ----------
+    kind : "table" (a pair of logits a cell), "queries" (a learnt query a cell and a head of its own), or "encoder"
+        (queries with step and block embeddings that attend to each other within a step before the heads)
+    steps, groups : int, T and the gates of a column
+    width : int, of the queries
+    """
+
+    def __init__(self, kind: str, steps: int, groups: int, width: int = 64, seed: int = 0):
+        super().__init__()
+        self.kind, self.shape = kind, (steps, groups)
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int, scale: float) -> nn.Parameter:
+            return nn.Parameter(scale * torch.randn(*shape, generator=generator))
+
+        self.bias = nn.Parameter(torch.tensor([0.0, 1.0]).repeat(steps, groups, 1))
+        if kind == "table":
+            return
+        self.queries = normal(steps, groups, width, scale=1.0)
+        self.hidden = normal(steps, groups, width, width, scale=width**-0.5)
+        self.output = nn.Parameter(torch.zeros(steps, groups, width, 2))
+        if kind == "encoder":
+            self.of_step, self.of_block = normal(steps, 1, width, scale=1.0), normal(1, groups, width, scale=1.0)
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                self.encoder = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True)
+
+    def forward(self) -> Tensor:
+        """Give the logits, (T, groups, 2), float32: reuse, compute."""
+        if self.kind == "table":
+            return self.bias
+        queries = self.queries
+        if self.kind == "encoder":
+            queries = self.encoder(queries + self.of_step + self.of_block)
+        hidden = torch.relu(torch.einsum("tbi,tbij->tbj", queries, self.hidden))
+        return self.bias + torch.einsum("tbj,tbjk->tbk", hidden, self.output)
+
+
+def straight_through(logits: Tensor) -> Tensor:
+    """Give hard gates, (T, groups), whose gradient is that of the probability to compute (section 3.3)."""
+    soft = logits.softmax(dim=-1)[..., 1]
+    return (soft > 0.5).float() + (soft - soft.detach())
+
+
+@dataclass(frozen=True, eq=False)
+class Prices:
+    """What gates cost.
+
+    Attributes
+    ----------
+    blocks : Blocks
+    costs : Costs of the model
+    groups : (N,), int, from `grouping`
+    """
+
+    blocks: Blocks
+    costs: Costs
+    groups: np.ndarray
+
+    @cached_property
+    def _macs(self) -> np.ndarray:
+        return np.array([self.costs.blocks[name] for name in self.blocks.names])
+
+    def cells(self, gates: np.ndarray) -> np.ndarray:
+        """Give the cells of gates: (T, groups) to (T, N), bool; the first step computes all."""
+        cells = np.asarray(gates, dtype=bool)[:, self.groups]
+        cells[0] = True
+        return cells
+
+    def kept(self, gates: np.ndarray) -> float:
+        """Give the executed MACs over the full plan's."""
+        live, _ = self.blocks.liveness(self.cells(gates))
+        return float((live @ self._macs + live.any(axis=1) * self.costs.rest).sum() / self.costs.call / len(gates))
+
+    @lru_cache(maxsize=4096)  # noqa: B019 (prices live as long as a training)
+    def _column(self, row: bytes) -> np.ndarray:
+        """Give for one column what each gate saves if it is off, or costs if it is on, as a share of a full call."""
+        gates = np.frombuffer(row, dtype=bool)
+
+        def macs(gates: np.ndarray) -> float:
+            live, _ = self.blocks.liveness(np.stack([np.ones(len(self.groups), bool), gates[self.groups]]))
+            return (live[1] @ self._macs + live[1].any() * self.costs.rest) / self.costs.call
+
+        saved = np.zeros(len(gates))
+        for group in range(len(gates)):
+            on, off = gates.copy(), gates.copy()
+            on[group], off[group] = True, False
+            saved[group] = macs(on) - macs(off)
+        return saved
+
+    def weights(self, kind: str, gates: np.ndarray) -> np.ndarray:
+        """Give gamma, (T, groups): the share of a call's MACs that each gate frees, cascade included.
+
+        Parameters
+        ----------
+        kind : "static" (from the full column, as in the paper), "marginal" (given the other gates of the column as they
+            are now; what a later column reads from the cache is not seen), or "none" (all alike: the paper's ablation)
+        gates : (T, groups), bool
+        """
+        if kind == "none":
+            return np.ones(gates.shape)
+        rows = np.ones_like(gates) if kind == "static" else gates
+        return np.stack([self._column(np.ascontiguousarray(row, dtype=bool).tobytes()) for row in rows])
+
+
+def consistency(images: Tensor, teacher: Tensor, kind: str) -> Tensor:
+    """Give the difference of images from the teacher's, both (n, C, H, W) in about [-1, 1], compared in [0, 1].
+
+    Parameters
+    ----------
+    kind : "ssim" (1 - SSIM, window of 7 pixels), "l1", "l2", or "ssim+l1"
+    """
+    a, b = (images + 1) / 2, (teacher + 1) / 2
+    if kind == "l1":
+        return (a - b).abs().mean()
+    if kind == "l2":
+        return (a - b).square().mean()
+    mean = partial(F.avg_pool2d, kernel_size=7, stride=1)  # SSIM with a flat window, without padding (Wang et al. 2004)
+    m, n = mean(a), mean(b)
+    alike = (2 * m * n + 0.01**2) * (2 * (mean(a * b) - m * n) + 0.03**2)
+    ssim = 1 - (alike / ((m * m + n * n + 0.01**2) * (mean(a * a) - m * m + mean(b * b) - n * n + 0.03**2))).mean()
+    return ssim + (a - b).abs().mean() if kind == "ssim+l1" else ssim
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train a pruner.
+
+    Attributes
+    ----------
+    updates, batch : int; updates x batch trajectories in all
+    learning_rate : float, of SGD with a cosine
+    alpha : float, weight of the sparsity
+    stop : float, tau: below this kept fraction of the MACs the sparsity no longer counts
+    loss : str, kind of `consistency`
+    weights : str, kind of `Prices.weights`
+    fresh : bool, new noise at each update; False keeps the first (the released code's behaviour)
+    """
+
+    updates: int
+    batch: int
+    learning_rate: float
+    alpha: float = 1.0
+    stop: float = 0.2
+    loss: str = "ssim"
+    weights: str = "static"
+    fresh: bool = True
+
+
+def learn(pruner: Pruner, net: SuperNet, prices: Prices, noise: Callable[[int, int], Tensor], recipe: Recipe, *,
+          work: Path, title: str = "pruner") -> list[dict]:
+    """Train a pruner, in place (equations 2 to 4). A killed training goes on where it saved, to the same end.
+
+    Parameters
+    ----------
+    noise : callable(first, count) -> Tensor, (count, C, H, W)
+        Images of a bank of noise.
+    work : Path
+        Folder for the state to resume from.
+
+    Returns
+    -------
+    history : list of {"update", "consistency", "sparsity", "kept", "gates"}
+        `gates` as one string of 0 and 1 a step.
+    """
+    optimiser = torch.optim.SGD(pruner.parameters(), lr=recipe.learning_rate, weight_decay=1e-4)
+    history: list[dict] = []
+    work.mkdir(parents=True, exist_ok=True)
+    state = work / "pruner.safetensors"
+    if state.exists():
+        with safe_open(state, "pt") as saved:
+            history = json.loads(saved.metadata()["history"])
+            pruner.load_state_dict({name: saved.get_tensor(name) for name in saved.keys()})  # noqa: SIM118
+    groups, ones = torch.from_numpy(prices.groups), torch.ones(net.plan.steps, len(net.blocks))
+    total = float(prices.weights(recipe.weights, np.ones(pruner.shape, bool))[1:].sum())
+    bar = tqdm(range(len(history), recipe.updates), initial=len(history), total=recipe.updates, desc=title,
+               unit="update")
+    for update in bar:
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * update / recipe.updates))
+        start = noise(update * recipe.batch if recipe.fresh else 0, recipe.batch)
+        gates = straight_through(pruner())
+        hard = gates.detach().numpy() > 0.5
+        hard[0] = True
+        with torch.no_grad():
+            target = net.images(start, ones, nested=False)
+        differs = consistency(net.images(start, gates[:, groups]), target, recipe.loss)
+        gamma = torch.from_numpy(prices.weights(recipe.weights, hard)).float()
+        sparsity = (gamma[1:] * gates[1:]).sum() / total
+        kept = prices.kept(hard)
+        optimiser.zero_grad()
+        (differs + recipe.alpha * sparsity if kept > recipe.stop else differs).backward()
+        nn.utils.clip_grad_norm_(pruner.parameters(), 1.0, error_if_nonfinite=True)
+        optimiser.step()
+        history.append({"update": update, "consistency": differs.item(), "sparsity": sparsity.item(), "kept": kept,
+                        "gates": ["".join("01"[int(on)] for on in row) for row in hard]})
+        bar.set_postfix(kept=f"{kept:.0%}", consistency=f"{differs.item():.3f}", refresh=False)
+        if (update + 1) % 10 == 0 or update + 1 == recipe.updates:
+            unfinished = state.with_suffix(".partial")
+            save_file({name: tensor.contiguous() for name, tensor in pruner.state_dict().items()}, unfinished,
+                      metadata={"history": json.dumps(history)})
+            unfinished.replace(state)
+    return history
+
+
+def by_threshold(scores: np.ndarray, prices: Prices, keep: float) -> np.ndarray:
+    """Keep the gates whose score is above one threshold, found by bisection over the scores (algorithm 1).
+
+    One gate may wake a whole column, so that no threshold comes near the wanted cost. What still fits is therefore
+    added in the order of the scores; the paper does not say what it does there.
+
+    Parameters
+    ----------
+    scores : (T, groups), the probability to compute
+    keep : float, wanted executed MACs over the full plan's
+
+    Returns
+    -------
+    gates : (T, groups), bool, the dearest that cost at most `keep`
+    """
+    order = np.argsort(-scores[1:], axis=None, kind="stable")
+
+    def first(count: int) -> np.ndarray:
+        gates = np.zeros(scores.shape, bool)
+        gates[0] = True
+        gates[1:].flat[order[:count]] = True
+        return gates
+
+    low, high = 0, len(order)
+    while low < high:
+        middle = -(-(low + high) // 2)
+        low, high = (middle, high) if prices.kept(first(middle)) <= keep else (low, middle - 1)
+    gates = first(low)
+    for place in order[low:]:
+        if prices.kept(gates) > keep - 0.0125:
+            break
+        gates[1:].flat[place] = True
+        if prices.kept(gates) > keep:
+            gates[1:].flat[place] = False
+    return gates
+
+
+def by_greed(scores: np.ndarray, prices: Prices, keep: float) -> np.ndarray:
+    """Switch gates off from the output's side, surest first, while at least `keep` is kept (the released code)."""
+    gates = np.ones(scores.shape, bool)
+    for threshold in np.arange(0.95, -0.01, -0.05):
+        for group in range(scores.shape[1] - 1, -1, -1):
+            for step in 1 + np.argsort(scores[1:, group], kind="stable"):
+                if not gates[step, group] or 1 - scores[step, group] <= threshold:
+                    continue
+                gates[step, group] = False
+                if prices.kept(gates) < keep:
+                    gates[step, group] = True
+                    break
+    return gates
+
+
+PRUNE: Mapping[str, Callable[[np.ndarray, Prices, float], np.ndarray]] = {"threshold": by_threshold, "greed": by_greed}
+
+
+def prune(scores: np.ndarray, prices: Prices, keep: float, teacher: Plan, method: str = "threshold") -> Plan:
+    """Make a plan that executes about `keep` of the full plan's MACs out of a pruner's scores.
+
+    Cells that nobody reads any more are switched off too (the dependency cascade), so the plan shows what runs.
+    """
+    gates = PRUNE[method](scores, prices, keep)
+    live, _ = prices.blocks.liveness(prices.cells(gates))
+    return Plan.from_gates(live, teacher, paper="2410.16942", keep=keep, method=f"DiP-GO, {method}")

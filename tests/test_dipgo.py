@@ -1,0 +1,163 @@
+"""DiP-GO: soft gates are the engine's cells, gradients are right, plans cost what was asked, kills lose nothing."""
+
+import numpy as np
+import pytest
+import torch
+
+from lib import cost, dipgo, sampling
+from lib.plan import NoiseSchedule, Plan, trailing
+
+
+@pytest.fixture(scope="module")
+def prices(unet, described):
+    return dipgo.Prices(described, cost.count(unet), dipgo.grouping(described, "layers"))
+
+
+def gates_of(cells):
+    return torch.from_numpy(cells).float()
+
+
+@pytest.mark.parametrize("final_sigma", ["zero", "sigma_min"])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("keep", [1.0, 0.6, 0.0])
+def test_gates_of_0_and_1_are_the_engines_cells(unet, schedule, teacher, noise, order, keep, final_sigma):
+    base = Plan.full(teacher.timesteps, teacher.schedule, teacher.blocks, order)
+    base = Plan(**base._parts() | {"final_sigma": final_sigma})
+    plan = Plan.random(keep, 3, base)
+    with torch.no_grad():
+        soft = dipgo.SuperNet(unet, base, schedule).images(noise, gates_of(plan.cells))
+    torch.testing.assert_close(soft, sampling.sample(unet, schedule, plan, noise), rtol=1e-4, atol=1e-4)
+
+
+def test_the_hooks_are_taken_off(unet, schedule, teacher, noise):
+    gates = torch.ones(teacher.steps, len(teacher.blocks), requires_grad=True)
+    dipgo.SuperNet(unet, teacher, schedule).images(noise, gates).sum().backward()
+    assert not any(module._forward_hooks for module in unet.modules())
+
+
+@pytest.fixture(scope="module")
+def short(teacher, schedule, described):
+    return Plan.full(trailing(5, 1000), NoiseSchedule.of(schedule), described.names, order=2)
+
+
+def test_a_gates_gradient_is_the_finite_difference(unet, schedule, short, noise):
+    model, noise = unet.double(), noise.double()
+    try:
+        gates = torch.rand(short.steps, len(short.blocks), dtype=torch.float64,
+                           generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+        def value(gates):
+            return (net.images(noise, gates) * weight).sum()
+
+        weight = torch.randn(noise.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        net = dipgo.SuperNet(model, short, schedule)
+        value(gates).backward()
+        for cell in [(1, 0), (2, 5), (3, 12), (4, 13)]:
+            step = torch.zeros_like(gates)
+            step[cell] = 1e-4
+            with torch.no_grad():
+                slope = (value(gates + step) - value(gates - step)) / 2e-4
+            assert float(gates.grad[cell]) == pytest.approx(float(slope), rel=1e-3, abs=1e-6)
+    finally:
+        unet.float()
+
+
+def test_nested_checkpoints_change_no_gradient(unet, schedule, teacher, noise):
+    found = []
+    for nested in (False, True):
+        gates = torch.full((teacher.steps, len(teacher.blocks)), 0.7, requires_grad=True)
+        dipgo.SuperNet(unet, teacher, schedule).images(noise, gates, nested).square().mean().backward()
+        found.append(gates.grad)
+    torch.testing.assert_close(*found)
+    assert found[0][0].abs().max() == 0 < found[0][1:].abs().max()
+
+
+@pytest.mark.parametrize("kind", ["table", "queries", "encoder"])
+def test_a_pruner_begins_by_computing_all_and_every_gate_can_move(kind):
+    pruner = dipgo.Pruner(kind, 6, 4, width=16)
+    logits = pruner()
+    assert logits.shape == (6, 4, 2) and (dipgo.straight_through(logits) == 1).all()
+    dipgo.straight_through(logits).sum().backward()
+    assert (pruner.bias.grad.abs().sum(dim=-1) > 0).all()
+
+
+def test_the_encoder_lets_queries_of_a_step_see_each_other():
+    pruner = dipgo.Pruner("encoder", 3, 4, width=16)
+    with torch.no_grad():
+        pruner.output.normal_(generator=torch.Generator().manual_seed(0))
+        before = pruner()
+        pruner.queries[1, 2] += 1
+        moved = (pruner() - before).abs().sum(dim=-1) > 1e-6
+    assert moved[1].all() and not moved[[0, 2]].any()
+
+
+def test_groups(described):
+    assert dipgo.grouping(described, "layers").tolist() == list(range(len(described)))
+    assert set(dipgo.grouping(described, "columns")) == {0}
+    levels = dipgo.grouping(described, "levels")
+    assert len(set(levels)) == 7 and levels[described.index["up1.0"]] == levels[described.index["up1.up"]]
+
+
+def test_prices_are_executed_macs(prices, unet, teacher):
+    gates = np.random.default_rng(0).random((10, len(teacher.blocks))) < 0.6
+    plan = teacher.with_cells(prices.cells(gates))
+    costs = prices.costs
+    assert prices.kept(gates) == pytest.approx(cost.executed(unet, costs, plan) / (10 * costs.call))
+    assert prices.kept(np.ones_like(gates)) == 1
+
+
+def test_a_weight_is_what_switching_the_gate_off_frees(prices, described):
+    gates = np.ones((3, len(described)), bool)
+    static = prices.weights("static", gates)
+    one = gates.copy()
+    one[1, described.index["up0.0"]] = False  # with it fall the middle and the level before
+    freed = (prices.kept(gates) - prices.kept(one)) * 3
+    assert static[1, described.index["up0.0"]] == pytest.approx(freed)
+    assert freed > prices.costs.blocks["up0.0"] / prices.costs.call
+    assert prices.weights("marginal", one)[1, described.index["mid"]] == 0  # it is dead already
+    assert (prices.weights("none", gates) == 1).all()
+
+
+@pytest.mark.parametrize("method", list(dipgo.PRUNE))
+@pytest.mark.parametrize("keep", [0.1, 0.3, 0.5, 0.7])
+def test_a_plan_costs_what_was_asked(prices, unet, schedule, described, method, keep):
+    teacher = Plan.full(trailing(50, 1000), NoiseSchedule.of(schedule), described.names)
+    for seed in range(3):
+        scores = np.random.default_rng(seed).random((50, len(described)))
+        plan = dipgo.prune(scores, prices, keep, teacher, method)
+        assert cost.executed(unet, prices.costs, plan) / (50 * prices.costs.call) == pytest.approx(keep, abs=0.0125)
+
+
+@pytest.mark.parametrize("kind", ["ssim", "l1", "l2", "ssim+l1"])
+def test_consistency_is_0_for_the_same_images_and_grows(kind, noise):
+    images = noise.clamp(-1, 1)
+    values = [float(dipgo.consistency(images + shift, images, kind)) for shift in (0, 0.2, 0.5)]
+    assert values[0] == pytest.approx(0, abs=1e-5) and values[0] < values[1] < values[2]
+
+
+def run(unet, schedule, short, prices, work, stop=99, **changes):
+    recipe = dipgo.Recipe(**{"updates": 12, "batch": 2, "learning_rate": 20.0} | changes)
+    pruner = dipgo.Pruner("table", short.steps, len(set(prices.groups)))
+
+    def bank(first, count):
+        if first >= stop:
+            raise KeyboardInterrupt
+        return sampling.noise("search", 0, first, count, (1, 16, 16))
+
+    return pruner, dipgo.learn(pruner, dipgo.SuperNet(unet, short, schedule), prices, bank, recipe, work=work)
+
+
+def test_a_killed_training_goes_on_to_the_same_gates(unet, schedule, short, prices, tmp_path):
+    whole, history = run(unet, schedule, short, prices, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(unet, schedule, short, prices, tmp_path / "broken", stop=22)
+    again, told = run(unet, schedule, short, prices, tmp_path / "broken")
+    assert torch.equal(whole.bias, again.bias) and told == history
+    assert history[0]["kept"] == 1 and history[0]["sparsity"] == pytest.approx(1)
+    assert min(row["kept"] for row in history) < 1
+
+
+def test_levels_and_marginal_weights_train_too(unet, schedule, short, described, prices, tmp_path):
+    levels = dipgo.Prices(described, prices.costs, dipgo.grouping(described, "levels"))
+    _, history = run(unet, schedule, short, levels, tmp_path, weights="marginal", loss="l2", updates=3)
+    assert len(history) == 3 and len(history[0]["gates"][0]) == 7
