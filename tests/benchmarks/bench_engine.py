@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler
 from lib import blocks, cost, params, sampling, teachers
 from lib.plan import NoiseSchedule, Plan, trailing
 
-PAIRS = 24
+PAIRS = 48
 BATCH = 64
 
 

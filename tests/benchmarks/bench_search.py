@@ -10,7 +10,7 @@ from lib.flexiffusion import SegmentSpace
 from lib.plan import NoiseSchedule, Plan, trailing
 from lib.search import search
 
-TRIALS, TURNS = 200, 3
+TRIALS, TURNS = 150, 2
 
 
 def test_two_workers_against_one(tmp_path):
