@@ -4,8 +4,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
-# Freed memory stays with the process. Else the C library hands every activation back to the system and faults it in
-# again, which costs a CPU a quarter of its speed.
+# Freed memory stays with the process: else the C library hands every activation back to the system and faults it in again.
 export MALLOC_TRIM_THRESHOLD_ := 1000000000
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 

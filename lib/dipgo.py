@@ -110,9 +110,6 @@ class SuperNet:
         return state[0]
 
 
-GROUPINGS = ("layers", "levels", "columns")
-
-
 def grouping(blocks: Blocks, kind: str) -> np.ndarray:
     """Say which gate of a column each block follows, (N,), int.
 
@@ -120,12 +117,9 @@ def grouping(blocks: Blocks, kind: str) -> np.ndarray:
     ----------
     kind : "layers" (a gate a block), "levels" (a gate a level, as in the paper) or "columns" (one gate: fewer steps)
     """
-    if kind == "columns":
-        return np.zeros(len(blocks), dtype=int)
-    if kind == "layers":
-        return np.arange(len(blocks))
     levels = list(blocks.levels)
-    return np.array([levels.index(block.level) for block in blocks])
+    return {"layers": np.arange(len(blocks)), "levels": np.array([levels.index(block.level) for block in blocks]),
+            "columns": np.zeros(len(blocks), dtype=int)}[kind]
 
 
 class Pruner(nn.Module):

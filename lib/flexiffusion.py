@@ -9,7 +9,6 @@ segment's branch and number of active steps, are searched without any training. 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -53,11 +52,6 @@ class SegmentSpace:
         for branch in self.branches:
             self.blocks.branch(branch)  # raises for a branch that the network has not
 
-    @cached_property
-    def shallow(self) -> dict[int, np.ndarray]:
-        """The blocks that a partial step runs, per branch."""
-        return {branch: self.blocks.branch(branch) for branch in self.branches}
-
     def distributions(self) -> dict[str, BaseDistribution]:
         """Give each gene's range."""
         genes: dict[str, BaseDistribution] = {"segments": CategoricalDistribution(self.counts)}
@@ -74,7 +68,7 @@ class SegmentSpace:
         for slot in range(count):
             active = min(length, 1 + int(genome[f"interval_{slot}"] * length))
             chosen.append((active, genome[f"branch_{slot}"]))
-        return Plan.segments([(active, self.shallow[branch]) for active, branch in chosen], self.teacher,
+        return Plan.segments([(active, self.blocks.branch(branch)) for active, branch in chosen], self.teacher,
                              paper="2409.17566", active_and_branch=[list(pair) for pair in chosen])
 
     def encode(self, count: int, branch: int, active: int) -> dict:
@@ -134,11 +128,6 @@ class FreeSpace:
         for branch in self.branches:
             self.blocks.branch(branch)  # raises for a branch that the network has not
 
-    @cached_property
-    def shallow(self) -> dict[int, np.ndarray]:
-        """The blocks that a partial step runs, per branch."""
-        return {branch: self.blocks.branch(branch) for branch in self.branches}
-
     def distributions(self) -> dict[str, BaseDistribution]:
         """Give each gene's range."""
         genes: dict[str, BaseDistribution] = {"segments": IntDistribution(0, len(self.counts) - 1),
@@ -164,7 +153,7 @@ class FreeSpace:
             rows.append(np.ones(len(self.blocks), bool))
             for step in range(1, partials + 1):
                 places.append(begins[slot] + genome[f"reach_{slot}"] * lengths[slot] * step / (partials + 1))
-                rows.append(self.shallow[genome[f"branch_{slot}"]])
+                rows.append(self.blocks.branch(genome[f"branch_{slot}"]))
         power = POWERS ** (2 * genome["power"] - 1)
         wanted = [round(train * (1 - place) ** power) - 1 for place in places]
         for i in range(1, len(wanted)):  # rounding may make neighbours equal

@@ -50,7 +50,7 @@ def test_numbers_like_1e_4_are_numbers(write):
     ("data: digits", "data: digit", "data: Input should be 'digits'"),
     ("precision: bf16", "precision: fp16", "precision: Input should be 'fp32' or 'bf16'"),
     ("resolution: 16", "resolution: 15", "resolution: Input should be a multiple of 8"),
-    ("precision: bf16", "precision: fp16", "precision: Input should be 'fp32' or 'bf16'"),
+    ("partials: 2", "partials: 0", "partials: Input should be greater than or equal to 1"),
     ("widths: [16, 32, 32]", "widths: 16", "widths: Input should be a valid list"),
     ("widths: [16, 32, 32]", "widths: [16]", "widths: List should have at least 2 items"),
     ("budgets: [0.5]", "budgets: [1.5]", r"budgets.0: Input should be less than or equal to 1"),
