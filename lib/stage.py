@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 from ruamel.yaml import YAML
 
-from lib import paths
-from lib.params import Common
+from lib import params, paths
 
 
 class Stage:
@@ -27,7 +26,7 @@ class Stage:
     Parameters
     ----------
     notebook : str, the notebook's stem
-    params : its bound parameters
+    values : its bound parameters
 
     Attributes
     ----------
@@ -37,22 +36,24 @@ class Stage:
         Folder of what an interrupted run left to resume from.
     """
 
-    def __init__(self, notebook: str, params: Common):
-        self.notebook, self.params = notebook, params
-        self.out = paths.writable(paths.DATA / params.study / notebook)
-        self.work = paths.writable(paths.DATA / params.study / ".resume" / f"{notebook}-{self._digest()}")
-        torch.set_num_threads(params.threads)
+    def __init__(self, notebook: str, values: params.Common):
+        self.notebook, self.params = notebook, values
+        self.out = paths.writable(paths.DATA / values.study / notebook)
+        self.work = paths.writable(paths.DATA / values.study / ".resume" / f"{notebook}-{self._digest()}")
+        torch.set_num_threads(values.threads)
 
     def _digest(self) -> str:
-        """Hash all that a half-done result may hang on: parameters, notebooks' code, and the stage's modules."""
+        """Hash all that a half-done result may hang on: parameters and code up to this stage, and its modules."""
         digest = hashlib.sha256(self.params.model_dump_json().encode())
         stages = YAML(typ="safe", pure=True).load((paths.ROOT / "dvc.yaml").read_text())["stages"]
-        modules = [name for name in stages[self.notebook]["do"]["deps"] if name.startswith("lib/")]
-        for path in (paths.PARAMS / f"{self.params.study}.yaml", *(paths.ROOT / name for name in modules)):
-            digest.update(path.read_bytes())
-        for path in sorted(paths.NOTEBOOKS.glob("*.ipynb")):
-            cells = json.loads(path.read_text())["cells"]
-            digest.update(json.dumps([cell["source"] for cell in cells if cell["cell_type"] == "code"]).encode())
+        for name in stages[self.notebook]["do"]["deps"]:
+            if name.startswith("lib/"):
+                digest.update((paths.ROOT / name).read_bytes())
+        for notebook, values in params.load(self.params.study).items():
+            if notebook <= self.notebook:
+                cells = json.loads((paths.NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
+                code = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
+                digest.update((values.model_dump_json() + json.dumps(code)).encode())
         return digest.hexdigest()[:12]
 
     def folder(self, name: str) -> Path:

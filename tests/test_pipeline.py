@@ -26,35 +26,37 @@ def yaml(path):
 
 
 def imports(source):
-    """The modules of lib that Python source imports."""
+    """The files of lib that Python source imports, as dvc.yaml names them."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lib":
-            parts = node.module.split(".")[1:]
-            found |= {parts[0]} if parts else {alias.name for alias in node.names}
+            for module in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
+                path = module.replace(".", "/")
+                found |= {name for name in (f"{path}.py", f"{path}/__init__.py") if (paths.ROOT / name).exists()}
     return found
 
 
 def needed(notebook):
-    """The modules of lib that a notebook needs, through other modules too.
+    """The files of lib that a notebook needs, through other modules too.
 
-    The runner and paths only start things; no result hangs on them.
+    The runner, paths and the checks of parameters only start things; no result hangs on them. (The parameters' values
+    are dependencies of their own.)
     """
     todo = imports("\n".join(c.source for c in nbformat.read(paths.NOTEBOOKS / f"{notebook}.ipynb", 4).cells
                              if c.cell_type == "code"))
     seen = set()
     while todo:
-        module = todo.pop()
-        if module not in seen | {"run", "paths"} and (paths.ROOT / "lib" / f"{module}.py").exists():
-            seen.add(module)
-            todo |= imports((paths.ROOT / "lib" / f"{module}.py").read_text())
+        name = todo.pop()
+        if name not in seen | {"lib/__init__.py", "lib/run.py", "lib/paths.py", "lib/params.py"}:
+            seen.add(name)
+            todo |= imports((paths.ROOT / name).read_text())
     return seen
 
 
 @pytest.mark.parametrize("notebook", STAGES)
 def test_a_stage_depends_on_just_what_its_notebook_imports(notebook):
     done = yaml(paths.ROOT / "dvc.yaml")["stages"][notebook]["do"]
-    assert {dep for dep in done["deps"] if dep.startswith("lib/")} == {f"lib/{name}.py" for name in needed(notebook)}
+    assert {dep for dep in done["deps"] if dep.startswith("lib/")} == needed(notebook)
     assert f"data/code/{notebook}.py" in done["deps"]
     assert done["params"] == [{"params/${item}.yaml": ["common", params.section(notebook)]}]
 
@@ -171,7 +173,7 @@ def test_another_studys_parameter_re_runs_nothing(project, change):
 
 
 @pytest.mark.parametrize(("module", "expected"), [
-    ("flexiffusion", {"04_schedule_search"}), ("analysis", {"01_teacher_analysis"}), ("run", set()),
+    ("flexiffusion", {"04_schedule_search"}), ("analysis", {"01_teacher_analysis"}), ("run", set()), ("params", set()),
     ("controls", {"01_teacher_analysis", "04_schedule_search"}), ("plan", set(STAGES))])
 def test_a_module_re_runs_the_stages_that_import_it(project, change, module, expected):
     change(f"lib/{module}.py", '"""', '"""Changed: ')
@@ -257,6 +259,32 @@ def test_a_finished_stage_leaves_numbers_and_no_state(tmp_path, monkeypatch):
     there.finish({"b": 1.0, "a": 2}, {"seconds": 0.5})
     assert json.loads((there.out / "metrics.json").read_text()) == {"a": 2, "b": 1.0}
     assert not there.work.exists()
+
+
+def test_half_done_work_hangs_on_what_came_before_and_on_its_own_modules_alone(tmp_path, monkeypatch):
+    shutil.copytree(paths.ROOT / "lib", tmp_path / "lib", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(paths.NOTEBOOKS, tmp_path / "notebooks")
+    shutil.copy(paths.ROOT / "dvc.yaml", tmp_path)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(paths, "DATA", tmp_path / "data")
+
+    def key():
+        return stage.Stage("01_teacher_analysis", params.load("digits")["01_teacher_analysis"]).work.name
+
+    begun, other, own = key(), "# another line\n", {"lib/plan.py", "lib/analysis.py"}
+    for name in ("lib/search.py", "lib/params.py", "lib/plan.py", "lib/analysis.py"):
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text + other)
+        assert (key() != begun) == (name in own), name
+        (tmp_path / name).write_text(text)
+    for name, hangs in {"00_teacher_training": True, "04_schedule_search": False}.items():
+        path = tmp_path / "notebooks" / f"{name}.ipynb"
+        text = path.read_text()
+        path.write_text(text.replace("figures.style()", "figures.style() "))
+        assert (key() != begun) == hangs, name
+        path.write_text(text)
+    assert key() == begun
 
 
 # ---- the environments -----------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from lib.plan import Plan
 
 NARROW, WIDE = 3.3, 6.9  # inches
 
-_PALETTE = sns.color_palette("colorblind")
-COLOURS = {"teacher": "black", "Flexiffusion": _PALETTE[0], "DiP-GO": _PALETTE[1], "DiffNAS": _PALETTE[2]}
+PALETTE = sns.color_palette("colorblind")
+COLOURS = {"teacher": "black", "Flexiffusion": PALETTE[0], "DiP-GO": PALETTE[1], "DiffNAS": PALETTE[2]}
 """One colour a method in every figure; controls are grey."""
 VARIANTS = "*PXdh"
 """Markers of a method's variants, in the order in which they come; their names begin with the method's and a comma."""
@@ -29,7 +29,7 @@ CONTROLS = {"DDIM, uniform": ("0.45", "o", "-"), "DDIM, quadratic": ("0.6", "s",
             "random search, extended": ("0.7", "2", "")}
 OTHER = ("0.6", "v", "--")
 """Grey, marker and line of each control, and of one that has none of its own."""
-KINDS = {"null": "white", "partial": sns.color_palette("pastel")[0], "full": _PALETTE[0]}
+KINDS = {"null": "white", "partial": sns.color_palette("pastel")[0], "full": PALETTE[0]}
 
 
 def style() -> None:
@@ -69,7 +69,7 @@ def grid(images: np.ndarray, rows: Sequence[str], columns: Sequence[str] = (), c
     return figure
 
 
-def _plain_logarithm(axis: Axis) -> None:
+def plain_logarithm(axis: Axis) -> None:
     """Label a logarithmic axis with plain numbers, more of them where it spans little."""
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high > 8 * low else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
@@ -92,7 +92,7 @@ def macs_and_seconds(table: pd.DataFrame) -> Figure:
     shares = table.assign(MACs=table["macs"] / table["macs"].sum(), time=table["seconds"] / table["seconds"].sum())
     figure, axes = plt.subplots(figsize=(WIDE, 2.3))
     x = np.arange(len(shares))
-    axes.bar(x - 0.2, 100 * shares["MACs"], 0.4, label="MACs", color=_PALETTE[0])
+    axes.bar(x - 0.2, 100 * shares["MACs"], 0.4, label="MACs", color=PALETTE[0])
     axes.bar(x + 0.2, 100 * shares["time"], 0.4, label="measured time", color="0.7")
     axes.set_xticks(x, shares["block"], rotation=45, ha="right")
     axes.set(ylabel="share of a network call (%)")
@@ -184,111 +184,14 @@ def front(table: pd.DataFrame, ylabel: str, value: str = "ratio", mark: float | 
         axes.annotate("5 % worse", (1, mark), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7,
                       color="0.5")
     axes.set(xscale="log", yscale="log", xlabel="times fewer executed MACs than the teacher", ylabel=ylabel)
-    _plain_logarithm(axes.xaxis)
-    _plain_logarithm(axes.yaxis)
+    plain_logarithm(axes.xaxis)
+    plain_logarithm(axes.yaxis)
     axes.legend(fontsize=7, ncols=2)
     return figure
 
 
 def _own(family: str, variants: Sequence[str]) -> tuple:
     return COLOURS[family.partition(",")[0]], VARIANTS[variants.index(family) % len(VARIANTS)], ""
-
-
-def search_progress(found: pd.DataFrame, budgets: Sequence[float], title: str) -> Figure:
-    """Draw all plans of one search by cost and error, and the best error so far under each budget.
-
-    Parameters
-    ----------
-    found : columns trial, macs_fraction, error, partial_steps, start (bool), in the order of evaluation
-    budgets : fractions of the teacher's MACs
-    """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 2.8))
-    figure.suptitle(title, fontsize=9)
-    kinds = {"no partial steps": found["partial_steps"] == 0, "with partial steps": found["partial_steps"] > 0}
-    for (name, rows), colour in zip(kinds.items(), ("0.3", COLOURS["Flexiffusion"])):
-        left.scatter(100 * found["macs_fraction"][rows], found["error"][rows], s=10, color=colour, label=name)
-    begun = found[found["start"]]
-    left.scatter(100 * begun["macs_fraction"], begun["error"], s=40, fc="none", ec="0.5", lw=0.6, label="known before")
-    for budget in budgets:
-        left.axvline(100 * budget, color="0.7", lw=0.8, ls="--", zorder=0)
-    left.set(xlabel="executed MACs (% of the teacher's)", ylabel="rFID", yscale="log")
-    left.legend(fontsize=6, frameon=True)
-    for budget, tone in zip(budgets, np.linspace(0, 0.6, len(budgets))):
-        best = found["error"].where(found["macs_fraction"] <= budget).cummin()
-        right.step(found["trial"], best.ffill(), where="post", color=str(tone), label=f"at most {budget:.0%}")
-    right.set(xlabel="candidates tried", ylabel="best rFID so far", yscale="log")
-    right.legend(title="executed MACs", fontsize=7, title_fontsize=7)
-    for axes in (left, right):
-        _plain_logarithm(axes.yaxis)
-    return figure
-
-
-def searches(found: pd.DataFrame, budget: float) -> Figure:
-    """Draw each search's best error so far within a budget, a panel for each teacher that searches imitate.
-
-    Parameters
-    ----------
-    found : columns as in `search_progress`, search and target
-    """
-    targets = list(dict.fromkeys(found["target"]))
-    figure, panels = plt.subplots(1, len(targets), figsize=(WIDE, 2.8), squeeze=False)
-    for axes, target in zip(panels[0], targets):
-        for (name, rows), line in zip(found[found["target"] == target].groupby("search", sort=False), ("-", "--", ":")):
-            best = rows["error"].where(rows["macs_fraction"] <= budget).cummin().ffill()
-            own = name.partition(",")[0] in COLOURS
-            axes.step(rows["trial"], best, where="post", label=name, ls=line, lw=1.6 if own else 1,
-                      color=COLOURS[name.partition(",")[0]] if own else CONTROLS.get(name, OTHER)[0])
-        axes.set(xlabel="candidates tried", ylabel=f"best rFID within {100 * budget:.3g}%", yscale="log")
-        axes.set_title(f"imitating {target}", fontsize=8)
-        _plain_logarithm(axes.yaxis)
-        axes.legend(fontsize=7)
-    return figure
-
-
-def rank_agreement(agreement: pd.DataFrame, many: int) -> Figure:
-    """Draw Kendall's tau with the final score against the images behind the cheap measure, one panel a space.
-
-    Parameters
-    ----------
-    agreement : columns space, kind, images, tau, tau_low, tau_high, plans
-    many : images behind the final score; a line marks a tenth of them
-    """
-    spaces = list(dict.fromkeys(agreement["space"]))
-    figure, panels = plt.subplots(1, len(spaces), figsize=(WIDE, 2.6), sharey=True, squeeze=False)
-    for axes, space in zip(panels[0], spaces):
-        rows = agreement[agreement["space"] == space]
-        for (kind, line), colour in zip(rows.groupby("kind", sort=False), (*_PALETTE[:3], "0.5")):
-            axes.plot(line["images"], line["tau"], marker="o", ms=3, lw=1, color=colour, label=kind)
-            axes.fill_between(line["images"], line["tau_low"], line["tau_high"], color=colour, alpha=0.12, lw=0)
-        axes.axvline(many / 10, color="0.7", lw=0.8, ls="--")
-        axes.axhline(0.7, color="0.85", lw=0.8, ls="--")
-        axes.set(xscale="log", xlabel="images", title=f"{space}, {rows['plans'].iloc[0]} candidates")
-        _plain_logarithm(axes.xaxis)
-    panels[0, 0].set(ylabel="Kendall's tau")
-    panels[0, -1].legend(fontsize=7, loc="lower right")
-    return figure
-
-
-def dividends(table: pd.DataFrame) -> Figure:
-    """Draw what a partial step after each full one is worth at equal executed MACs: below 1 it pays.
-
-    Parameters
-    ----------
-    table : columns order, full_steps, branch, calls, ratio, ratio_low, ratio_high
-    """
-    figure, panels = plt.subplots(1, 2, figsize=(WIDE, 2.8), sharey=True)
-    names = {1: "DDIM (order 1)", 2: "DPM-Solver++ (order 2)"}
-    for axes, (order, rows) in zip(panels, table.groupby("order")):
-        for (branch, line), tone in zip(rows.groupby("branch"), np.linspace(0.35, 1, rows["branch"].nunique())):
-            bars = [line["ratio"] - line["ratio_low"], line["ratio_high"] - line["ratio"]]
-            axes.errorbar(line["calls"], line["ratio"], bars, marker="o", ms=4, lw=1, elinewidth=0.8, capsize=2,
-                          color=plt.cm.Blues(tone), label=f"branch {branch}")
-        axes.axhline(1, color="0.5", lw=0.8)
-        axes.set(yscale="log", xlabel="executed MACs (full calls)", title=names[order])
-        _plain_logarithm(axes.yaxis)
-    panels[0].set(ylabel="with partial steps / more full steps")
-    panels[-1].legend(fontsize=7)
-    return figure
 
 
 def beside_controls(table: pd.DataFrame) -> Figure:
@@ -308,7 +211,7 @@ def beside_controls(table: pd.DataFrame) -> Figure:
         axes.axvline(1, color=COLOURS["Flexiffusion"], lw=1)
         axes.set_xscale("log")
         axes.set_title(plan, fontsize=7)
-        _plain_logarithm(axes.xaxis)
+        plain_logarithm(axes.xaxis)
     panels[0, 0].set_yticks(range(len(order)), order, fontsize=7)
     panels[0, 0].invert_yaxis()
     figure.supxlabel("\u2190 plan better      plan's score / control's score      control better \u2192", fontsize=8)
