@@ -7,6 +7,7 @@ and papers on transformers do not.
 
 import json
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -245,6 +248,45 @@ def block_seconds(model: nn.Module, x_t: torch.Tensor, repeats: int) -> dict[str
     for handle in handles:
         handle.remove()
     return {name: float(np.median([r[name] for r in rounds[1:]])) for name in rounds[0]}
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """Give the bytes that the tensors made by `run` hold at most at one time; what was there before is not counted.
+
+    Every operator's outputs are watched until their storage is freed, so the count is exact and repeats; what a kernel
+    uses inside itself is not seen.
+    """
+    with _Watch() as watch:
+        run()
+    return watch.peak
+
+
+class _Watch(TorchDispatchMode):
+    """Sees what operators give, forward and backward, and when its memory goes."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = self.peak = 0
+        self._seen: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        for leaf in tree_leaves(outputs):
+            if isinstance(leaf, torch.Tensor) and id(storage := leaf.untyped_storage()) not in given | set(self._seen):
+                self._take(storage)
+        return outputs
+
+    def _take(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+
+        def free(_: weakref.ref) -> None:
+            self.held -= size
+            del self._seen[key]
+
+        self._seen[key] = weakref.ref(storage, free)
+        self.held += size
+        self.peak = max(self.peak, self.held)
 
 
 def _now() -> float:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from optuna.distributions import BaseDistribution, FloatDistribution
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -89,8 +90,9 @@ class SuperNet:
         noise : Tensor, (n, C, H, W)
         gates : Tensor, (T, N), in [0, 1]; row 0 is not read
         nested : bool
-            Keep the N outputs of every sqrt(T)-th step only, and make the steps between again where the gradient needs
-            them: a checkpoint at each step alone would keep all T x N.
+            Keep the N outputs of some sqrt(2 T) steps only, and make the steps between again where the gradient needs
+            them: a checkpoint at each step alone would keep all T x N. The stretches between get shorter as the kept
+            steps fill the memory, so that no stretch needs more than another.
 
         Returns
         -------
@@ -99,14 +101,15 @@ class SuperNet:
         device = next(self.model.parameters()).device
         noise, gates = noise.to(device), gates.to(device)
         state = self._step(0, gates, noise, noise)
-        stride = math.isqrt(self.plan.steps) if nested else self.plan.steps
-        for first in range(1, self.plan.steps, stride):
-            last = min(first + stride, self.plan.steps)
+        first, stretch = 1, math.ceil(math.sqrt(2 * self.plan.steps + 0.25) - 0.5) if nested else self.plan.steps
+        while first < self.plan.steps:
+            last = min(first + stretch, self.plan.steps)
             if nested:
                 state = checkpoint(self._walk, first, last, gates, *state, use_reentrant=False,
                                    preserve_rng_state=False)
             else:
                 state = self._walk(first, last, gates, *state)
+            first, stretch = last, max(1, stretch - 1)
         return state[0]
 
 
@@ -122,6 +125,20 @@ def grouping(blocks: Blocks, kind: str) -> np.ndarray:
             "columns": np.zeros(len(blocks), dtype=int)}[kind]
 
 
+def evenly(steps: int) -> np.ndarray:
+    """Give scores of steps, (T,), in (0, 1], above any threshold of which the steps lie about evenly: 1 is the first.
+
+    Each next step is the (last) one farthest from all that are kept already, and from the end.
+    """
+    scores, kept, left = np.ones(steps), [0, steps], list(range(1, steps))
+    for place in range(len(left)):
+        farthest = max(left, key=lambda step: (min(abs(step - other) for other in kept), step))
+        scores[farthest] = 1 - (place + 1) / steps
+        kept.append(farthest)
+        left.remove(farthest)
+    return scores
+
+
 class Pruner(nn.Module):
     """Gives each cell the logits of reusing and of computing; all begin at (0, 1), which computes.
 
@@ -131,9 +148,11 @@ class Pruner(nn.Module):
         (queries with step and block embeddings that attend to each other within a step before the heads)
     steps, groups : int, T and the gates of a column
     width : int, of the queries
+    even : bool
+        Begin with a slight preference for evenly spaced whole columns (see `evenly`).
     """
 
-    def __init__(self, kind: str, steps: int, groups: int, width: int = 64, seed: int = 0):
+    def __init__(self, kind: str, steps: int, groups: int, width: int = 64, seed: int = 0, even: bool = False):
         super().__init__()
         self.kind, self.shape = kind, (steps, groups)
         generator = torch.Generator().manual_seed(seed)
@@ -141,7 +160,10 @@ class Pruner(nn.Module):
         def normal(*shape: int, scale: float) -> nn.Parameter:
             return nn.Parameter(scale * torch.randn(*shape, generator=generator))
 
-        self.bias = nn.Parameter(torch.tensor([0.0, 1.0]).repeat(steps, groups, 1))
+        bias = torch.tensor([0.0, 1.0]).repeat(steps, groups, 1)
+        if even:
+            bias[..., 1] += torch.from_numpy(evenly(steps))[:, None]
+        self.bias = nn.Parameter(bias)
         if kind == "table":
             return
         self.queries = normal(steps, groups, width, scale=1.0)
@@ -163,11 +185,26 @@ class Pruner(nn.Module):
         hidden = torch.relu(torch.einsum("tbi,tbij->tbj", queries, self.hidden))
         return self.bias + torch.einsum("tbj,tbjk->tbk", hidden, self.output)
 
+    def scores(self) -> np.ndarray:
+        """Give the probabilities to compute, (T, groups)."""
+        with torch.no_grad():
+            return self().softmax(dim=-1)[..., 1].numpy()
 
-def straight_through(logits: Tensor) -> Tensor:
-    """Give hard gates, (T, groups), whose gradient is that of the probability to compute (section 3.3)."""
+
+def _likely(scores: np.ndarray) -> np.ndarray:
+    return scores > 0.5
+
+
+def straight_through(logits: Tensor, on: Callable[[np.ndarray], np.ndarray] = _likely) -> Tensor:
+    """Give hard gates, (T, groups), whose gradient is that of the probability to compute (section 3.3).
+
+    Parameters
+    ----------
+    logits : Tensor, (T, groups, 2)
+    on : callable(probabilities) -> bool, both (T, groups): which gates are on
+    """
     soft = logits.softmax(dim=-1)[..., 1]
-    return (soft > 0.5).float() + (soft - soft.detach())
+    return torch.from_numpy(on(soft.detach().numpy())).float() + (soft - soft.detach())
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,6 +300,10 @@ class Recipe:
     loss : str, kind of `consistency`
     weights : str, kind of `Prices.weights`
     fresh : bool, new noise at each update; False keeps the first (the released code's behaviour)
+    anneal : bool
+        False: a gate is on where computing is likelier than not, as in the paper. True, ours: on are the likeliest that
+        a budget allows, which falls to `stop`; the sparsity has no loss; gradients count per MAC that a gate frees, and
+        the learning rate is the root mean square of a step of the logits. Needs a table of logits.
     """
 
     updates: int
@@ -273,6 +314,12 @@ class Recipe:
     loss: str = "ssim"
     weights: str = "static"
     fresh: bool = True
+    anneal: bool = False
+
+    def budget(self, update: int) -> float:
+        """Give the share of the MACs that annealed gates may cost: from a half to `stop` in four fifths of the time."""
+        way = min(1.0, (update + 1) / (0.8 * self.updates))
+        return self.stop + max(0.0, 0.5 - self.stop) * 0.5 * (1 + math.cos(math.pi * way))
 
 
 def learn(pruner: Pruner, net: SuperNet, prices: Prices, noise: Callable[[int, int], Tensor], recipe: Recipe, *,
@@ -290,7 +337,14 @@ def learn(pruner: Pruner, net: SuperNet, prices: Prices, noise: Callable[[int, i
     -------
     history : list of {"update", "consistency", "sparsity", "kept", "gates"}
         `gates` as one string of 0 and 1 a step.
+
+    Raises
+    ------
+    FloatingPointError
+        If a gradient is no number; the pruner saved last is kept.
     """
+    if recipe.anneal and pruner.kind != "table":
+        raise ValueError(f"annealed gates need a table of logits, not {pruner.kind}")
     optimiser = torch.optim.SGD(pruner.parameters(), lr=recipe.learning_rate, weight_decay=1e-4)
     history: list[dict] = []
     work.mkdir(parents=True, exist_ok=True)
@@ -307,7 +361,8 @@ def learn(pruner: Pruner, net: SuperNet, prices: Prices, noise: Callable[[int, i
         for group in optimiser.param_groups:
             group["lr"] = recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * update / recipe.updates))
         start = noise(update * recipe.batch if recipe.fresh else 0, recipe.batch)
-        gates = straight_through(pruner())
+        on = partial(by_threshold, prices=prices, keep=recipe.budget(update)) if recipe.anneal else _likely
+        gates = straight_through(pruner(), on)
         hard = gates.detach().numpy() > 0.5
         hard[0] = True
         with torch.no_grad():
@@ -317,8 +372,15 @@ def learn(pruner: Pruner, net: SuperNet, prices: Prices, noise: Callable[[int, i
         sparsity = (gamma[1:] * gates[1:]).sum() / total
         kept = prices.kept(hard)
         optimiser.zero_grad()
-        (differs + recipe.alpha * sparsity if kept > recipe.stop else differs).backward()
-        nn.utils.clip_grad_norm_(pruner.parameters(), 1.0, error_if_nonfinite=True)
+        (differs if recipe.anneal or kept <= recipe.stop else differs + recipe.alpha * sparsity).backward()
+        if recipe.anneal:
+            pruner.bias.grad[1:] /= gamma[1:, :, None].clamp(min=1e-3)
+            pruner.bias.grad /= pruner.bias.grad[1:].square().mean().sqrt()
+        else:
+            nn.utils.clip_grad_norm_(pruner.parameters(), 1.0)
+        if not all(p.grad.isfinite().all() for p in pruner.parameters()):
+            raise FloatingPointError(f"{title}: the gradient of update {update} is no number. Lower the learning rate, "
+                                     "or use precision: fp32. What came before is kept.")
         optimiser.step()
         history.append({"update": update, "consistency": differs.item(), "sparsity": sparsity.item(), "kept": kept,
                         "gates": ["".join("01"[int(on)] for on in row) for row in hard]})
@@ -394,3 +456,47 @@ def prune(scores: np.ndarray, prices: Prices, keep: float, teacher: Plan, method
     gates = PRUNE[method](scores, prices, keep)
     live, _ = prices.blocks.liveness(prices.cells(gates))
     return Plan.from_gates(live, teacher, paper="2410.16942", keep=keep, method=f"DiP-GO, {method}")
+
+
+@dataclass(frozen=True)
+class ScoreSpace:
+    """The space of scores, one a gate: what a search finds without a gradient.
+
+    Attributes
+    ----------
+    prices : Prices
+    teacher : Plan, full
+    keep : float, executed MACs of every plan over the teacher's, at most
+    """
+
+    prices: Prices
+    teacher: Plan
+    keep: float
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.teacher.steps, int(self.prices.groups.max()) + 1
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Give each gene's range."""
+        steps, groups = self._shape
+        return {f"{step}.{group}": FloatDistribution(0.0, 1.0) for step in range(1, steps) for group in range(groups)}
+
+    def decode(self, genome: Mapping[str, float]) -> Plan:
+        """Make a plan of a genome."""
+        scores = np.ones(self._shape)
+        for gene, value in genome.items():
+            step, group = map(int, gene.split("."))
+            scores[step, group] = value
+        return prune(scores, self.prices, self.keep, self.teacher)
+
+    def encode(self, scores: np.ndarray) -> dict[str, float]:
+        """Give the genome of scores, (T, groups), in [0, 1]."""
+        return {f"{step}.{group}": float(score) for (step, group), score in np.ndenumerate(scores) if step}
+
+
+def outside_columns(plan: Plan, blocks: Blocks, costs: Costs) -> float:
+    """Give the share of the reused MACs that lies in columns where some cell computes: 0 is a plan of whole steps."""
+    live, _ = blocks.liveness(plan.cells)
+    reused = ~live @ np.array([costs.blocks[name] for name in plan.blocks])
+    return float(reused[live.any(axis=1)].sum() / max(1, reused.sum()))

@@ -118,8 +118,32 @@ class ScheduleSearch(Common):
     latency_repeats: int = Field(ge=3)
 
 
+class PrunerTraining(Common):
+    """Parameters of 05_pruner_training."""
+
+    pruners: list[Literal["DiP-GO", "columns", "annealed", "annealed columns"]] = Field(min_length=1)  # what is trained
+    kind: Literal["table", "queries", "encoder"]  # of pruner
+    updates: Positive  # of a training
+    batch_size: Positive  # images an update
+    learning_rate: float = Field(gt=0)  # of SGD, with a cosine
+    annealed_rate: float = Field(gt=0)  # root mean square of a step of the annealed pruners' logits
+    alpha: float = Field(ge=0)  # weight of the sparsity loss
+    stop: Fraction  # tau, kept fraction of the MACs below which sparsity no longer counts
+    memory_steps: list[Annotated[int, Field(ge=2)]] = Field(min_length=2)  # T at which a training's memory is measured
+    keeps: list[Fraction] = Field(min_length=1)  # kept fractions of the teacher's MACs at which plans are scored
+    family: list[Fraction] = Field(min_length=1)  # kept fractions at which plans are saved
+    search_images: int = Field(ge=10)  # images a candidate of the searches
+    population: int = Field(ge=2)  # of the genetic searches
+    select_images: int = Field(ge=70)  # images on which variants are compared
+    ablations: list[Literal["loss", "alpha", "weights", "noise", "pruner", "gates"]]  # parts to vary
+    base_steps: int = Field(ge=2, le=1000)  # of the short DPM-Solver++ base
+    base_keeps: list[Fraction]  # kept fractions of the short base's executed MACs
+    latency_batch: Positive
+    latency_repeats: int = Field(ge=3)
+
+
 NOTEBOOKS: dict[str, type[Common]] = {"00_teacher_training": TeacherTraining, "01_teacher_analysis": TeacherAnalysis,
-                                      "04_schedule_search": ScheduleSearch}
+                                      "04_schedule_search": ScheduleSearch, "05_pruner_training": PrunerTraining}
 """Which notebook takes which parameters."""
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from diffusers import UNet2DModel
 
 from lib import cost
@@ -83,3 +84,16 @@ def test_a_plans_time_is_the_sum_over_its_columns(unet, schedule, teacher, descr
     other = Plan.deepcache(5, described.branch(0), teacher)
     with pytest.raises(KeyError, match="measure a plan that holds it"):
         latency.of(described.liveness(other.cells)[0])
+
+
+def test_peak_memory_counts_what_lives_at_one_time():
+    def run():
+        a = torch.zeros(1000)  # 4,000 bytes
+        b = a + 1  # 8,000
+        b.view(10, 100).add_(1)  # no new memory
+        del a, b
+        return torch.zeros(1500)  # 6,000
+
+    assert cost.peak_memory(run) == 8000
+    kept = torch.zeros(1000)
+    assert cost.peak_memory(lambda: kept.mul_(2)) == 0, "what was there before"

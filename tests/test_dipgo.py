@@ -135,14 +135,14 @@ def test_consistency_is_0_for_the_same_images_and_grows(kind, noise):
     assert values[0] == pytest.approx(0, abs=1e-5) and values[0] < values[1] < values[2]
 
 
-def run(unet, schedule, short, prices, work, stop=99, **changes):
+def run(unet, schedule, short, prices, work, kill=99, bad=99, even=False, **changes):
     recipe = dipgo.Recipe(**{"updates": 12, "batch": 2, "learning_rate": 20.0} | changes)
-    pruner = dipgo.Pruner("table", short.steps, len(set(prices.groups)))
+    pruner = dipgo.Pruner("table", short.steps, len(set(prices.groups)), even=even)
 
     def bank(first, count):
-        if first >= stop:
+        if first >= kill:
             raise KeyboardInterrupt
-        return sampling.noise("search", 0, first, count, (1, 16, 16))
+        return sampling.noise("search", 0, first, count, (1, 16, 16)) * (float("nan") if first >= bad else 1)
 
     return pruner, dipgo.learn(pruner, dipgo.SuperNet(unet, short, schedule), prices, bank, recipe, work=work)
 
@@ -150,7 +150,7 @@ def run(unet, schedule, short, prices, work, stop=99, **changes):
 def test_a_killed_training_goes_on_to_the_same_gates(unet, schedule, short, prices, tmp_path):
     whole, history = run(unet, schedule, short, prices, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        run(unet, schedule, short, prices, tmp_path / "broken", stop=22)
+        run(unet, schedule, short, prices, tmp_path / "broken", kill=22)
     again, told = run(unet, schedule, short, prices, tmp_path / "broken")
     assert torch.equal(whole.bias, again.bias) and told == history
     assert history[0]["kept"] == 1 and history[0]["sparsity"] == pytest.approx(1)
@@ -161,3 +161,66 @@ def test_levels_and_marginal_weights_train_too(unet, schedule, short, described,
     levels = dipgo.Prices(described, prices.costs, dipgo.grouping(described, "levels"))
     _, history = run(unet, schedule, short, levels, tmp_path, weights="marginal", loss="l2", updates=3)
     assert len(history) == 3 and len(history[0]["gates"][0]) == 7
+
+
+def test_a_gradient_that_is_no_number_stops_and_keeps_what_was_good(unet, schedule, short, prices, tmp_path):
+    with pytest.raises(FloatingPointError, match="update 10 is no number. Lower the learning rate"):
+        run(unet, schedule, short, prices, tmp_path, bad=20)
+    with pytest.raises(KeyboardInterrupt):
+        run(unet, schedule, short, prices, tmp_path, kill=20)
+    pruner, history = run(unet, schedule, short, prices, tmp_path)
+    assert pruner.bias.isfinite().all() and len(history) == 12
+
+
+def test_annealed_gates_follow_a_falling_budget(unet, schedule, short, prices, tmp_path):
+    recipe = dipgo.Recipe(12, 2, 0.1, stop=0.3, anneal=True)
+    pruner, history = run(unet, schedule, short, prices, tmp_path, learning_rate=0.1, anneal=True, stop=0.3, even=True)
+    kept, budgets = [row["kept"] for row in history], [recipe.budget(update) for update in range(12)]
+    assert budgets == sorted(budgets, reverse=True) and budgets[-1] == pytest.approx(0.3) and budgets[0] < 0.5
+    assert all(0 <= budget - cost < 0.1 for cost, budget in zip(kept, budgets))
+    begun = dipgo.Pruner("table", short.steps, len(short.blocks), even=True)
+    moved = (pruner.bias - begun.bias)[1:].detach().square().mean().sqrt()
+    assert 0.1 < moved < 1.2, "each of twelve steps is at most 0.1 long"
+    with pytest.raises(ValueError, match="annealed gates need a table of logits, not queries"):
+        dipgo.learn(dipgo.Pruner("queries", 5, 14), None, prices, None, recipe, work=tmp_path)
+
+
+def test_evenly_spaced_steps():
+    scores = dipgo.evenly(9)
+    assert scores[0] == 1 and len(set(scores)) == 9 and scores.min() > 0
+    kept = [sorted(np.argsort(-scores)[:count].tolist()) for count in (1, 2, 3, 4)]
+    assert kept == [[0], [0, 5], [0, 5, 7], [0, 3, 5, 7]]
+
+
+def test_scores_are_a_genome(prices, unet, teacher):
+    space = dipgo.ScoreSpace(prices, teacher, 0.4)
+    scores = np.random.default_rng(0).random((teacher.steps, len(teacher.blocks)))
+    genome = space.encode(scores)
+    assert set(genome) == set(space.distributions()) and len(genome) == (teacher.steps - 1) * len(teacher.blocks)
+    plan = space.decode(genome)
+    assert plan.key == dipgo.prune(scores, prices, 0.4, teacher).key
+    assert cost.executed(unet, prices.costs, plan) <= 0.4 * teacher.steps * prices.costs.call
+
+
+def test_what_lies_outside_whole_columns(described, teacher, prices):
+    cells = np.ones((teacher.steps, len(teacher.blocks)), bool)
+    cells[3] = False
+    steps_only = teacher.with_cells(cells)
+    assert dipgo.outside_columns(steps_only, described, prices.costs) == 0
+    assert dipgo.outside_columns(teacher, described, prices.costs) == 0
+    cells[5] = described.branch(0)
+    mixed = dipgo.outside_columns(teacher.with_cells(cells), described, prices.costs)
+    one, two = (sum(prices.costs.blocks[name] for name, on in zip(described.names, row) if not on)
+                for row in (cells[3], cells[5]))
+    assert mixed == pytest.approx(two / (one + two))
+
+
+def test_nested_checkpoints_hold_little_more_for_many_steps(unet, schedule, described):
+    def peak(steps, nested):
+        full = Plan.full(trailing(steps, 1000), NoiseSchedule.of(schedule), described.names)
+        net, gates = dipgo.SuperNet(unet, full, schedule), torch.ones(steps, len(described), requires_grad=True)
+        start = sampling.noise("search", 0, 0, 1, (1, 16, 16))
+        return cost.peak_memory(lambda: net.images(start, gates, nested).mean().backward())
+
+    assert peak(50, True) < 1.6 * peak(10, True)
+    assert peak(50, False) > 2.5 * peak(10, False)

@@ -173,8 +173,9 @@ def test_another_studys_parameter_re_runs_nothing(project, change):
 
 
 @pytest.mark.parametrize(("module", "expected"), [
-    ("flexiffusion", {"04_schedule_search"}), ("analysis", {"01_teacher_analysis"}), ("run", set()), ("params", set()),
-    ("controls", {"01_teacher_analysis", "04_schedule_search"}), ("plan", set(STAGES))])
+    ("flexiffusion", {"04_schedule_search", "05_pruner_training"}), ("dipgo", {"05_pruner_training"}),
+    ("analysis", {"01_teacher_analysis"}), ("run", set()), ("params", set()), ("plan", set(STAGES)),
+    ("controls", {"01_teacher_analysis", "04_schedule_search", "05_pruner_training"})])
 def test_a_module_re_runs_the_stages_that_import_it(project, change, module, expected):
     change(f"lib/{module}.py", '"""', '"""Changed: ')
     assert changed(project) == expected

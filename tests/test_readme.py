@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lib import paths, report, teachers
+from lib import params, paths, report, teachers
 
 README = (paths.ROOT / "README.md").read_text()
 
@@ -54,7 +54,8 @@ def test_publishing_copies_numbers_and_no_weights(tmp_path, monkeypatch):
     stage = tmp_path / "data" / "smoke" / "00_teacher_training"
     with pytest.raises(FileNotFoundError, match="00_teacher_training of study smoke is not done: nothing is published"):
         report.publish("smoke")
-    for other in ("01_teacher_analysis", "04_schedule_search"):
+    others = set(params.NOTEBOOKS) - {"00_teacher_training"}
+    for other in others:
         (tmp_path / "data" / "smoke" / other).mkdir(parents=True)
         (tmp_path / "data" / "smoke" / other / "metrics.json").write_text("{}")
     for name in ("metrics.json", "figures/a.png", "tables/b.csv", "teacher/unet/model.safetensors", "notebook.ipynb"):
@@ -66,4 +67,4 @@ def test_publishing_copies_numbers_and_no_weights(tmp_path, monkeypatch):
     report.publish("smoke")
     found = {str(file.relative_to(tmp_path / "reports" / "smoke")) for file in (tmp_path / "reports").rglob("*.*")}
     assert found == {f"00_teacher_training/{name}" for name in ("metrics.json", "figures/a.png", "tables/b.csv")} | {
-        "01_teacher_analysis/metrics.json", "04_schedule_search/metrics.json"}
+        f"{other}/metrics.json" for other in others}

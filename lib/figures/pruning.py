@@ -1,0 +1,116 @@
+"""Figures of the pruner's training (notebook 05)."""
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch
+from matplotlib.ticker import MaxNLocator
+
+from lib.blocks import STEM, Blocks
+from lib.figures import COLOURS, NARROW, PALETTE, WIDE
+
+TONES = {"DiP-GO": PALETTE[1], "columns": "0.45", "annealed": PALETTE[3], "annealed columns": "0.7"}
+
+
+def connections(blocks: Blocks, columns: int = 3) -> Figure:
+    """Draw the SuperNet: what each block reads in its own column, and its backup, the same block one step before."""
+    figure, axes = plt.subplots(figsize=(WIDE, 0.24 * len(blocks) + 0.7))
+    own, backup = {"color": "0.55", "lw": 0.8}, {"color": COLOURS["DiP-GO"], "lw": 1, "ls": "--"}
+
+    def arrow(start: tuple, end: tuple, bend: float, **kind) -> None:
+        axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=6, shrinkA=5, shrinkB=5,
+                                       connectionstyle=f"arc3,rad={bend}", **kind))
+
+    for step in range(columns):
+        for place, block in enumerate(blocks):
+            axes.plot(step, place, "o", ms=7, color="white", mec="0.3", zorder=3)
+            for name in block.reads:
+                if name != STEM:
+                    reach = place - blocks.index[name]
+                    arrow((step, blocks.index[name]), (step, place), 0 if reach == 1 else -0.35 + 0.012 * reach, **own)
+            if step:
+                arrow((step - 1, place), (step, place), 0, **backup)
+    axes.set_yticks(range(len(blocks)), blocks.names, fontsize=7)
+    axes.set_xticks(range(columns), [f"step {step}" for step in range(columns)])
+    axes.set_xlim(-0.35, columns - 0.75)
+    axes.tick_params(length=0)
+    axes.legend([plt.Line2D([], [], **own), plt.Line2D([], [], **backup)], ["input", "backup"], fontsize=7, ncols=2,
+                loc="lower right", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def training(history: pd.DataFrame) -> Figure:
+    """Draw both losses and the kept fraction of the MACs over the updates, a line a pruner.
+
+    Parameters
+    ----------
+    history : columns pruner, update, consistency, sparsity, kept
+    """
+    figure, panels = plt.subplots(1, 3, figsize=(WIDE, 2.4))
+    labels = {"consistency": "consistency loss", "sparsity": "sparsity loss", "kept": "kept MACs (%)"}
+    for axes, (column, label) in zip(panels, labels.items()):
+        for (name, rows), tone in zip(history.groupby("pruner", sort=False), TONES.values()):
+            axes.plot(rows["update"], rows[column] * (100 if column == "kept" else 1), lw=1.1, color=tone, label=name)
+        axes.set(xlabel="update", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    panels[0].legend(fontsize=6)
+    return figure
+
+
+def maps(panels: Mapping[str, np.ndarray], rows: list[str], label: str) -> Figure:
+    """Draw several maps of one value a cell in [0, 1] above each other, steps across.
+
+    Parameters
+    ----------
+    panels : title to (T, groups), float or bool
+    rows : the groups' names
+    label : of the colour bar
+    """
+    figure, drawn = plt.subplots(len(panels), 1, figsize=(WIDE, len(panels) * (0.11 * len(rows) + 0.35) + 0.4),
+                                 sharex=True, squeeze=False)
+    for axes, (title, values) in zip(drawn[:, 0], panels.items()):
+        mesh = axes.pcolormesh(np.asarray(values, dtype=float).T, cmap="cividis", vmin=0, vmax=1, edgecolors="white",
+                               linewidth=0.2)
+        axes.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=5 if len(rows) > 8 else 6)
+        axes.set_title(title, fontsize=7, loc="left", pad=2)
+    drawn[-1, 0].set(xlabel="step (noise to image)")
+    drawn[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(mesh, ax=drawn[:, 0], label=label, pad=0.01, aspect=12 * len(panels))
+    return figure
+
+
+def ablation(table: pd.DataFrame) -> Figure:
+    """Draw each variant's score over the paper's recipe's, with intervals, a panel for each part that was varied.
+
+    Parameters
+    ----------
+    table : columns part, variant, ratio, ratio_low, ratio_high
+    """
+    parts = list(dict.fromkeys(table["part"]))
+    figure, axes = plt.subplots(figsize=(WIDE, 0.2 * len(table) + 0.7))
+    places = np.arange(len(table)) + np.array([parts.index(part) for part in table["part"]]) * 0.6
+    bars = [table["ratio"] - table["ratio_low"], table["ratio_high"] - table["ratio"]]
+    axes.errorbar(table["ratio"], places, xerr=bars, fmt="o", ms=4, capsize=2, elinewidth=1, color=COLOURS["DiP-GO"])
+    axes.axvline(1, color="0.5", lw=0.8)
+    axes.set_yticks(places, [f"{row.part}: {row.variant}" for row in table.itertuples()], fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlabel="\u2190 better      score / score of the paper's recipe      worse \u2192")
+    return figure
+
+
+def freedom(table: pd.DataFrame) -> Figure:
+    """Draw how much of what a plan reuses lies outside whole reused columns, over the kept fraction.
+
+    Parameters
+    ----------
+    table : columns pruner, keep, outside_macs (fraction of the reused MACs)
+    """
+    figure, axes = plt.subplots(figsize=(NARROW, 2.3))
+    for (name, rows), tone in zip(table.groupby("pruner", sort=False), TONES.values()):
+        axes.plot(100 * rows["keep"], 100 * rows["outside_macs"], marker="o", ms=3, lw=1, color=tone, label=name)
+    axes.set(xlabel="kept MACs (%)", ylabel="reused MACs outside\nwhole columns (%)", ylim=(-3, 103))
+    axes.legend(fontsize=6)
+    return figure
