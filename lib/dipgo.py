@@ -140,7 +140,7 @@ def evenly(steps: int) -> np.ndarray:
 
 
 class Pruner(nn.Module):
-    """Gives each cell the logits of reusing and of computing; all begin at (0, 1), which computes.
+    """Gives each gate the logits of reusing and of computing; they begin at (0, 1), which computes.
 
     Parameters
     ----------
@@ -148,8 +148,9 @@ class Pruner(nn.Module):
         (queries with step and block embeddings that attend to each other within a step before the heads)
     steps, groups : int, T and the gates of a column
     width : int, of the queries
+    seed : int, of queries and heads
     even : bool
-        Begin with a slight preference for evenly spaced whole columns (see `evenly`).
+        Begin in the order of evenly spaced whole columns (see `evenly`): (0, 1) to (0, 2).
     """
 
     def __init__(self, kind: str, steps: int, groups: int, width: int = 64, seed: int = 0, even: bool = False):
@@ -237,6 +238,16 @@ class Prices:
         live, _ = self.blocks.liveness(self.cells(gates))
         return float((live @ self._macs + live.any(axis=1) * self.costs.rest).sum() / self.costs.call / len(gates))
 
+    @property
+    def gates(self) -> int:
+        """The number of gates a column."""
+        return int(self.groups.max()) + 1
+
+    @property
+    def total(self) -> float:
+        """The sum of a full column's static weights."""
+        return float(self.weights("static", np.ones((1, self.gates), bool)).sum())
+
     @lru_cache(maxsize=4096)  # noqa: B019 (prices live as long as a training)
     def _column(self, row: bytes) -> np.ndarray:
         """Give for one column what each gate saves if it is off, or costs if it is on, as a share of a full call."""
@@ -254,7 +265,7 @@ class Prices:
         return saved
 
     def weights(self, kind: str, gates: np.ndarray) -> np.ndarray:
-        """Give gamma, (T, groups): the share of a call's MACs that each gate frees, cascade included.
+        """Give gamma, (T, groups): each gate's weight, the share of a call's MACs that it frees, cascade included.
 
         Parameters
         ----------
@@ -375,7 +386,7 @@ def learn(pruner: Pruner, net: SuperNet, prices: Prices, noise: Callable[[int, i
         (differs if recipe.anneal or kept <= recipe.stop else differs + recipe.alpha * sparsity).backward()
         if recipe.anneal:
             pruner.bias.grad[1:] /= gamma[1:, :, None].clamp(min=1e-3)
-            pruner.bias.grad /= pruner.bias.grad[1:].square().mean().sqrt()
+            pruner.bias.grad /= pruner.bias.grad[1:].square().mean().sqrt().clamp(min=1e-12)
         else:
             nn.utils.clip_grad_norm_(pruner.parameters(), 1.0)
         if not all(p.grad.isfinite().all() for p in pruner.parameters()):
@@ -385,11 +396,9 @@ def learn(pruner: Pruner, net: SuperNet, prices: Prices, noise: Callable[[int, i
         history.append({"update": update, "consistency": differs.item(), "sparsity": sparsity.item(), "kept": kept,
                         "gates": ["".join("01"[int(on)] for on in row) for row in hard]})
         bar.set_postfix(kept=f"{kept:.0%}", consistency=f"{differs.item():.3f}", refresh=False)
-        if (update + 1) % 10 == 0 or update + 1 == recipe.updates:
-            unfinished = state.with_suffix(".partial")
-            save_file({name: tensor.contiguous() for name, tensor in pruner.state_dict().items()}, unfinished,
-                      metadata={"history": json.dumps(history)})
-            unfinished.replace(state)
+        unfinished = state.with_suffix(".partial")
+        save_file(pruner.state_dict(), unfinished, metadata={"history": json.dumps(history)})
+        unfinished.replace(state)
     return history
 
 
@@ -406,7 +415,8 @@ def by_threshold(scores: np.ndarray, prices: Prices, keep: float) -> np.ndarray:
 
     Returns
     -------
-    gates : (T, groups), bool, the dearest that cost at most `keep`
+    gates : (T, groups), bool
+        They cost at most `keep`, or the first column alone.
     """
     order = np.argsort(-scores[1:], axis=None, kind="stable")
 
@@ -422,7 +432,7 @@ def by_threshold(scores: np.ndarray, prices: Prices, keep: float) -> np.ndarray:
         low, high = (middle, high) if prices.kept(first(middle)) <= keep else (low, middle - 1)
     gates = first(low)
     for place in order[low:]:
-        if prices.kept(gates) > keep - 0.0125:
+        if prices.kept(gates) > keep - 0.005:
             break
         gates[1:].flat[place] = True
         if prices.kept(gates) > keep:
@@ -475,7 +485,7 @@ class ScoreSpace:
 
     @property
     def _shape(self) -> tuple[int, int]:
-        return self.teacher.steps, int(self.prices.groups.max()) + 1
+        return self.teacher.steps, self.prices.gates
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Give each gene's range."""

@@ -6,7 +6,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -118,10 +118,23 @@ class ScheduleSearch(Common):
     latency_repeats: int = Field(ge=3)
 
 
+def _different(values: list) -> list:
+    if len(set(values)) < len(values):
+        raise ValueError("one stands twice")
+    return values
+
+
+def _with_paper(names: list) -> list:
+    if "DiP-GO" not in names:
+        raise ValueError("add DiP-GO, with which the others are compared")
+    return names
+
+
 class PrunerTraining(Common):
     """Parameters of 05_pruner_training."""
 
-    pruners: list[Literal["DiP-GO", "columns", "annealed", "annealed columns"]] = Field(min_length=1)  # what is trained
+    pruners: Annotated[list[Literal["DiP-GO", "columns", "annealed", "annealed columns"]],
+                       AfterValidator(_different), AfterValidator(_with_paper)]  # what is trained
     kind: Literal["table", "queries", "encoder"]  # of pruner
     updates: Positive  # of a training
     batch_size: Positive  # images an update
@@ -129,7 +142,8 @@ class PrunerTraining(Common):
     annealed_rate: float = Field(gt=0)  # root mean square of a step of the annealed pruners' logits
     alpha: float = Field(ge=0)  # weight of the sparsity loss
     stop: Fraction  # tau, kept fraction of the MACs below which sparsity no longer counts
-    memory_steps: list[Annotated[int, Field(ge=2)]] = Field(min_length=2)  # T at which a training's memory is measured
+    memory_steps: Annotated[list[Annotated[int, Field(ge=2)]], AfterValidator(_different)] = Field(
+        min_length=2)  # T at which a training's memory is measured
     keeps: list[Fraction] = Field(min_length=1)  # kept fractions of the teacher's MACs at which plans are scored
     family: list[Fraction] = Field(min_length=1)  # kept fractions at which plans are saved
     search_images: int = Field(ge=10)  # images a candidate of the searches

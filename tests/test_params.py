@@ -37,6 +37,9 @@ def test_numbers_like_1e_4_are_numbers(write):
 
 
 @pytest.mark.parametrize(("old", "new", "fault"), [
+    ('"columns", "annealed"]', '"columns", "columns"]', "pruners: Value error, one stands twice"),
+    ('["DiP-GO", "columns"', '["columns"', "pruners: Value error, add DiP-GO, with which the others are compared"),
+    ("memory_steps: [4, 8]", "memory_steps: [8, 8]", "memory_steps: Value error, one stands twice"),
     ("seed: 0", "seed: zero", "seed: Input should be a valid integer"),
     ("seed: 0", "seed: -1", "seed: Input should be greater than or equal to 0"),
     ("seed: 0", "seed: 0.5", "seed: Input should be a valid integer"),

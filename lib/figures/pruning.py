@@ -12,7 +12,9 @@ from matplotlib.ticker import MaxNLocator
 from lib.blocks import STEM, Blocks
 from lib.figures import COLOURS, NARROW, PALETTE, WIDE
 
-TONES = {"DiP-GO": PALETTE[1], "columns": "0.45", "annealed": PALETTE[3], "annealed columns": "0.7"}
+TONES = {"DiP-GO": PALETTE[1], "columns": "0.45", "annealed": PALETTE[3], "annealed columns": "0.7",
+         "untrained": PALETTE[4]}
+"""One colour a pruner."""
 
 
 def connections(blocks: Blocks, columns: int = 3) -> Figure:
@@ -52,8 +54,9 @@ def training(history: pd.DataFrame) -> Figure:
     figure, panels = plt.subplots(1, 3, figsize=(WIDE, 2.4))
     labels = {"consistency": "consistency loss", "sparsity": "sparsity loss", "kept": "kept MACs (%)"}
     for axes, (column, label) in zip(panels, labels.items()):
-        for (name, rows), tone in zip(history.groupby("pruner", sort=False), TONES.values()):
-            axes.plot(rows["update"], rows[column] * (100 if column == "kept" else 1), lw=1.1, color=tone, label=name)
+        for name, rows in history.groupby("pruner", sort=False):
+            scale = 100 if column == "kept" else 1
+            axes.plot(rows["update"], scale * rows[column], lw=1.1, color=TONES[name], label=name)
         axes.set(xlabel="update", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     panels[0].legend(fontsize=6)
@@ -83,7 +86,7 @@ def maps(panels: Mapping[str, np.ndarray], rows: list[str], label: str) -> Figur
 
 
 def ablation(table: pd.DataFrame) -> Figure:
-    """Draw each variant's score over the paper's recipe's, with intervals, a panel for each part that was varied.
+    """Draw each variant's score over the paper's recipe's, with intervals; a gap between the parts that were varied.
 
     Parameters
     ----------
@@ -109,8 +112,8 @@ def freedom(table: pd.DataFrame) -> Figure:
     table : columns pruner, keep, outside_macs (fraction of the reused MACs)
     """
     figure, axes = plt.subplots(figsize=(NARROW, 2.3))
-    for (name, rows), tone in zip(table.groupby("pruner", sort=False), TONES.values()):
-        axes.plot(100 * rows["keep"], 100 * rows["outside_macs"], marker="o", ms=3, lw=1, color=tone, label=name)
+    for name, rows in table.groupby("pruner", sort=False):
+        axes.plot(100 * rows["keep"], 100 * rows["outside_macs"], marker="o", ms=3, lw=1, color=TONES[name], label=name)
     axes.set(xlabel="kept MACs (%)", ylabel="reused MACs outside\nwhole columns (%)", ylim=(-3, 103))
     axes.legend(fontsize=6)
     return figure
