@@ -1,0 +1,176 @@
+"""DiffNAS: the teacher's forms are the teacher, students are what the supernet runs, levels are judged alone."""
+
+import itertools
+
+import pytest
+import torch
+
+from lib import blocks, cost, diffnas
+from lib.diffnas import Form, FormSpace, Student
+
+SPACE = FormSpace((1, 3, 5), (0.5, 0.8, 1.0, 1.2))
+
+
+@pytest.fixture(scope="module")
+def supernet(unet):
+    torch.manual_seed(0)
+    return diffnas.supernet(unet, SPACE).eval()
+
+
+@pytest.fixture
+def batch(noise):
+    return noise, torch.tensor([10, 500, 900])
+
+
+def drawn(unet, seed):
+    return diffnas.draw(unet, SPACE, torch.Generator().manual_seed(seed))
+
+
+def test_forms_round_to_the_norms_groups_and_merge(unet):
+    block = diffnas.residuals(unet)["mid_block.resnets.0"]  # 16 channels in 4 groups
+    assert {form.width for form in SPACE.of(block)} == {8, 12, 16, 20}
+    assert len(SPACE.of(block)) == 36 == len(set(SPACE.of(block)))
+    narrow = diffnas.residuals(unet)["down_blocks.0.resnets.0"]  # 8 channels: 6.4 and 9.6 round to 8
+    assert {form.width for form in SPACE.of(narrow)} == {4, 8}
+    with pytest.raises(ValueError, match="kernels: must be odd"):
+        FormSpace((2,), (1.0,))
+
+
+def test_residual_blocks_come_in_the_order_in_which_they_run(unet):
+    found = list(diffnas.residuals(unet))
+    assert found[0].startswith("down_blocks.0") and found[-1].startswith("up_blocks.2") and len(found) == 11
+    assert found.index("mid_block.resnets.0") < found.index("up_blocks.0.resnets.0")
+
+
+def test_in_the_teachers_forms_the_supernet_is_the_teacher(unet, supernet, batch):
+    diffnas.choose(supernet, diffnas.forms(unet))
+    torch.testing.assert_close(supernet(*batch).sample, unet(*batch).sample)
+    losses = diffnas.level_losses(supernet, diffnas.observe(unet, *batch))
+    assert set(losses) == set(blocks.describe(unet).levels) and max(losses.values()) < 1e-10
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_student_gives_what_the_supernet_gives_in_its_forms(unet, supernet, batch, seed):
+    architecture = drawn(unet, seed)
+    diffnas.choose(supernet, architecture)
+    made = diffnas.student(supernet, architecture)
+    assert diffnas.forms(made) == architecture
+    torch.testing.assert_close(made(*batch).sample, supernet(*batch).sample)
+
+
+def test_a_student_survives_saving(unet, supernet, batch, tmp_path):
+    made = diffnas.student(supernet, drawn(unet, 3))
+    made.save_pretrained(tmp_path)
+    again = Student.from_pretrained(tmp_path, use_safetensors=True)
+    assert diffnas.forms(again) == diffnas.forms(made) and again.config.architecture == made.config.architecture
+    torch.testing.assert_close(again(*batch).sample, made(*batch).sample, rtol=0, atol=0)
+
+
+def test_a_student_is_costed_and_described_as_it_is(unet, supernet):
+    same, small = (diffnas.student(supernet, diffnas.forms(unet) | change) for change in
+                   ({}, {"up_blocks.2.resnets.1": Form(1, 3, 4)}))
+    assert cost.count(same) == cost.count(unet)
+    before, after = cost.count(unet), cost.count(small)
+    assert blocks.describe(small).names == blocks.describe(unet).names
+    assert {name for name in before.blocks if before.blocks[name] != after.blocks[name]} == {"up2.1"}
+    assert before.blocks["up2.1"] - after.blocks["up2.1"] == 16 * 16 * (16 * 8 * 9 - 16 * 4 + 8 * 8 * 9 - 4 * 8 * 9) + (
+        32 * 8 - 32 * 4)
+
+
+def test_a_wider_block_begins_as_the_teachers(unet, batch):
+    wide = diffnas.supernet(unet, SPACE).eval()
+    own = diffnas.forms(unet)["mid_block.resnets.0"]
+    diffnas.choose(wide, {"mid_block.resnets.0": Form(5, 5, own.width)})
+    torch.testing.assert_close(wide(*batch).sample, unet(*batch).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_a_worse_form_costs_its_own_level_alone(unet, supernet, batch):
+    diffnas.choose(supernet, diffnas.forms(unet) | {"up_blocks.1.resnets.0": Form(1, 1, 8)})
+    losses = diffnas.level_losses(supernet, diffnas.observe(unet, *batch))
+    assert losses["up1"] > 1e-4 and max(loss for level, loss in losses.items() if level != "up1") < 1e-10
+
+
+def test_paths_of_a_level(unet):
+    assert len(list(diffnas.paths(unet, SPACE, "down0"))) == 18
+    assert len(list(diffnas.paths(unet, SPACE, "mid"))) == 36**2
+
+
+def test_an_architecture_for_other_blocks_is_refused(unet):
+    config = dict(unet.config) | {"architecture": {"up_blocks.9.resnets.0": {"kernel_1": 3, "kernel_2": 3, "width": 8}}}
+    with pytest.raises(ValueError, match=r"up_blocks.9.resnets.0 is no residual block; there are: down_blocks.0"):
+        Student.from_config(config)
+
+
+def test_forms_cost_what_students_cost(unet, supernet):
+    own, at, found = diffnas.forms(unet), diffnas.resolutions(unet), diffnas.residuals(supernet)
+    architecture = drawn(unet, 5)
+    difference = sum(diffnas.form_macs(found[path], own[path], at[path])
+                     - diffnas.form_macs(found[path], architecture[path], at[path]) for path in own)
+    assert cost.count(unet).call - cost.count(diffnas.student(supernet, architecture)).call == difference
+
+
+@pytest.fixture(scope="module")
+def tables(unet, supernet, noise):
+    space = FormSpace((1, 3), (0.5, 1.0))
+    seen = [diffnas.observe(unet, noise, torch.tensor(ts)) for ts in ([10, 500, 900], [5, 50, 999])]
+    return {level: diffnas.judge(supernet, space, seen, level) for level in ("down0", "mid", "up2")}, seen
+
+
+def test_shared_prefixes_change_no_loss(supernet, tables):
+    found, seen = tables
+    assert len(found["mid"]) == 8**2
+    for row in found["mid"].iloc[[0, 9, 33, 63]].itertuples():
+        diffnas.choose(supernet, row.forms)
+        with torch.no_grad():
+            alone = sum(float(diffnas.level_loss(supernet, "mid", one["mid"])) for one in seen) / 2
+        assert row.loss == pytest.approx(alone, rel=1e-4, abs=1e-9)
+    assert not any("forward" in vars(block) for block in diffnas.residuals(supernet).values())
+
+
+def test_the_local_rule_takes_the_cheapest_within_tolerance(unet, tables):
+    found, _ = tables
+    found = {level: table.assign(loss=table["loss"] + 0.01) for level, table in found.items()}  # a trained reference
+    own = diffnas.forms(unet)
+    assert diffnas.local_search(found, own, 1.0) == {path: own[path] for table in found.values()
+                                                      for path in table["forms"].iloc[0]}
+    loose = diffnas.local_search(found, own, 1e9)
+    assert all(form == min(form, Form(1, 1, form.width)) for form in loose.values()), "all as cheap as can be"
+
+
+def test_the_knapsack_is_the_best_of_all_combinations(tables):
+    found, _ = tables
+    few = {level: table.iloc[::5].reset_index(drop=True) for level, table in found.items()}
+    scale = {"down0": 1.0, "mid": 3.0, "up2": 0.5}
+    budget = int(sum(table["macs"].median() for table in few.values()))
+    chosen = diffnas.global_search(few, budget, scale)
+
+    def value(level):
+        table = few[level]
+        row = table[[all(chosen[path] == form for path, form in forms.items()) for forms in table["forms"]]]
+        return scale[level] * row["loss"].item(), row["macs"].item()
+
+    loss, macs = (sum(part) for part in zip(*map(value, few)))
+    best = min(sum(scale[level] * few[level]["loss"][i] for level, i in zip(few, places))
+               for places in itertools.product(*(range(len(table)) for table in few.values()))
+               if sum(few[level]["macs"][i] for level, i in zip(few, places)) <= budget)
+    assert macs <= budget and loss == pytest.approx(best)
+    with pytest.raises(ValueError, match="no architecture costs at most 1 MACs"):
+        diffnas.global_search(few, 1, scale)
+
+
+def test_the_joint_loss_weighs_both_parts(unet, supernet, batch):
+    made = diffnas.student(supernet, drawn(unet, 1))
+    noise = torch.zeros_like(batch[0])
+    blocks_only, half, noise_only = (float(diffnas.joint_loss(made, unet, *batch, noise, beta).detach())
+                                     for beta in (0, 0.5, 1))
+    assert half == pytest.approx((blocks_only + noise_only) / 2)
+    assert noise_only == pytest.approx(float(made(*batch).sample.detach().square().mean()))
+    same = diffnas.student(supernet, diffnas.forms(unet))
+    assert diffnas.joint_loss(same, unet, *batch, noise, 0) < 1e-10
+
+
+def test_beta_rises():
+    for name, beta in diffnas.BETAS.items():
+        values = [beta(way / 10) for way in range(11)]
+        assert values == sorted(values) and 0 <= values[0] and values[-1] <= 1, name
+    assert [diffnas.BETAS[name](0.25) for name in ("linear", "cosine")] == pytest.approx([0.5, 0.5])
