@@ -26,7 +26,9 @@ CONTROLS = {"DDIM, uniform": ("0.45", "o", "-"), "DDIM, quadratic": ("0.6", "s",
             "DeepCache, branch 0": ("0.4", "^", "--"), "DeepCache, branch 1": ("0.7", "v", "--"),
             "random cells": ("0.75", "x", ":"), "searched steps, DDIM": ("0.45", "<", ""),
             "searched steps": ("0.0", ">", ""), "random search": ("0.7", "1", ""),
-            "random search, extended": ("0.7", "2", "")}
+            "random search, extended": ("0.7", "2", ""), "genetic search": ("0.55", "3", ""),
+            "genetic search, columns": ("0.35", "4", ""), "columns (whole steps)": ("0.25", "|", ""),
+            "annealed columns (whole steps)": ("0.5", "_", "")}
 OTHER = ("0.6", "v", "--")
 """Grey, marker and line of each control, and of one that has none of its own."""
 KINDS = {"null": "white", "partial": sns.color_palette("pastel")[0], "full": PALETTE[0]}
@@ -170,7 +172,7 @@ def front(table: pd.DataFrame, ylabel: str, value: str = "ratio", mark: float | 
     table : columns name, kind, macs_ratio, and `value` with _low and _high; rows of one family share `family`
     mark : a line at this value ("at most 5 % worse"); None for none
     """
-    figure, axes = plt.subplots(figsize=(WIDE, 3.4))
+    figure, axes = plt.subplots(figsize=(WIDE, 4))
     variants = [family for family in dict.fromkeys(table["family"]) if family.partition(",")[0] in COLOURS]
     for family, rows in table.groupby("family", sort=False):
         rows = rows.sort_values("macs_ratio")
@@ -186,7 +188,7 @@ def front(table: pd.DataFrame, ylabel: str, value: str = "ratio", mark: float | 
     axes.set(xscale="log", yscale="log", xlabel="times fewer executed MACs than the teacher", ylabel=ylabel)
     plain_logarithm(axes.xaxis)
     plain_logarithm(axes.yaxis)
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=6, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
 
@@ -211,8 +213,9 @@ def beside_controls(table: pd.DataFrame) -> Figure:
         axes.axvline(1, color=COLOURS["Flexiffusion"], lw=1)
         axes.set_xscale("log")
         axes.set_title(plan, fontsize=7)
+        axes.tick_params(axis="y", labelsize=7)
         plain_logarithm(axes.xaxis)
-    panels[0, 0].set_yticks(range(len(order)), order, fontsize=7)
+    panels[0, 0].set_yticks(range(len(order)), order)
     panels[0, 0].invert_yaxis()
     figure.supxlabel("\u2190 plan better      plan's score / control's score      control better \u2192", fontsize=8)
     return figure
