@@ -363,6 +363,7 @@ class _Shared:
 
     def __enter__(self) -> None:
         self.kept: dict[int, tuple[tuple[Form, ...], Tensor]] = {}
+        self.plain = [block.forward for block in self.blocks]
         for place, block in enumerate(self.blocks):
             block.forward = self._remembering(place, block.forward)
 
@@ -375,8 +376,8 @@ class _Shared:
         return run
 
     def __exit__(self, *_) -> None:
-        for block in self.blocks:
-            del block.forward  # the class's own again
+        for block, plain in zip(self.blocks, self.plain):
+            block.forward = plain
 
 
 @torch.no_grad()

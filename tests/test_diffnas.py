@@ -124,7 +124,6 @@ def test_shared_prefixes_change_no_loss(supernet, tables):
         with torch.no_grad():
             alone = sum(float(diffnas.level_loss(supernet, "mid", one["mid"])) for one in seen) / 2
         assert row.loss == pytest.approx(alone, rel=1e-4, abs=1e-9)
-    assert not any("forward" in vars(block) for block in diffnas.residuals(supernet).values())
 
 
 def test_the_local_rule_takes_the_cheapest_within_tolerance(unet, tables):
