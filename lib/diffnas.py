@@ -50,22 +50,22 @@ def residuals(model: nn.Module) -> dict[str, ResnetBlock2D]:
     TypeError
         If one has no part that could be searched here (the time embedding must be added between the convolutions).
     """
-    found = {path: module for path, module in model.named_modules() if isinstance(module, ResnetBlock2D)}
+    found = {path: module for level in _blocks.describe(model).level_modules.values()
+             for path, module in model.get_submodule(level).named_modules(prefix=level)
+             if isinstance(module, ResnetBlock2D)}
     for path, block in found.items():
         if block.time_embedding_norm != "default" or block.time_emb_proj is None:
             raise TypeError(f"{path}: only residual blocks that add a time embedding are supported")
-    places = {path: place for place, part in enumerate(_blocks.describe(model)) for path in part.modules}
-    return dict(sorted(found.items(), key=lambda item: _place(item[0], places)))
+    return found
 
 
-def _place(path: str, places: Mapping[str, int]) -> tuple:
-    return next(place for start, place in places.items() if f"{path}.".startswith(f"{start}.")), path
+def _form(block: ResnetBlock2D) -> Form:
+    return Form(block.conv1.kernel_size[0], block.conv2.kernel_size[0], block.conv1.out_channels)
 
 
 def forms(model: nn.Module) -> dict[str, Form]:
     """Give the architecture of a network."""
-    return {path: Form(block.conv1.kernel_size[0], block.conv2.kernel_size[0], block.conv1.out_channels)
-            for path, block in residuals(model).items()}
+    return {path: _form(block) for path, block in residuals(model).items()}
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class FormSpace:
 
 def shape(block: ResnetBlock2D, form: Form) -> None:
     """Give a block another form, in place, with fresh weights where the form is another."""
-    if form == Form(block.conv1.kernel_size[0], block.conv2.kernel_size[0], block.conv1.out_channels):
+    if form == _form(block):
         return
     groups, eps = block.norm2.num_groups, block.norm2.eps
     block.conv1 = nn.Conv2d(block.conv1.in_channels, form.width, form.kernel_1, padding=form.kernel_1 // 2)
@@ -202,6 +202,7 @@ class _Conv(_Elastic):
 class _Linear(_Elastic):
     def __init__(self, choice: _Choice, linear: nn.Linear, made: int):
         super().__init__(choice)
+        self.in_features = linear.in_features
         self.wide = nn.Linear(linear.in_features, made)
         with torch.no_grad():
             self.wide.weight[:linear.out_features] = linear.weight[:made]
@@ -241,7 +242,7 @@ def supernet(teacher: UNet2DModel, space: FormSpace) -> UNet2DModel:
     """
     model = copy.deepcopy(teacher)
     for block in residuals(model).values():
-        own = Form(block.conv1.kernel_size[0], block.conv2.kernel_size[0], block.conv1.out_channels)
+        own = _form(block)
         choices = {*space.of(block), own}
         widths = {form.width for form in choices}
         first, second = {form.kernel_1 for form in choices}, {form.kernel_2 for form in choices}
@@ -273,7 +274,7 @@ class Seen:
 
 
 def observe(teacher: UNet2DModel, x_t: Tensor, t: Tensor) -> dict[str, Seen]:
-    """Run the teacher once and give what each level saw, and under "" the prediction alone.
+    """Run the teacher once and give what each level saw.
 
     Parameters
     ----------
@@ -291,7 +292,7 @@ def observe(teacher: UNet2DModel, x_t: Tensor, t: Tensor) -> dict[str, Seen]:
                for level, path in _blocks.describe(teacher).level_modules.items()]
     try:
         with torch.no_grad():
-            seen[""] = Seen((), {}, (teacher(x_t, t).sample,))
+            teacher(x_t, t)
     finally:
         for handle in handles:
             handle.remove()
@@ -302,26 +303,26 @@ def _outputs(output: Tensor | tuple) -> tuple[Tensor, ...]:
     return (output,) if isinstance(output, Tensor) else (output[0], *output[1])
 
 
-def level_loss(model: UNet2DModel, level: str, seen: Seen) -> Tensor:
+def level_loss(level: nn.Module, seen: Seen) -> Tensor:
     """Give the relative squared error of what a level makes of the teacher's features.
 
     Mean over the level's outputs of |made - teacher's|^2 / Var(teacher's): levels of all scales weigh alike.
     """
-    module = model.get_submodule(_blocks.describe(model).level_modules[level])
-    made = _outputs(module(*seen.arguments, **seen.options))
+    made = _outputs(level(*seen.arguments, **seen.options))
     parts = [F.mse_loss(one.float(), target.float()) / target.float().var() for one, target in zip(made, seen.outputs)]
     return torch.stack(parts).mean()
 
 
 def level_losses(model: UNet2DModel, seen: Mapping[str, Seen]) -> dict[str, Tensor]:
     """Give every level's loss, each for itself, from one pass of the teacher."""
-    return {level: level_loss(model, level, seen[level]) for level in _blocks.describe(model).levels}
+    return {level: level_loss(model.get_submodule(path), seen[level])
+            for level, path in _blocks.describe(model).level_modules.items()}
 
 
 def draw(model: nn.Module, space: FormSpace, generator: torch.Generator) -> dict[str, Form]:
     """Draw one form for each residual block, every form alike."""
-    return {path: options[int(torch.randint(len(options), (1,), generator=generator))]
-            for path, options in ((path, space.of(block)) for path, block in residuals(model).items())}
+    options = {path: space.of(block) for path, block in residuals(model).items()}
+    return {path: some[int(torch.randint(len(some), (1,), generator=generator))] for path, some in options.items()}
 
 
 def paths(model: nn.Module, space: FormSpace, level: str) -> Iterator[dict[str, Form]]:
@@ -347,12 +348,7 @@ def form_macs(block: ResnetBlock2D, form: Form, resolution: tuple[int, int]) -> 
     """Give the MACs of a block's searched parts in a form; whatever else it runs costs the same in all forms."""
     pixels = resolution[0] * resolution[1]
     return (pixels * form.width * (block.in_channels * form.kernel_1**2 + block.out_channels * form.kernel_2**2)
-            + form.width * _temb(block))
-
-
-def _temb(block: ResnetBlock2D) -> int:
-    part = block.time_emb_proj
-    return (part.wide if isinstance(part, _Linear) else part).in_features
+            + form.width * block.time_emb_proj.in_features)
 
 
 class _Shared:
@@ -396,12 +392,13 @@ def judge(model: UNet2DModel, space: FormSpace, batches: list[Mapping[str, Seen]
     found, at = residuals(model), resolutions(model)
     candidates = list(paths(model, space, level))
     macs = [sum(form_macs(found[path], form, at[path]) for path, form in chosen.items()) for chosen in candidates]
-    total = torch.zeros(len(candidates))
+    total, module = torch.zeros(len(candidates)), model.get_submodule(_blocks.describe(model).level_modules[level])
     for seen in batches:
         with _Shared([found[path] for path in candidates[0]]):
             for place, chosen in enumerate(candidates):
-                choose(model, chosen)
-                total[place] += level_loss(model, level, seen[level])
+                for path, form in chosen.items():
+                    found[path].choice.form = form
+                total[place] += level_loss(module, seen[level])
     return pd.DataFrame({"forms": candidates, "loss": (total / len(batches)).tolist(), "macs": macs})
 
 

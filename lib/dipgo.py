@@ -7,6 +7,7 @@ by gradient (`learn`). Its scores then become plans of any cost (`prune`).
 
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -28,6 +29,7 @@ from lib import sampling
 from lib.blocks import Blocks
 from lib.cost import Costs
 from lib.plan import NoiseSchedule, Plan
+from lib.training import learning_rate
 
 State = tuple[Tensor, ...]
 
@@ -370,7 +372,7 @@ def learn(pruner: Pruner, net: SuperNet, prices: Prices, noise: Callable[[int, i
                unit="update")
     for update in bar:
         for group in optimiser.param_groups:
-            group["lr"] = recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * update / recipe.updates))
+            group["lr"] = learning_rate(update, recipe.updates, recipe.learning_rate, warmup=0)
         start = noise(update * recipe.batch if recipe.fresh else 0, recipe.batch)
         on = partial(by_threshold, prices=prices, keep=recipe.budget(update)) if recipe.anneal else _likely
         gates = straight_through(pruner(), on)
@@ -426,17 +428,18 @@ def by_threshold(scores: np.ndarray, prices: Prices, keep: float) -> np.ndarray:
         gates[1:].flat[order[:count]] = True
         return gates
 
-    low, high = 0, len(order)
-    while low < high:
-        middle = -(-(low + high) // 2)
-        low, high = (middle, high) if prices.kept(first(middle)) <= keep else (low, middle - 1)
-    gates = first(low)
-    for place in order[low:]:
-        if prices.kept(gates) > keep - 0.005:
+    count = max(0, bisect_right(range(len(order) + 1), keep, key=lambda count: prices.kept(first(count))) - 1)
+    gates = first(count)
+    kept = prices.kept(gates)
+    for place in order[count:]:
+        if kept > keep - 0.005:
             break
         gates[1:].flat[place] = True
-        if prices.kept(gates) > keep:
+        more = prices.kept(gates)
+        if more > keep:
             gates[1:].flat[place] = False
+        else:
+            kept = more
     return gates
 
 

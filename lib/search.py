@@ -163,7 +163,10 @@ class _Job:
                 study.tell(trial, state=TrialState.FAIL)
                 repeats += 1
             else:
-                study.tell(trial, [self.error(plan), cost])
+                error = self.error(plan)
+                study.tell(trial, [error, cost])
+                self.seen.add(trial.number)  # no need to decode it again
+                self.found.setdefault(plan.key, Found(plan, error, cost))
                 repeats = 0
             if repeats == REDRAWS:
                 tqdm.write(f"{self.title}: {REDRAWS} genomes in a row gave plans that were known: the space is "

@@ -86,6 +86,16 @@ def test_a_plans_time_is_the_sum_over_its_columns(unet, schedule, teacher, descr
         latency.of(described.liveness(other.cells)[0])
 
 
+def test_speed_ups_are_of_the_teacher_and_beside_macs(unet, schedule, teacher, noise):
+    fewer = Plan.few_steps(2, "uniform", teacher)
+    plans = {"teacher": teacher, "fewer": fewer}
+    table = cost.speed_ups(unet, schedule, teacher, plans, noise, lambda plan: plan.steps,
+                           precision="fp32", repeats=3)
+    assert table["times fewer MACs"].tolist() == [1, 5] and table["plan"].tolist() == ["teacher", "fewer"]
+    assert (table["measured / MACs"] * table["times fewer MACs"] - table["times faster"]).abs().max() < 1e-9
+    assert (table["low"] <= table["times faster"]).all() and (table["times faster"] <= table["high"]).all()
+
+
 def test_peak_memory_counts_what_lives_at_one_time():
     def run():
         a = torch.zeros(1000)  # 4,000 bytes

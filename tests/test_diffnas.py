@@ -122,8 +122,19 @@ def test_shared_prefixes_change_no_loss(supernet, tables):
     for row in found["mid"].iloc[[0, 9, 33, 63]].itertuples():
         diffnas.choose(supernet, row.forms)
         with torch.no_grad():
-            alone = sum(float(diffnas.level_loss(supernet, "mid", one["mid"])) for one in seen) / 2
+            alone = sum(float(diffnas.level_loss(supernet.mid_block, one["mid"])) for one in seen) / 2
         assert row.loss == pytest.approx(alone, rel=1e-4, abs=1e-9)
+
+
+def test_shared_prefixes_run_once(supernet, tables):
+    _, seen = tables
+    ran = []
+    handles = [supernet.mid_block.resnets[place].conv1.register_forward_hook(lambda *_, place=place: ran.append(place))
+               for place in (0, 1)]
+    diffnas.judge(supernet, FormSpace((1, 3), (0.5, 1.0)), seen[:1], "mid")
+    for handle in handles:
+        handle.remove()
+    assert [ran.count(place) for place in (0, 1)] == [8, 64]
 
 
 def test_the_local_rule_takes_the_cheapest_within_tolerance(unet, tables):
@@ -134,6 +145,9 @@ def test_the_local_rule_takes_the_cheapest_within_tolerance(unet, tables):
                                                       for path in table["forms"].iloc[0]}
     loose = diffnas.local_search(found, own, 1e9)
     assert all(form == min(form, Form(1, 1, form.width)) for form in loose.values()), "all as cheap as can be"
+    for table in found.values():
+        chosen = table[[all(loose[path] == form for path, form in forms.items()) for forms in table["forms"]]]
+        assert chosen["macs"].item() == table["macs"].min()
 
 
 def test_the_knapsack_is_the_best_of_all_combinations(tables):

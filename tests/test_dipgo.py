@@ -79,6 +79,7 @@ def test_a_pruner_begins_by_computing_all_and_every_gate_can_move(kind):
     assert logits.shape == (6, 4, 2) and (dipgo.straight_through(logits) == 1).all()
     dipgo.straight_through(logits).sum().backward()
     assert (pruner.bias.grad.abs().sum(dim=-1) > 0).all()
+    assert kind == "table" or (pruner.output.grad.abs().sum(dim=(-1, -2)) > 0).all(), "each gate's own head learns"
 
 
 def test_the_encoder_lets_queries_of_a_step_see_each_other():

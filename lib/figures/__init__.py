@@ -74,7 +74,8 @@ def grid(images: np.ndarray, rows: Sequence[str], columns: Sequence[str] = (), c
 def plain_logarithm(axis: Axis) -> None:
     """Label a logarithmic axis with plain numbers, more of them where it spans little."""
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high > 8 * low else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
+    spans = {50: (1,), 8: (1, 2, 5), 0: (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)}
+    axis.set_major_locator(LogLocator(10, subs=next(subs for span, subs in spans.items() if high > span * low)))
     axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -210,7 +211,7 @@ def beside_controls(table: pd.DataFrame) -> Figure:
         bars = [value - rows["plan_over_control_low"], rows["plan_over_control_high"] - value]
         axes.errorbar(value, [order.index(control) for control in rows["name"]], xerr=bars, fmt="o", color="0.3",
                       ms=4, capsize=2, elinewidth=1)
-        axes.axvline(1, color=COLOURS["Flexiffusion"], lw=1)
+        axes.axvline(1, color="0.7", lw=1, zorder=0)
         axes.set_xscale("log")
         axes.set_title(plan, fontsize=7)
         axes.tick_params(axis="y", labelsize=7)

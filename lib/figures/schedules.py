@@ -31,9 +31,9 @@ def search_progress(found: pd.DataFrame, budgets: Sequence[float], title: str) -
     left.legend(fontsize=6, frameon=True)
     for budget, tone in zip(budgets, np.linspace(0, 0.6, len(budgets))):
         best = found["error"].where(found["macs_fraction"] <= budget).cummin()
-        right.step(found["trial"], best.ffill(), where="post", color=str(tone), label=f"at most {100 * budget:.3g}%")
-    right.set(xlabel="candidates tried", ylabel="best rFID so far", yscale="log")
-    right.legend(title="executed MACs", fontsize=7, title_fontsize=7)
+        right.step(found["trial"], best.ffill(), where="post", color=str(tone), label=f"\u2264 {100 * budget:.3g}%")
+    right.set(xlabel="candidates tried", ylabel="best rFID so far within\na budget of MACs", yscale="log")
+    right.legend(fontsize=6, ncols=len(budgets), loc="lower right", bbox_to_anchor=(1, 1))
     for axes in (left, right):
         plain_logarithm(axes.yaxis)
     return figure
