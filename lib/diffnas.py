@@ -14,13 +14,14 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pandas as pd
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDIMScheduler, ModelMixin, UNet2DModel  # noqa: F401 (a pipeline that loads a Student asks for it)
 from diffusers.models.resnet import ResnetBlock2D
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib import blocks as _blocks
+from lib.teachers import noisy_batch
 
 
 @dataclass(frozen=True, order=True)
@@ -273,8 +274,8 @@ class Seen:
     outputs: tuple[Tensor, ...]
 
 
-def observe(teacher: UNet2DModel, x_t: Tensor, t: Tensor) -> dict[str, Seen]:
-    """Run the teacher once and give what each level saw.
+def observe(teacher: UNet2DModel, x_t: Tensor, t: Tensor) -> tuple[dict[str, Seen], Tensor]:
+    """Run the teacher once and give what each level saw, and the noise that it predicts.
 
     Parameters
     ----------
@@ -292,11 +293,11 @@ def observe(teacher: UNet2DModel, x_t: Tensor, t: Tensor) -> dict[str, Seen]:
                for level, path in _blocks.describe(teacher).level_modules.items()]
     try:
         with torch.no_grad():
-            teacher(x_t, t)
+            predicted = teacher(x_t, t).sample
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return seen, predicted
 
 
 def _outputs(output: Tensor | tuple) -> tuple[Tensor, ...]:
@@ -446,7 +447,45 @@ def global_search(tables: Mapping[str, pd.DataFrame], budget: int, scale: Mappin
     return chosen
 
 
-# ---- retraining ------------------------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def supernet_loss(teacher: UNet2DModel, images: Tensor, schedule: DDIMScheduler, batch_size: int, space: FormSpace):
+    """Give the loss of single-path supernet training: every level in a random form, all from one pass of the teacher.
+
+    Returns
+    -------
+    loss : callable(model, generator, way) -> scalar Tensor, as `lib.training.train` wants it
+    """
+
+    def loss(model: UNet2DModel, generator: torch.Generator, _: float) -> Tensor:
+        x_t, t, _ = noisy_batch(images, schedule, batch_size, generator, teacher.device)
+        choose(model, draw(model, space, generator))
+        return torch.stack(list(level_losses(model, observe(teacher, x_t, t)[0]).values())).mean()
+
+    return loss
+
+
+def retraining_loss(teacher: UNet2DModel, images: Tensor, schedule: DDIMScheduler, batch_size: int,
+                    beta: Callable[[float], float], target: str = "noise"):
+    """Give the dynamic joint loss on random batches, with a weight that changes on the way through the training.
+
+    Parameters
+    ----------
+    beta : callable(way) -> float, of `BETAS`
+    target : see `joint_loss`
+
+    Returns
+    -------
+    loss : callable(model, generator, way) -> scalar Tensor, as `lib.training.train` wants it
+    """
+
+    def loss(model: UNet2DModel, generator: torch.Generator, way: float) -> Tensor:
+        x_t, t, noise = noisy_batch(images, schedule, batch_size, generator, teacher.device)
+        return joint_loss(model, teacher, x_t, t, noise, beta(way), target)
+
+    return loss
+
 
 BETAS: Mapping[str, Callable[[float], float]] = {
     "noise only": lambda way: 1.0, "blocks only": lambda way: 0.0, "fixed": lambda way: 0.5,
@@ -455,16 +494,22 @@ BETAS: Mapping[str, Callable[[float], float]] = {
 """beta, the weight of the noise loss, over the way through the training, 0 to 1: it rises in the first half."""
 
 
-def joint_loss(made: UNet2DModel, teacher: UNet2DModel, x_t: Tensor, t: Tensor, noise: Tensor, beta: float) -> Tensor:
+def joint_loss(made: UNet2DModel, teacher: UNet2DModel, x_t: Tensor, t: Tensor, noise: Tensor, beta: float,
+               target: str = "noise") -> Tensor:
     """Give (1 - beta) * L_blocks + beta * L_noise, the dynamic joint loss.
 
     L_blocks is the mean over the levels of `level_losses`; L_noise the mean squared error of the student's own
     prediction. A term without weight is not computed.
+
+    Parameters
+    ----------
+    target : "noise" (the true one, as in the paper) or "teacher" (what the teacher predicts: output distillation)
     """
+    seen, predicted = observe(teacher, x_t, t) if beta < 1 or target == "teacher" else (None, None)
     total = torch.zeros((), device=x_t.device)
     if beta < 1:
-        losses = level_losses(made, observe(teacher, x_t, t))
-        total = total + (1 - beta) * torch.stack(list(losses.values())).mean()
+        total = total + (1 - beta) * torch.stack(list(level_losses(made, seen).values())).mean()
     if beta > 0:
-        total = total + beta * F.mse_loss(made(x_t, t).sample.float(), noise)
+        wanted = predicted.float() if target == "teacher" else noise
+        total = total + beta * F.mse_loss(made(x_t, t).sample.float(), wanted)
     return total

@@ -62,7 +62,7 @@ def fit(data: DataSet, *, steps: int, seed: int, device: str, precision: str, wo
     torch.manual_seed(seed)
     classifier = Classifier(data.shape[0], data.shape[1], int(data.labels.max()) + 1).to(device)
 
-    def loss(model: nn.Module, generator: torch.Generator) -> Tensor:
+    def loss(model: nn.Module, generator: torch.Generator, _: float) -> Tensor:
         rows = torch.randint(len(images), (128,), generator=generator)
         down, right = torch.randint(-1, 2, (2,), generator=generator).tolist()
         moved = torch.roll(images[rows], (down, right), dims=(2, 3)).to(device)

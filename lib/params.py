@@ -149,7 +149,7 @@ class PrunerTraining(Common):
     search_images: int = Field(ge=10)  # images a candidate of the searches
     population: int = Field(ge=2)  # of the genetic searches
     select_images: int = Field(ge=70)  # images on which variants are compared
-    ablations: list[Literal["loss", "alpha", "weights", "noise", "pruner", "gates"]]  # parts to vary
+    ablations: list[Literal["loss", "alpha", "weights", "noise", "pace", "pruner", "gates"]]  # parts to vary
     base_steps: int = Field(ge=2, le=1000)  # of the short DPM-Solver++ base
     base_keeps: list[Fraction]  # kept fractions of the short base's executed MACs
     latency_batch: Positive

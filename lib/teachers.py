@@ -5,7 +5,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers.utils import logging
 from torch import Tensor, nn
+
+logging.disable_progress_bar()  # of loading, which takes no time here
 
 
 def noise_schedule() -> DDIMScheduler:
@@ -35,27 +38,42 @@ def unet(shape: tuple[int, int, int], widths: list[int], layers: int, norm_group
                        down_block_types=("DownBlock2D",) * len(widths), up_block_types=("UpBlock2D",) * len(widths))
 
 
+def noisy_batch(images: Tensor, schedule: DDIMScheduler, size: int, generator: torch.Generator,
+                device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Draw images and noise them: x_t = sqrt(\bar\alpha_t) x_0 + sqrt(1 - \bar\alpha_t) \epsilon.
+
+    Parameters
+    ----------
+    images : Tensor, (n, C, H, W), in [-1, 1]
+    size : int, images drawn; timesteps come in antithetic pairs t, T-1-t, which lowers the variance
+
+    Returns
+    -------
+    x_t, t, noise : Tensor, (size, C, H, W), (size,) and (size, C, H, W), on the device
+    """
+    last = schedule.config.num_train_timesteps - 1
+    x_0 = images[torch.randint(len(images), (size,), generator=generator)]
+    half = torch.randint(last + 1, ((size + 1) // 2,), generator=generator)
+    t = torch.cat([half, last - half])[:size].to(device)
+    noise = torch.randn(x_0.shape, generator=generator).to(device)
+    return schedule.add_noise(x_0.to(device), noise, t), t, noise
+
+
 def denoising_loss(images: Tensor, schedule: DDIMScheduler, batch_size: int):
     """Give the loss of DDPM training (Ho et al. 2020, eq. 14): the mean squared error of the predicted noise.
 
     Parameters
     ----------
     images : Tensor, (n, C, H, W), in [-1, 1]
-    batch_size : int; timesteps come in antithetic pairs t, T-1-t, which lowers the variance
+    batch_size : int, of `noisy_batch`
 
     Returns
     -------
-    loss : callable(model, generator) -> scalar Tensor, as `lib.training.train` wants it
+    loss : callable(model, generator, way) -> scalar Tensor, as `lib.training.train` wants it
     """
-    last = schedule.config.num_train_timesteps - 1
 
-    def loss(model: nn.Module, generator: torch.Generator) -> Tensor:
-        device = next(model.parameters()).device
-        x_0 = images[torch.randint(len(images), (batch_size,), generator=generator)]
-        half = torch.randint(last + 1, ((batch_size + 1) // 2,), generator=generator)
-        t = torch.cat([half, last - half])[:batch_size].to(device)
-        noise = torch.randn(x_0.shape, generator=generator).to(device)
-        x_t = schedule.add_noise(x_0.to(device), noise, t)  # sqrt(\bar\alpha_t) x_0 + sqrt(1 - \bar\alpha_t) \epsilon
+    def loss(model: nn.Module, generator: torch.Generator, _: float) -> Tensor:
+        x_t, t, noise = noisy_batch(images, schedule, batch_size, generator, next(model.parameters()).device)
         return F.mse_loss(model(x_t, t).sample.float(), noise)
 
     return loss
@@ -67,7 +85,7 @@ def save(folder: Path, model: UNet2DModel, schedule: DDIMScheduler) -> None:
 
 
 def load(folder: Path, device: str = "cpu") -> tuple[UNet2DModel, DDIMScheduler]:
-    """Load what `save` wrote, ready for sampling.
+    """Load what `save` wrote, a teacher or a student, ready for sampling.
 
     Raises
     ------
@@ -76,6 +94,5 @@ def load(folder: Path, device: str = "cpu") -> tuple[UNet2DModel, DDIMScheduler]
     """
     if not (folder / "model_index.json").exists():
         raise FileNotFoundError(f"no teacher in {folder}. Notebook 00_teacher_training makes it.")
-    model = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True)
-    schedule = DDIMScheduler.from_pretrained(folder / "scheduler")
-    return model.eval().requires_grad_(False).to(device), schedule
+    pipeline = DDIMPipeline.from_pretrained(folder, use_safetensors=True)
+    return pipeline.unet.eval().requires_grad_(False).to(device), pipeline.scheduler

@@ -35,7 +35,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator], Tensor], *, steps: int, lr: float,
+def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator, float], Tensor], *, steps: int, lr: float,
           ema_decay: float, seed: int, device: str, precision: str, work: Path, save_every: int = 200,
           warmup: int = 50, weight_decay: float = 0.0, clip: float = 1.0, title: str = "training") -> list[dict]:
     """Train `model` in place with AdamW and leave the exponential moving average of its weights in it.
@@ -43,8 +43,8 @@ def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator], Tensor]
     Parameters
     ----------
     model : Module
-    loss : callable(model, generator) -> scalar Tensor
-        Draws its batch with `generator`, one generator a step.
+    loss : callable(model, generator, way) -> scalar Tensor
+        Draws its batch with `generator`, one generator a step; `way` is the share of the steps done, in [0, 1).
     steps, save_every, warmup : int, optimiser steps
     lr : float, peak learning rate, > 0
     ema_decay : float, in [0, 1); the average warms up as diffusers' `EMAModel` does
@@ -79,7 +79,7 @@ def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator], Tensor]
         for group in optimizer.param_groups:
             group["lr"] = rate
         with accelerator.autocast():
-            value = loss(prepared, step_generator(seed, step))
+            value = loss(prepared, step_generator(seed, step), step / steps)
         recent.append(value.item())
         accelerator.backward(value)
         norm = float(accelerator.clip_grad_norm_(model.parameters(), clip))

@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from lib import blocks, cost, diffnas
+from lib import blocks, cost, diffnas, sampling, teachers
 from lib.diffnas import Form, FormSpace, Student
+from lib.plan import Plan
 
 SPACE = FormSpace((1, 3, 5), (0.5, 0.8, 1.0, 1.2))
 
@@ -45,7 +46,7 @@ def test_residual_blocks_come_in_the_order_in_which_they_run(unet):
 def test_in_the_teachers_forms_the_supernet_is_the_teacher(unet, supernet, batch):
     diffnas.choose(supernet, diffnas.forms(unet))
     torch.testing.assert_close(supernet(*batch).sample, unet(*batch).sample)
-    losses = diffnas.level_losses(supernet, diffnas.observe(unet, *batch))
+    losses = diffnas.level_losses(supernet, diffnas.observe(unet, *batch)[0])
     assert set(losses) == set(blocks.describe(unet).levels) and max(losses.values()) < 1e-10
 
 
@@ -64,6 +65,21 @@ def test_a_student_survives_saving(unet, supernet, batch, tmp_path):
     again = Student.from_pretrained(tmp_path, use_safetensors=True)
     assert diffnas.forms(again) == diffnas.forms(made) and again.config.architecture == made.config.architecture
     torch.testing.assert_close(again(*batch).sample, made(*batch).sample, rtol=0, atol=0)
+
+
+def test_a_student_is_sampled_like_a_teacher(unet, supernet, schedule, teacher, noise, tmp_path):
+    made = diffnas.student(supernet, drawn(unet, 3)).eval()
+    teachers.save(tmp_path, made, schedule)
+    again, found = teachers.load(tmp_path)
+    assert isinstance(again, Student) and diffnas.forms(again) == diffnas.forms(made)
+    plan = Plan.random(0.5, 0, teacher)  # the teacher's plan: a student has the same blocks
+    assert torch.equal(sampling.sample(again, found, plan, noise), sampling.sample(made, schedule, plan, noise))
+
+
+def test_a_student_of_the_teachers_shape_gives_the_teachers_images(unet, supernet, schedule, teacher, noise):
+    same = diffnas.student(supernet, diffnas.forms(unet)).eval()
+    torch.testing.assert_close(sampling.sample(same, schedule, teacher, noise),
+                               sampling.sample(unet, schedule, teacher, noise))
 
 
 def test_a_student_is_costed_and_described_as_it_is(unet, supernet):
@@ -86,7 +102,7 @@ def test_a_wider_block_begins_as_the_teachers(unet, batch):
 
 def test_a_worse_form_costs_its_own_level_alone(unet, supernet, batch):
     diffnas.choose(supernet, diffnas.forms(unet) | {"up_blocks.1.resnets.0": Form(1, 1, 8)})
-    losses = diffnas.level_losses(supernet, diffnas.observe(unet, *batch))
+    losses = diffnas.level_losses(supernet, diffnas.observe(unet, *batch)[0])
     assert losses["up1"] > 1e-4 and max(loss for level, loss in losses.items() if level != "up1") < 1e-10
 
 
@@ -112,7 +128,7 @@ def test_forms_cost_what_students_cost(unet, supernet):
 @pytest.fixture(scope="module")
 def tables(unet, supernet, noise):
     space = FormSpace((1, 3), (0.5, 1.0))
-    seen = [diffnas.observe(unet, noise, torch.tensor(ts)) for ts in ([10, 500, 900], [5, 50, 999])]
+    seen = [diffnas.observe(unet, noise, torch.tensor(ts))[0] for ts in ([10, 500, 900], [5, 50, 999])]
     return {level: diffnas.judge(supernet, space, seen, level) for level in ("down0", "mid", "up2")}, seen
 
 
@@ -180,6 +196,7 @@ def test_the_joint_loss_weighs_both_parts(unet, supernet, batch):
     assert noise_only == pytest.approx(float(made(*batch).sample.detach().square().mean()))
     same = diffnas.student(supernet, diffnas.forms(unet))
     assert diffnas.joint_loss(same, unet, *batch, noise, 0) < 1e-10
+    assert diffnas.joint_loss(same, unet, *batch, noise, 1, target="teacher") < 1e-10
 
 
 def test_beta_rises():
@@ -187,3 +204,23 @@ def test_beta_rises():
         values = [beta(way / 10) for way in range(11)]
         assert values == sorted(values) and values[0] >= 0 and values[-1] <= 1, name
     assert [diffnas.BETAS[name](0.25) for name in ("linear", "cosine")] == pytest.approx([0.5, 0.5])
+
+
+def test_supernet_training_reaches_every_form(unet, schedule):
+    model = diffnas.supernet(unet, SPACE)
+    images = torch.randn(20, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    loss = diffnas.supernet_loss(unet, images, schedule, 4, SPACE)
+    for step in range(40):
+        loss(model, torch.Generator().manual_seed(step), 0.0).backward()
+    assert not [f"{path}.{name}" for path, block in diffnas.residuals(model).items()
+                for name, weight in block.named_parameters() if weight.grad is None]
+
+
+def test_retraining_changes_its_loss_on_the_way(unet, supernet, schedule):
+    made = diffnas.student(supernet, drawn(unet, 1))
+    images = torch.randn(20, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    loss = diffnas.retraining_loss(unet, images, schedule, 4, diffnas.BETAS["linear"])
+    x_t, t, noise = teachers.noisy_batch(images, schedule, 4, torch.Generator().manual_seed(0), made.device)
+    for way, beta in ((0.0, 0.0), (0.25, 0.5), (0.8, 1.0)):
+        expected = diffnas.joint_loss(made, unet, x_t, t, noise, beta)
+        torch.testing.assert_close(loss(made, torch.Generator().manual_seed(0), way), expected)

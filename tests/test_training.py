@@ -25,9 +25,9 @@ digits = data.load("digits", 16, 0.25, 0)
 torch.manual_seed(0)
 model = teachers.unet(digits.shape, [8, 8], 1, 4)
 inner = teachers.denoising_loss(digits.images, teachers.noise_schedule(), 8)
-def loss(model, generator):
+def loss(model, generator, way):
     time.sleep(pause)
-    return inner(model, generator)
+    return inner(model, generator, way)
 training.train(model, loss, steps=40, lr=1e-3, ema_decay=0.9, seed=0, device="cpu", precision="fp32", work=work,
                save_every=5, warmup=5)
 save_file(model.state_dict(), out)
@@ -68,7 +68,7 @@ def fit(model, loss, work, **options):
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(tmp_path):
     model, calls = nn.Linear(1, 1), []
 
-    def loss(model, generator):
+    def loss(model, generator, way):
         calls.append(1)
         value = model(torch.ones(1, 1)).square().sum()
         return value * float("nan") if len(calls) == 11 else value
@@ -77,7 +77,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(tmp_path):
                                                "state, step 8, is kept in .* Lower the learning rate"):
         fit(model, loss, tmp_path)
     good = nn.Linear(1, 1)
-    fit(good, lambda model, _: model(torch.ones(1, 1)).square().sum(), tmp_path)
+    fit(good, lambda model, _, __: model(torch.ones(1, 1)).square().sum(), tmp_path)
     assert all(torch.isfinite(p).all() for p in good.parameters())
     assert len(calls) == 11, "it went on from step 8"
 
@@ -85,7 +85,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(tmp_path):
 def test_a_gradient_that_is_no_number_stops_before_it_spoils_the_weights(tmp_path):
     model = nn.Linear(1, 1)
 
-    def loss(model, generator):
+    def loss(model, generator, way):
         return model(torch.zeros(1, 1)).sub(model.bias).sum().sqrt()  # sqrt(0): finite, its gradient is not
 
     with pytest.raises(TrainingDiverged, match="the loss is 0.0, its gradient's norm .* No state was saved before"):
@@ -97,7 +97,7 @@ def test_states_are_saved_at_every_asked_step_whatever_the_number_of_steps(tmp_p
     saved, save = [], training._save
     monkeypatch.setattr(training, "_save", lambda work, state, *rest: (saved.append(state["step"]),
                                                                        save(work, state, *rest)))
-    fit(nn.Linear(1, 1), lambda model, _: model(torch.ones(1, 1)).square().sum(), tmp_path, steps=730, save_every=200)
+    fit(nn.Linear(1, 1), lambda model, *_: model(torch.ones(1, 1)).square().sum(), tmp_path, steps=730, save_every=200)
     assert saved == [200, 400, 600]
 
 
@@ -106,7 +106,7 @@ def test_it_learns_and_leaves_the_average_of_the_weights(tmp_path):
     model, passed = nn.Linear(3, 1, bias=False), []
     wanted = torch.tensor([[1.0, -2.0, 0.5]])
 
-    def loss(model, generator):
+    def loss(model, generator, way):
         passed.append(model.weight.detach().clone())
         x = torch.randn(64, 3, generator=generator)
         return (model(x) - x @ wanted.T).square().mean()
