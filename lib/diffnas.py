@@ -7,9 +7,12 @@ features out. A `Student` is a diffusers model of such blocks, and `supernet` ho
 
 import copy
 import itertools
+import json
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,6 +22,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from lib import blocks as _blocks
 from lib.teachers import noisy_batch
@@ -352,6 +356,12 @@ def form_macs(block: ResnetBlock2D, form: Form, resolution: tuple[int, int]) -> 
             + form.width * block.time_emb_proj.in_features)
 
 
+def searched_macs(model: UNet2DModel, architecture: Architecture) -> int:
+    """Give the MACs of all searched parts of a network in an architecture, as in `form_macs`."""
+    found, at = residuals(model), resolutions(model)
+    return sum(form_macs(found[path], form, at[path]) for path, form in architecture.items())
+
+
 class _Shared:
     """Inside, a level's residual blocks run again only where their own form, or one before, has changed."""
 
@@ -378,13 +388,16 @@ class _Shared:
 
 
 @torch.no_grad()
-def judge(model: UNet2DModel, space: FormSpace, batches: list[Mapping[str, Seen]], level: str) -> pd.DataFrame:
+def judge(model: UNet2DModel, space: FormSpace, batches: list[Mapping[str, Seen]], level: str,
+          work: Path) -> pd.DataFrame:
     """Judge all architectures of one level: every one, with prefixes that many share run once.
 
     Parameters
     ----------
     model : a supernet
     batches : what the teacher's levels saw, by `observe`; the same for all candidates
+    work : Path
+        Folder that keeps a finished table, so that an interrupted run goes on.
 
     Returns
     -------
@@ -393,14 +406,19 @@ def judge(model: UNet2DModel, space: FormSpace, batches: list[Mapping[str, Seen]
     found, at = residuals(model), resolutions(model)
     candidates = list(paths(model, space, level))
     macs = [sum(form_macs(found[path], form, at[path]) for path, form in chosen.items()) for chosen in candidates]
-    total, module = torch.zeros(len(candidates)), model.get_submodule(_blocks.describe(model).level_modules[level])
-    for seen in batches:
-        with _Shared([found[path] for path in candidates[0]]):
-            for place, chosen in enumerate(candidates):
-                for path, form in chosen.items():
-                    found[path].choice.form = form
-                total[place] += level_loss(module, seen[level])
-    return pd.DataFrame({"forms": candidates, "loss": (total / len(batches)).tolist(), "macs": macs})
+    kept = work / f"judged_{level}.json"
+    if not kept.exists():
+        total, module = torch.zeros(len(candidates)), model.get_submodule(_blocks.describe(model).level_modules[level])
+        bar = tqdm(total=len(batches) * len(candidates), desc=f"candidates of {level}", unit="candidate")
+        for seen in batches:
+            with _Shared([found[path] for path in candidates[0]]):
+                for place, chosen in enumerate(candidates):
+                    choose(model, chosen)
+                    total[place] += level_loss(module, seen[level])
+                    bar.update()
+        bar.close()
+        kept.write_text(json.dumps((total / len(batches)).tolist()))
+    return pd.DataFrame({"forms": candidates, "loss": json.loads(kept.read_text()), "macs": macs})
 
 
 # ---- choosing --------------------------------------------------------------------------------------------------------
@@ -413,10 +431,31 @@ def local_search(tables: Mapping[str, pd.DataFrame], own: Architecture, toleranc
     """
     chosen: dict[str, Form] = {}
     for table in tables.values():
-        reference = table[[all(own[path] == form for path, form in forms.items()) for forms in table["forms"]]]
-        near = table[table["loss"] <= tolerance * reference["loss"].item()]
+        near = table[table["loss"] <= tolerance * pick(table, own)["loss"]]
         chosen |= near.sort_values(["macs", "loss"])["forms"].iloc[0]
     return chosen
+
+
+def pick(table: pd.DataFrame, architecture: Architecture) -> pd.Series:
+    """Give the row of a level's table that an architecture takes."""
+    return table[[all(architecture[path] == form for path, form in forms.items()) for forms in table["forms"]]].iloc[0]
+
+
+def smallest_tolerance(tables: Mapping[str, pd.DataFrame], own: Architecture,
+                       fits: Callable[[Architecture], bool]) -> float:
+    """Give the least tolerance at which `local_search` finds an architecture that fits; it gets cheaper with each more.
+
+    Raises
+    ------
+    ValueError
+        If even the cheapest of all architectures does not fit.
+    """
+    steps = np.unique(np.concatenate([table["loss"] / pick(table, own)["loss"] for table in tables.values()]))
+    steps *= 1 + 1e-9  # so that rounding leaves nobody out
+    place = bisect_left(steps, True, key=lambda tolerance: fits(local_search(tables, own, tolerance)))
+    if place == len(steps):
+        raise ValueError("not even the cheapest architecture is so small: raise the budget, or widen the space")
+    return float(max(1.0, steps[place]))
 
 
 def global_search(tables: Mapping[str, pd.DataFrame], budget: int, scale: Mapping[str, float]) -> dict[str, Form]:
@@ -444,6 +483,33 @@ def global_search(tables: Mapping[str, pd.DataFrame], budget: int, scale: Mappin
     chosen: dict[str, Form] = {}
     for table, picked in zip(tables.values(), np.split(solved.x > 0.5, np.cumsum(sizes)[:-1])):
         chosen |= table["forms"][picked].iloc[0]
+    return chosen
+
+
+def random_search(model: UNet2DModel, space: FormSpace, budget: int, generator: torch.Generator) -> dict[str, Form]:
+    """Draw an architecture, then redraw one block after another, where that is cheaper, until the budget is kept.
+
+    Parameters
+    ----------
+    budget : int, MACs of all searched parts
+
+    Raises
+    ------
+    ValueError
+        If nothing costs so little.
+    """
+    found, at = residuals(model), resolutions(model)
+    prices = {path: {form: form_macs(block, form, at[path]) for form in space.of(block)}
+              for path, block in found.items()}
+    least = sum(min(forms.values()) for forms in prices.values())
+    if least > budget:
+        raise ValueError(f"the searched parts cost at least {least} MACs: raise the budget of {budget}")
+    chosen, places = draw(model, space, generator), list(found)
+    while sum(prices[path][form] for path, form in chosen.items()) > budget:
+        path = places[int(torch.randint(len(places), (1,), generator=generator))]
+        other = draw(model, space, generator)[path]
+        if prices[path][other] < prices[path][chosen[path]]:
+            chosen[path] = other
     return chosen
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 
+import pandas as pd
 import pytest
 import torch
 
@@ -126,10 +127,11 @@ def test_forms_cost_what_students_cost(unet, supernet):
 
 
 @pytest.fixture(scope="module")
-def tables(unet, supernet, noise):
+def tables(unet, supernet, noise, tmp_path_factory):
     space = FormSpace((1, 3), (0.5, 1.0))
     seen = [diffnas.observe(unet, noise, torch.tensor(ts))[0] for ts in ([10, 500, 900], [5, 50, 999])]
-    return {level: diffnas.judge(supernet, space, seen, level) for level in ("down0", "mid", "up2")}, seen
+    work = tmp_path_factory.mktemp("judged")
+    return {level: diffnas.judge(supernet, space, seen, level, work) for level in ("down0", "mid", "up2")}, seen
 
 
 def test_shared_prefixes_change_no_loss(supernet, tables):
@@ -142,15 +144,16 @@ def test_shared_prefixes_change_no_loss(supernet, tables):
         assert row.loss == pytest.approx(alone, rel=1e-4, abs=1e-9)
 
 
-def test_shared_prefixes_run_once(supernet, tables):
+def test_shared_prefixes_run_once(supernet, tables, tmp_path):
     _, seen = tables
     ran = []
     handles = [supernet.mid_block.resnets[place].conv1.register_forward_hook(lambda *_, place=place: ran.append(place))
                for place in (0, 1)]
-    diffnas.judge(supernet, FormSpace((1, 3), (0.5, 1.0)), seen[:1], "mid")
+    once = diffnas.judge(supernet, FormSpace((1, 3), (0.5, 1.0)), seen[:1], "mid", tmp_path)
     for handle in handles:
         handle.remove()
     assert [ran.count(place) for place in (0, 1)] == [8, 64]
+    pd.testing.assert_frame_equal(diffnas.judge(supernet, FormSpace((1, 3), (0.5, 1.0)), [], "mid", tmp_path), once)
 
 
 def test_the_local_rule_takes_the_cheapest_within_tolerance(unet, tables):
@@ -162,8 +165,7 @@ def test_the_local_rule_takes_the_cheapest_within_tolerance(unet, tables):
     loose = diffnas.local_search(found, own, 1e9)
     assert all(form == min(form, Form(1, 1, form.width)) for form in loose.values()), "all as cheap as can be"
     for table in found.values():
-        chosen = table[[all(loose[path] == form for path, form in forms.items()) for forms in table["forms"]]]
-        assert chosen["macs"].item() == table["macs"].min()
+        assert diffnas.pick(table, loose)["macs"] == table["macs"].min()
 
 
 def test_the_knapsack_is_the_best_of_all_combinations(tables):
@@ -174,9 +176,8 @@ def test_the_knapsack_is_the_best_of_all_combinations(tables):
     chosen = diffnas.global_search(few, budget, scale)
 
     def value(level):
-        table = few[level]
-        row = table[[all(chosen[path] == form for path, form in forms.items()) for forms in table["forms"]]]
-        return scale[level] * row["loss"].item(), row["macs"].item()
+        row = diffnas.pick(few[level], chosen)
+        return scale[level] * row["loss"], row["macs"]
 
     loss, macs = (sum(part) for part in zip(*map(value, few)))
     best = min(sum(scale[level] * few[level]["loss"][i] for level, i in zip(few, places))
@@ -185,6 +186,31 @@ def test_the_knapsack_is_the_best_of_all_combinations(tables):
     assert macs <= budget and loss == pytest.approx(best)
     with pytest.raises(ValueError, match="no architecture costs at most 1 MACs"):
         diffnas.global_search(few, 1, scale)
+
+
+def test_the_smallest_tolerance_is_the_smallest(unet, tables):
+    found, _ = tables
+    found = {level: table.assign(loss=table["loss"] + 0.01) for level, table in found.items()}
+    own = {path: diffnas.forms(unet)[path] for table in found.values() for path in table["forms"][0]}
+
+    def macs(architecture):
+        return diffnas.searched_macs(unet, architecture)
+
+    budget = round(0.6 * macs(own))
+    tolerance = diffnas.smallest_tolerance(found, own, lambda one: macs(one) <= budget)
+    assert macs(diffnas.local_search(found, own, tolerance)) <= budget
+    assert macs(diffnas.local_search(found, own, tolerance * (1 - 1e-6))) > budget
+    with pytest.raises(ValueError, match="not even the cheapest"):
+        diffnas.smallest_tolerance(found, own, lambda _: False)
+
+
+def test_random_search_keeps_the_budget_and_differs_by_seed(unet):
+    budget = round(0.4 * diffnas.searched_macs(unet, diffnas.forms(unet)))
+    found = [diffnas.random_search(unet, SPACE, budget, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert found[0] == found[1] != found[2]
+    assert all(0.7 * budget < diffnas.searched_macs(unet, one) <= budget for one in found)
+    with pytest.raises(ValueError, match=r"cost at least \d+ MACs: raise the budget of 1"):
+        diffnas.random_search(unet, SPACE, 1, torch.Generator())
 
 
 def test_the_joint_loss_weighs_both_parts(unet, supernet, batch):
