@@ -143,6 +143,21 @@ class Judge:
 
         return jackknife(value, [features for features, _ in parts])
 
+    def trainings(self, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> dict[str, float]:
+        """Compare two kinds of model, each trained several times (or once, for all of the other's).
+
+        Returns
+        -------
+        ratio : dict of ratio, ratio_low, ratio_high: the geometric mean over the pairs of trainings, with the interval
+            of the noise; and least, greatest: the single pairs' extremes
+        """
+        count = max(len(mine), len(theirs))
+        pairs = [(mine[i % len(mine)], theirs[i % len(theirs)]) for i in range(count)]
+        together = self.compare([(a, 1 / count) for a, _ in pairs], [(b, 1 / count) for _, b in pairs])
+        single = [self.ratio(a, b).value for a, b in pairs]
+        return {"ratio": together.value, "ratio_low": together.low, "ratio_high": together.high, "least": min(single),
+                "greatest": max(single)}
+
     def further(self, generated: Tensor) -> dict[str, float]:
         """Give kernel distance (x 1000), precision and recall (k = 3) as torch-fidelity computes them."""
         size = min(1000, len(generated), len(self.real))

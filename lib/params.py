@@ -93,6 +93,60 @@ class TeacherAnalysis(Common):
     cache_branches: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)  # DeepCache's skip connections
 
 
+def _different(values: list) -> list:
+    if len(set(values)) < len(values):
+        raise ValueError("one stands twice")
+    return values
+
+
+def _odd(values: list[int]) -> list[int]:
+    if any(value % 2 == 0 for value in values):
+        raise ValueError("only odd kernels keep the size of what they read")
+    return values
+
+
+class BlockSearch(Common):
+    """Parameters of 02_block_search."""
+
+    kernels: Annotated[list[Positive], AfterValidator(_different), AfterValidator(_odd)] = Field(
+        min_length=1)  # choices for each convolution
+    widths: Annotated[list[Annotated[float, Field(gt=0, le=4)]], AfterValidator(_different)] = Field(
+        min_length=1)  # choices for the channels between the convolutions, of the block's own
+    supernet_steps: Positive
+    supernet_rate: float = Field(gt=0, lt=1)
+    retraining_steps: Positive  # of a student
+    retraining_rate: float = Field(gt=0, lt=1)
+    batch_size: Positive
+    ema_decay: float = Field(ge=0, lt=1)
+    save_every: Positive  # steps between two states to resume from
+    beta: Literal["noise only", "blocks only", "fixed", "linear", "cosine", "step"]  # how the noise loss's weight rises
+    target: Literal["noise", "teacher"]  # of the noise loss
+    judge_images: int = Field(ge=2)  # held-out images a batch
+    judge_batches: Positive  # that judge a candidate
+    tolerances: list[Annotated[float, Field(ge=1)]] = Field(min_length=1)  # of the reference's loss, for the sweep
+    budgets: Annotated[list[Fraction], AfterValidator(_different)] = Field(
+        min_length=1)  # shares of the teacher's MACs and parameters for which students are trained
+    training_seeds: Annotated[list[Annotated[int, Field(ge=0)]], AfterValidator(_different)] = Field(
+        min_length=1)  # trainings of each student and control
+    score_steps: int = Field(ge=2, le=1000)  # of DPM-Solver++, which samples every model
+    latency_batch: Positive
+    latency_repeats: int = Field(ge=3)
+
+
+class JointLossAblation(Common):
+    """Parameters of 03_joint_loss_ablation; the retraining itself has notebook 02's."""
+
+    schedules: Annotated[list[Literal["noise only", "blocks only", "fixed", "linear", "cosine", "step"]],
+                         AfterValidator(_different)] = Field(min_length=1)  # of beta
+    choices: Annotated[list[Literal["global", "random", "torch-pruning"]],
+                       AfterValidator(_different)]  # other ways to choose a student
+    starts: Annotated[list[Literal["teacher", "fresh"]], AfterValidator(_different)]  # other weights to begin with
+    targets: list[Literal["teacher"]]  # other targets of the noise loss
+    training_seeds: Annotated[list[Annotated[int, Field(ge=0)]], AfterValidator(_different)] = Field(min_length=1)
+    gradient_images: int = Field(ge=2)  # a batch where gradients are compared
+    curve_points: int = Field(ge=2, le=1000)  # held-out losses taken on the way of a training
+
+
 class ScheduleSearch(Common):
     """Parameters of 04_schedule_search."""
 
@@ -116,12 +170,6 @@ class ScheduleSearch(Common):
     dividend_steps: list[Positive] = Field(min_length=1)  # full steps at which one partial step each is added
     latency_batch: Positive
     latency_repeats: int = Field(ge=3)
-
-
-def _different(values: list) -> list:
-    if len(set(values)) < len(values):
-        raise ValueError("one stands twice")
-    return values
 
 
 def _with_paper(names: list) -> list:
@@ -156,8 +204,10 @@ class PrunerTraining(Common):
     latency_repeats: int = Field(ge=3)
 
 
-NOTEBOOKS: dict[str, type[Common]] = {"00_teacher_training": TeacherTraining, "01_teacher_analysis": TeacherAnalysis,
-                                      "04_schedule_search": ScheduleSearch, "05_pruner_training": PrunerTraining}
+NOTEBOOKS: dict[str, type[Common]] = {
+    "00_teacher_training": TeacherTraining, "01_teacher_analysis": TeacherAnalysis, "02_block_search": BlockSearch,
+    "03_joint_loss_ablation": JointLossAblation, "04_schedule_search": ScheduleSearch,
+    "05_pruner_training": PrunerTraining}
 """Which notebook takes which parameters."""
 
 

@@ -137,3 +137,60 @@ def ratios(table: pd.DataFrame, label: str) -> Figure:
     axes.set(xlabel=f"\u2190 better      {label}      worse \u2192", xscale="log")
     plain_logarithm(axes.xaxis)
     return figure
+
+
+def schedules(table: pd.DataFrame) -> Figure:
+    """Draw beta over the way through a training, a panel a schedule (columns schedule, way, beta)."""
+    names = list(dict.fromkeys(table["schedule"]))
+    figure, panels = plt.subplots(1, len(names), figsize=(WIDE, 1.3), sharey=True)
+    for axes, name in zip(panels, names):
+        rows = table[table["schedule"] == name]
+        axes.fill_between(100 * rows["way"], rows["beta"], color=COLOURS["DiffNAS"], alpha=0.3, lw=0)
+        axes.plot(100 * rows["way"], rows["beta"], color=COLOURS["DiffNAS"], lw=1.2)
+        axes.set(ylim=(-0.05, 1.05), xticks=(0, 50, 100))
+        axes.set_title(name, fontsize=7, pad=3)
+        axes.tick_params(labelsize=6)
+    panels[0].set_ylabel("beta", fontsize=8)
+    figure.supxlabel("training (%)", fontsize=8)
+    return figure
+
+
+def gradient_ways(table: pd.DataFrame) -> Figure:
+    """Draw how far each level is from the noise loss, and how alike its gradients of several batches are.
+
+    Parameters
+    ----------
+    table : columns level, shortest way, longest way (blocks), agreement, noise loss, agreement, block losses (cosine)
+    """
+    figure, (ways, alike) = plt.subplots(1, 2, figsize=(WIDE, 2.3))
+    x = np.arange(len(table))
+    ways.vlines(x, table["shortest way"], table["longest way"], color="0.8", lw=5)
+    ways.plot(x, table["shortest way"], "o", ms=4, color="0.3", label="shortest way")
+    ways.plot(x, table["longest way"], "s", ms=4, color="0.6", label="longest way")
+    ways.set(ylabel="blocks up to the noise loss")
+    for kind, colour, marker in (("noise loss", "0.45", "o"), ("block losses", COLOURS["DiffNAS"], "D")):
+        alike.plot(x, table[f"agreement, {kind}"], marker, ms=5, color=colour, label=kind)
+    alike.set(ylabel="agreement of batches (cosine)", ylim=(min(0, alike.get_ylim()[0]), 1))
+    for axes in (ways, alike):
+        axes.set_xticks(x, table["level"], fontsize=7)
+        axes.legend(fontsize=6)
+    return figure
+
+
+def held_out(history: pd.DataFrame) -> Figure:
+    """Draw the held-out loss over the way through a training: the mean of the trainings, and all between them.
+
+    Parameters
+    ----------
+    history : columns name, training, way, loss
+    """
+    figure, axes = plt.subplots(figsize=(WIDE, 2.6))
+    names = list(dict.fromkeys(history["name"]))
+    for name, colour in zip(names, sns.color_palette("colorblind", len(names))):
+        rows = history[history["name"] == name].groupby("way")["loss"]
+        axes.fill_between(100 * rows.min().index, rows.min(), rows.max(), color=colour, alpha=0.2, lw=0)
+        axes.plot(100 * rows.mean().index, rows.mean(), color=colour, lw=1.2, label=name)
+    axes.set(xlabel="training (%)", ylabel="held-out loss (MSE of epsilon)", yscale="log")
+    plain_logarithm(axes.yaxis)
+    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
