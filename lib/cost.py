@@ -5,6 +5,7 @@ activations and additions do not. The products inside attention are kept apart, 
 and papers on transformers do not.
 """
 
+import copy
 import json
 import time
 import weakref
@@ -83,9 +84,10 @@ class Costs:
 def count(model: nn.Module) -> Costs:
     """Count MACs and parameters of a model's blocks for one image of the model's sample size."""
     config = model.config
-    with torch.device("meta"):
-        twin = type(model).from_config(config)
-        x_t = torch.empty(1, config.in_channels, config.sample_size, config.sample_size)
+    # Parameters, which want gradients: of tensors that do not, the counter misses what attention multiplies.
+    weightless = {id(tensor): nn.Parameter(tensor.detach().to("meta")) for tensor in model.parameters()}
+    twin = copy.deepcopy(model, weightless).to("meta")
+    x_t = torch.empty(1, config.in_channels, config.sample_size, config.sample_size, device="meta")
     with FlopCounterMode(display=False, depth=None) as counter:
         twin(x_t, torch.zeros(1, device="meta"))
     root = type(model).__name__

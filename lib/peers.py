@@ -1,0 +1,72 @@
+"""Peers, run for real: what others' published code makes of the same teacher. ``pip install .[peers]`` brings them."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor
+from tqdm import tqdm
+
+from lib import cost
+
+
+def diff_pruning(model: UNet2DModel, images: Tensor, schedule: DDIMScheduler, share: float, *, seed: int,
+                 batch_size: int = 64, threshold: float = 0.05) -> UNet2DModel:
+    """Prune a UNet's channels by `torch-pruning` with the criterion of Diff-Pruning (Fang et al. 2023).
+
+    The gradient of the loss is summed over the timesteps 0, 1, 2, ... up to where the loss has fallen to `threshold` of
+    its greatest; channels go in groups by the first Taylor term, the same share of each layer, down to the budget.
+
+    Parameters
+    ----------
+    model : a teacher; it stays as it is
+    images : Tensor, (n, C, H, W), training images
+    share : float, of the teacher's MACs, in (0, 1)
+    seed : int, of images and noise
+
+    Returns
+    -------
+    pruned : a UNet2DModel whose layers are thinner than its configuration says; it still has to be trained
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If torch-pruning is not installed.
+    ValueError
+        If no pruning is so small.
+    """
+    try:
+        import torch_pruning
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("torch-pruning is not installed: run\n    pip install .[peers]") from None
+    graded = copy.deepcopy(model).requires_grad_(True)
+    generator, greatest = torch.Generator().manual_seed(seed), 0.0
+    x_0 = images[torch.randint(len(images), (batch_size,), generator=generator)].to(model.device)
+    noise = torch.randn(x_0.shape, generator=generator).to(model.device)
+    for t in tqdm(range(schedule.config.num_train_timesteps), desc="gradients for pruning", unit="timestep"):
+        steps = torch.full((batch_size,), t, device=model.device)
+        loss = F.mse_loss(graded(schedule.add_noise(x_0, noise, steps), steps).sample, noise)
+        greatest = max(greatest, loss.item())
+        if loss.item() < threshold * greatest:
+            break
+        loss.backward()
+    for percent in range(5, 100, 5):
+        pruned = copy.deepcopy(graded)
+        for part, whole in zip(pruned.parameters(), graded.parameters()):
+            part.grad = whole.grad.clone()
+        queries = [layer for part in pruned.modules() if isinstance(part, Attention)
+                   for layer in (part.to_q, part.to_k, part.to_v)]  # the heads keep their size
+        torch_pruning.pruner.MetaPruner(
+            pruned, {"sample": x_0[:1], "timestep": steps[:1]}, importance=torch_pruning.importance.TaylorImportance(),
+            pruning_ratio=percent / 100, ignored_layers=[pruned.conv_out, *queries]).step()
+        for part in pruned.modules():
+            if isinstance(part, Downsample2D | Upsample2D):  # they check what they are given
+                part.channels, part.out_channels = part.conv.in_channels, part.conv.out_channels
+        if cost.count(pruned).call <= share * cost.count(model).call:
+            pruned.zero_grad()
+            return pruned
+    raise ValueError(f"torch-pruning finds no network of {share:.0%} of the MACs: raise the share")
