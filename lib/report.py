@@ -14,6 +14,9 @@ from lib.stage import Stage
 
 KEPT = ("metrics.json", "timings.json", "meta.json", "figures/*.png", "figures/*.csv", "tables/*.csv", "plans/*.json")
 
+PLANNING = ("04_schedule_search", "05_pruner_training")
+"""The notebooks whose results are plans."""
+
 
 def publish(study: str) -> Path:
     """Copy what a study found (numbers, tables, figures, plans; no weights) to its reports folder."""
@@ -38,10 +41,11 @@ def results_table(study: str) -> str:
     """Give the study's main table as Markdown: each way to sample, its cost, how good; dearest first."""
     reports = paths.REPORTS / study
     controls = pd.read_csv(reports / "01_teacher_analysis" / "tables" / "front.csv")
-    searched = pd.read_csv(reports / "04_schedule_search" / "tables" / "front.csv").query("kind != 'teacher'")
-    table = pd.concat([controls, searched]).sort_values(["macs_ratio", "ratio"])
-    speeds = json.loads((reports / "01_teacher_analysis" / "timings.json").read_text())
-    speeds |= json.loads((reports / "04_schedule_search" / "timings.json").read_text())
+    own = pd.concat([pd.read_csv(reports / notebook / "tables" / "front.csv") for notebook in PLANNING])
+    table = pd.concat([controls, own.query("kind != 'teacher'")]).sort_values(["macs_ratio", "ratio"])
+    speeds = {}
+    for notebook in ("01_teacher_analysis", *PLANNING):
+        speeds |= json.loads((reports / notebook / "timings.json").read_text())
     lines = ["| plan | times fewer executed MACs | times faster | score [95 %] | over the best teacher's "
              "[95 %] | over DDIM's at T steps [95 %] |", "|---|---|---|---|---|---|"]
     for _, row in table.iterrows():
@@ -53,12 +57,16 @@ def results_table(study: str) -> str:
 
 
 def controls_table(study: str) -> str:
-    """Give as Markdown what else the searched plans' executed MACs would buy."""
-    table = pd.read_csv(paths.REPORTS / study / "04_schedule_search" / "tables" / "controls.csv")
-    lines = ["| searched plan | control with the whole budget | plan's score / control's [95 %] | better |",
-             "|---|---|---|---|"]
-    lines += [f"| {row['plan']} | {row['name']} | {_interval(row, 'plan_over_control')} | {row['better']} |"
-              for _, row in table.iterrows()]
+    """Give as Markdown how each method's plans fare against what else their executed MACs would buy."""
+    reports = paths.REPORTS / study
+    table = pd.concat([pd.read_csv(reports / notebook / "tables" / "controls.csv") for notebook in PLANNING])
+    lines = ["| plan | its strongest control | plan's score / that control's [95 %] | controls that it beats | ties with | "
+             "loses to |", "|---|---|---|---|---|---|"]
+    for plan, rows in table.groupby("plan", sort=False):
+        strongest = rows.loc[rows["plan_over_control"].idxmax()]
+        ratio = _interval(strongest, "plan_over_control")
+        counts = [str((rows["better"] == verdict).sum()) for verdict in ("plan", "tie", "control")]
+        lines.append("| " + " | ".join([plan, strongest["name"], ratio, *counts]) + " |")
     return "\n".join(lines)
 
 

@@ -38,14 +38,15 @@ def test_its_example_runs(tmp_path, monkeypatch, unet, schedule, capsys):
 
 def test_a_table_is_filled_from_a_studys_files(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "REPORTS", tmp_path)
-    tables = tmp_path / "mine" / "04_schedule_search" / "tables"
-    tables.mkdir(parents=True)
-    (tables / "controls.csv").write_text(
-        "plan,name,plan_over_control,plan_over_control_low,plan_over_control_high,better\n"
-        "A,B,1.23456,1.1,1.3,control\n")
+    for notebook, rows in {"04_schedule_search": ["A,B,1.23456,1.1,1.3,control", "A,C,0.5,0.4,0.6,plan"],
+                           "05_pruner_training": ["D,B,1.01,0.9,1.1,tie"]}.items():
+        tables = tmp_path / "mine" / notebook / "tables"
+        tables.mkdir(parents=True)
+        header = "plan,name,plan_over_control,plan_over_control_low,plan_over_control_high,better"
+        (tables / "controls.csv").write_text("\n".join([header, *rows]))
     text = report.filled("before\n<!-- controls:mine -->\nold\n<!-- end -->\nafter")
-    assert "| A | B | 1.23 [1.1, 1.3] | control |" in text and "old" not in text
-    assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter")
+    assert "| A | B | 1.23 [1.1, 1.3] | 1 | 0 | 1 |" in text and "| D | B | 1.01 [0.9, 1.1] | 0 | 1 | 0 |" in text
+    assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter") and "old" not in text
 
 
 def test_publishing_copies_numbers_and_no_weights(tmp_path, monkeypatch):
