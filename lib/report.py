@@ -60,7 +60,7 @@ def controls_table(study: str) -> str:
     """Give as Markdown how each method's plans fare against what else their executed MACs would buy."""
     reports = paths.REPORTS / study
     table = pd.concat([pd.read_csv(reports / notebook / "tables" / "controls.csv") for notebook in PLANNING])
-    lines = ["| plan | its strongest control | plan's score / that control's [95 %] | controls that it beats | ties with | "
+    lines = ["| plan | its strongest control | score over that control's [95 %] | controls that it beats | ties with | "
              "loses to |", "|---|---|---|---|---|---|"]
     for plan, rows in table.groupby("plan", sort=False):
         strongest = rows.loc[rows["plan_over_control"].idxmax()]
