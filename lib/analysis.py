@@ -72,7 +72,7 @@ def sensitivity(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: T
     cells = [(i, place) for i in range(len(steps)) for place in range(len(plan.blocks))]
     for i, place in tqdm(cells, desc="sensitivity", unit="cell"):
         first = steps[i] - 1
-        tail = Plan.full(plan.timesteps[first:], plan.schedule, plan.blocks)
+        tail = Plan.full(plan.timesteps[first:], plan.schedule, plan.blocks, cache=plan.cache)
         compute = tail.cells
         compute[1, place] = False
         with Engine(model, tail.with_cells(compute), fits) as engine:

@@ -1,18 +1,23 @@
 """A network as named blocks: which modules make a block, what it reads, and which cells of a grid are live.
 
-The finest block is a *layer*: one residual block with the attention behind it, a down-sampler, the middle, an
+A UNet's finest block is a *layer*: one residual block with the attention behind it, a down-sampler, the middle, an
 up-sampler. Layers group into *levels* (a resolution going down or up, the middle). ``down0`` is the first level and
-``up0`` the deepest one, as in diffusers. Stem (conv_in, time embedding) and head (the last norm and convolution) belong
-to no block: they run at every network call.
+``up0`` the deepest one, as in diffusers. A reused block gives its last *output*. A transformer's block is one
+transformer block, ``block0`` the first; a reused one adds its last *residual* change: with outputs kept, a reused block
+would make all before it dead. Stem (what comes before, time embedding) and head (what comes after) belong to no block:
+they run at every network call.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
-from diffusers import UNet2DModel
-from torch import nn
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention import BasicTransformerBlock
+from torch import Tensor, nn
 
 STEM = "stem"
 
@@ -46,8 +51,8 @@ class Blocks:
     blocks : tuple of Block, (N,)
     level_modules : dict of str to str
         The module that runs a whole level.
-    cache : "output"
-        What a reused block reuses.
+    cache : "output" or "residual"
+        What a reused block reuses: its last output, or its last change from input to output.
     """
 
     blocks: tuple[Block, ...]
@@ -89,19 +94,28 @@ class Blocks:
         found = [(block.reads[1], i) for i, block in enumerate(self.blocks) if len(block.reads) == 2]
         return tuple(reversed(found))
 
+    @property
+    def branches(self) -> int:
+        """How many branches there are: the skip connections, or all numbers of leading blocks."""
+        return len(self.skips) if self.cache == "output" else len(self) - 1
+
     def branch(self, number: int) -> np.ndarray:
-        """Say which blocks a partial step runs whose cached feature enters at skip connection `number` (DeepCache).
+        """Say which blocks a partial step runs.
 
         Parameters
         ----------
-        number : int, 0 is the shallowest skip (the stem's: only the last block runs)
+        number : int
+            On UNets the skip connection at which the cached feature enters (DeepCache), 0 the shallowest (the stem's:
+            only the last block runs). On transformers the last of the leading blocks that run.
 
         Returns
         -------
         shallow : (N,), bool
         """
-        if not 0 <= number < len(self.skips):
-            raise ValueError(f"branch {number}: this network has branches 0..{len(self.skips) - 1}")
+        if not 0 <= number < self.branches:
+            raise ValueError(f"branch {number}: this network has branches 0..{self.branches - 1}")
+        if self.cache == "residual":
+            return np.arange(len(self)) <= number
         giver, reader = self.skips[number]
         shallow = np.zeros(len(self), dtype=bool)
         shallow[reader:] = True
@@ -114,7 +128,7 @@ class Blocks:
 
         A computing cell is live if its output is read in its own column, or from the cache before it computes again.
         The head reads the last block in every column that makes a network call; a column in which nothing is live makes
-        none.
+        none. Where blocks cache residual changes every block's input flows on, so all computing cells are live.
 
         Parameters
         ----------
@@ -127,6 +141,8 @@ class Blocks:
             Live cells whose output a later column reads.
         """
         steps, last = len(compute), len(self) - 1
+        if self.cache == "residual":
+            return compute.copy(), np.concatenate([compute[:-1] & ~compute[1:], np.zeros_like(compute[:1])])
         live, stored = np.zeros_like(compute), np.zeros_like(compute)
         later = np.zeros(len(self), dtype=bool)  # is the cached output read in a column behind this one?
         for step in range(steps - 1, -1, -1):
@@ -142,6 +158,20 @@ class Blocks:
             later = needed & ~row
         return live, stored
 
+    def calls(self, live: np.ndarray) -> np.ndarray:
+        """Say at which steps the network is called, (S,), bool: stem and head run there.
+
+        Parameters
+        ----------
+        live : (S, N), bool, from `liveness`
+        """
+        return live.any(axis=1) if self.cache == "output" else np.ones(len(live), dtype=bool)
+
+
+LEVELS = ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D",
+          "UNetMidBlock2D", "UNetMidBlock2DCrossAttn")
+"""The UNet levels that are known here."""
+
 
 def describe(model: nn.Module) -> Blocks:
     """Describe a network as blocks.
@@ -151,18 +181,47 @@ def describe(model: nn.Module) -> Blocks:
     TypeError
         If the model, or one of its levels, is of a kind that is not supported.
     """
-    if not isinstance(model, UNet2DModel):
-        raise TypeError(f"{type(model).__name__} is not supported. Supported: UNet2DModel.")
-    if model.config.time_embedding_type == "fourier":
+    if isinstance(model, UNet2DModel | UNet2DConditionModel):
+        return _unet(model)
+    stack = getattr(model, "transformer_blocks", ())
+    if len(stack) and all(isinstance(block, BasicTransformerBlock) for block in stack):
+        paths = {f"block{i}": f"transformer_blocks.{i}" for i in range(len(stack))}
+        found = [Block(name, name, (paths[name],), (before,)) for before, name in pairwise([STEM, *paths])]
+        return Blocks(tuple(found), paths, "residual")
+    raise TypeError(f"{type(model).__name__} is not supported. Supported: UNet2DModel, UNet2DConditionModel, and "
+                    "transformers whose transformer_blocks are BasicTransformerBlocks (DiTTransformer2DModel, "
+                    "PixArtTransformer2DModel).")
+
+
+def example_conditions(model: nn.Module, count: int, device: torch.device | str) -> dict[str, Tensor | dict]:
+    """Give what a network reads besides image and timestep, of the right shapes, for `count` images."""
+    config = model.config
+    if isinstance(model, UNet2DConditionModel):
+        given = {"encoder_hidden_states": torch.zeros(count, 77, _widest(config.cross_attention_dim), device=device)}
+        if config.addition_embed_type == "text_time":
+            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            given["added_cond_kwargs"] = {"text_embeds": torch.zeros(count, pooled, device=device),
+                                          "time_ids": torch.zeros(count, 6, device=device)}
+        return given
+    if config.get("caption_channels"):
+        return {"encoder_hidden_states": torch.zeros(count, 120, config.caption_channels, device=device),
+                "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    labelled = config.get("num_embeds_ada_norm") if hasattr(model, "transformer_blocks") else config.num_class_embeds
+    return {"class_labels": torch.zeros(count, dtype=torch.long, device=device)} if labelled else {}
+
+
+def _widest(widths: int | tuple[int, ...]) -> int:
+    return widths if isinstance(widths, int) else max(widths)
+
+
+def _unet(model: UNet2DModel | UNet2DConditionModel) -> Blocks:
+    if isinstance(model, UNet2DModel) and model.config.time_embedding_type == "fourier":
         raise TypeError("time_embedding_type fourier is not supported: there the timestep scales the output, so a "
                         "reused output is not what the network would give.")
-    known = {"DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D", "UNetMidBlock2D"}
-    levels = [("down", module) for module in model.down_blocks] + [("mid", model.mid_block)]
-    levels += [("up", module) for module in model.up_blocks]
-    for _, module in levels:
-        if type(module).__name__ not in known:
+    for module in (*model.down_blocks, model.mid_block, *model.up_blocks):
+        if type(module).__name__ not in LEVELS:
             raise TypeError(f"a level of type {type(module).__name__} is not supported. Supported: "
-                            f"{', '.join(sorted(known))}.")
+                            f"{', '.join(LEVELS)}.")
     blocks: list[Block] = []
     skips, before = [STEM], STEM
     modules: dict[str, str] = {}

@@ -44,7 +44,7 @@ def at_equal_macs(target: int, teacher: Plan, blocks: Blocks, macs: Callable[[Pl
         Without those families that cannot cost so little or so much.
     """
     found = []
-    call = macs(Plan.full(teacher.timesteps[:1], teacher.schedule, teacher.blocks))
+    call = macs(Plan.full(teacher.timesteps[:1], teacher.schedule, teacher.blocks, cache=teacher.cache))
     few = [steps for steps in {target // call, target // call + 1} if 1 <= steps <= teacher.schedule.train_timesteps]
     for name, (order, spacing) in FEW_STEPS.items():
         found.append(bracket(name, [Plan.few_steps(steps, spacing, teacher, order) for steps in few], target, macs))

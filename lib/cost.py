@@ -69,7 +69,8 @@ class Costs:
         live : (S, N), bool, from `lib.blocks.Blocks.liveness`
         """
         macs = np.array([self.blocks[name] for name in plan.blocks], dtype=np.int64)
-        return live @ macs + live.any(axis=1) * self.rest
+        calls = live.any(axis=1) | (plan.cache == "residual")
+        return live @ macs + calls * self.rest
 
     def save(self, path: Path) -> None:
         """Write the costs as JSON."""
@@ -87,9 +88,11 @@ def count(model: nn.Module) -> Costs:
     # Parameters, which want gradients: of tensors that do not, the counter misses what attention multiplies.
     weightless = {id(tensor): nn.Parameter(tensor.detach().to("meta")) for tensor in model.parameters()}
     twin = copy.deepcopy(model, weightless).to("meta")
-    x_t = torch.empty(1, config.in_channels, config.sample_size, config.sample_size, device="meta")
+    size = config.sample_size
+    shape = (size, size) if isinstance(size, int) else tuple(size)
+    x_t = torch.empty(1, config.in_channels, *shape, device="meta")
     with FlopCounterMode(display=False, depth=None) as counter:
-        twin(x_t, torch.zeros(1, device="meta"))
+        twin(x_t, torch.zeros(1, device="meta", dtype=torch.long), **_blocks.example_conditions(model, 1, "meta"))
     root = type(model).__name__
     flops = {path.removeprefix(f"{root}."): {str(operator): n for operator, n in operators.items()}
              for path, operators in counter.get_flop_counts().items()}

@@ -29,6 +29,7 @@ from lib import sampling
 from lib.blocks import Blocks
 from lib.cost import Costs
 from lib.plan import NoiseSchedule, Plan
+from lib.sampling import Conditions
 from lib.training import learning_rate
 
 State = tuple[Tensor, ...]
@@ -38,11 +39,11 @@ class SuperNet:
     """A frozen model all of whose cells compute, and are mixed with what they gave before, by gates.
 
     A cell gives g * now + (1 - g) * before (section 3.2 of the paper), and that mixture is what it will have given
-    before at the next step. The first step has no gates.
+    before at the next step; where blocks cache residual changes, these are mixed. The first step has no gates.
 
     Parameters
     ----------
-    model : Module of a family that `lib.blocks.describe` knows, whose blocks cache their outputs
+    model : Module of a family that `lib.blocks.describe` knows
     plan : Plan, full: the teacher's T steps and solver
     schedule : the model's noise schedule
     precision : "fp32" or "bf16", of the network
@@ -54,19 +55,28 @@ class SuperNet:
         plan.check_fits(self.blocks.names, NoiseSchedule.of(schedule))
         self._solver = sampling.solver(plan, schedule)
 
-    def _step(self, step: int, gates: Tensor, x_t: Tensor, x_0: Tensor, *before: Tensor) -> State:
+    def _step(self, step: int, gates: Tensor, conditions: Conditions | None, x_t: Tensor, x_0: Tensor,
+              *before: Tensor) -> State:
         """Make one step. It reads and leaves nothing but its arguments, so that a checkpoint may make it again."""
         after: list[Tensor] = []
+        residual = self.blocks.cache == "residual"
 
-        def mix(module: nn.Module, inputs: tuple, now: Tensor) -> Tensor:
+        def mix(module: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor]) -> Tensor | tuple[Tensor]:
             place = len(after)  # blocks run in the order in which they are described
+            now = output[0] if isinstance(output, tuple) else output
+            now = now - inputs[0] if residual else now
             after.append(torch.lerp(before[place], now, gates[step, place].to(now.dtype)) if before else now)
-            return after[place]
+            mixed = after[place] + inputs[0] if residual else after[place]
+            return (mixed,) if isinstance(output, tuple) else mixed
+
+        def predict(x_t: Tensor, t: Tensor, **given: Tensor) -> Tensor:
+            return self.model(x_t, t.expand(len(x_t)), **given).sample[:, :x_t.shape[1]]
 
         handles = [self.model.get_submodule(block.modules[-1]).register_forward_hook(mix) for block in self.blocks]
         try:
             with sampling.autocast(x_t.device, self.precision):
-                prediction = self.model(x_t, self._solver.timesteps[step]).sample
+                t = self._solver.timesteps[step].to(x_t.device)
+                prediction = conditions.predict(predict, x_t, t) if conditions else predict(x_t, t)
         finally:  # a checkpoint leaves early, by an exception
             for handle in handles:
                 handle.remove()
@@ -79,12 +89,14 @@ class SuperNet:
             following = self._solver.multistep_dpm_solver_second_order_update([x_0, now], sample=x_t)
         return following, now, *after
 
-    def _walk(self, first: int, last: int, gates: Tensor, *state: Tensor) -> State:
+    def _walk(self, first: int, last: int, gates: Tensor, conditions: Conditions | None, *state: Tensor) -> State:
         for step in range(first, last):
-            state = checkpoint(self._step, step, gates, *state, use_reentrant=False, preserve_rng_state=False)
+            state = checkpoint(self._step, step, gates, conditions, *state, use_reentrant=False,
+                               preserve_rng_state=False)
         return state
 
-    def images(self, noise: Tensor, gates: Tensor, nested: bool = True) -> Tensor:
+    def images(self, noise: Tensor, gates: Tensor, nested: bool = True, conditions: Conditions | None = None
+               ) -> Tensor:
         """Sample under soft gates; differentiable in the gates.
 
         Parameters
@@ -95,6 +107,7 @@ class SuperNet:
             Keep the N outputs of some sqrt(2 T) steps only, and make the steps between again where the gradient needs
             them: a checkpoint at each step alone would keep all T x N. The stretches between get shorter as the kept
             steps fill the memory, so that no stretch needs more than another.
+        conditions : Conditions of the images, guided in one pass, where the network reads any
 
         Returns
         -------
@@ -102,15 +115,15 @@ class SuperNet:
         """
         device = next(self.model.parameters()).device
         noise, gates = noise.to(device), gates.to(device)
-        state = self._step(0, gates, noise, noise)
+        state = self._step(0, gates, conditions, noise, noise)
         first, stretch = 1, math.ceil(math.sqrt(2 * self.plan.steps + 0.25) - 0.5) if nested else self.plan.steps
         while first < self.plan.steps:
             last = min(first + stretch, self.plan.steps)
             if nested:
-                state = checkpoint(self._walk, first, last, gates, *state, use_reentrant=False,
+                state = checkpoint(self._walk, first, last, gates, conditions, *state, use_reentrant=False,
                                    preserve_rng_state=False)
             else:
-                state = self._walk(first, last, gates, *state)
+                state = self._walk(first, last, gates, conditions, *state)
             first, stretch = last, max(1, stretch - 1)
         return state[0]
 
@@ -238,7 +251,8 @@ class Prices:
     def kept(self, gates: np.ndarray) -> float:
         """Give the executed MACs over the full plan's."""
         live, _ = self.blocks.liveness(self.cells(gates))
-        return float((live @ self._macs + live.any(axis=1) * self.costs.rest).sum() / self.costs.call / len(gates))
+        executed = live @ self._macs + self.blocks.calls(live) * self.costs.rest
+        return float(executed.sum() / self.costs.call / len(gates))
 
     @property
     def gates(self) -> int:
@@ -257,7 +271,7 @@ class Prices:
 
         def macs(gates: np.ndarray) -> float:
             live, _ = self.blocks.liveness(np.stack([np.ones(len(self.groups), bool), gates[self.groups]]))
-            return (live[1] @ self._macs + live[1].any() * self.costs.rest) / self.costs.call
+            return (live[1] @ self._macs + self.blocks.calls(live)[1] * self.costs.rest) / self.costs.call
 
         saved = np.zeros(len(gates))
         for group in range(len(gates)):

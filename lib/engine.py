@@ -4,9 +4,12 @@ The network's own forward pass stays as it is (no copy of it that the next diffu
 `ModelHook` decides at each layer, and at each level that no live cell needs, whether the original forward runs.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
+from diffusers import Transformer2DModel
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
@@ -42,17 +45,16 @@ class Engine:
             raise PlanError(f"the plan caches each block's {plan.cache}, this network's blocks cache their "
                             f"{self.blocks.cache}.")
         self.live, self.stored = self.blocks.liveness(plan.cells)
-        self._calls = self.live.any(axis=1)  # does the step call the network?
+        self._calls = self.blocks.calls(self.live)
         self._keeps = [int(i) for i in range(plan.steps - 1) if self._calls[i] and not self._calls[i + 1]]
         self._unread = torch.empty(0)
         self._hooked: list[nn.Module] = []
         self.reset()
 
     def reset(self) -> None:
-        """Go back to the first step and forget all cached outputs."""
-        self.step = -1
-        self.cache: dict[int, Tensor] = {}
-        self._prediction: Tensor | None = None
+        """Go back to the first step and forget all that was cached."""
+        self._passes: dict[str, _Pass] = {}
+        self._now = _Pass()
 
     def __enter__(self) -> Self:
         device = next(self.model.parameters()).device
@@ -62,7 +64,8 @@ class Engine:
                 self._hook(self.blocks.level_modules[level], _LevelHook(self, level, members))
         for place, block in enumerate(self.blocks):
             for path in block.modules:
-                self._hook(path, _LayerHook(self, place, gives_output=path == block.modules[-1]))
+                kind = _ResidualHook if self.blocks.cache == "residual" else _LayerHook
+                self._hook(path, kind(self, place, gives_output=path == block.modules[-1]))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -76,43 +79,57 @@ class Engine:
         HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
         self._hooked.append(module)
 
-    def __call__(self, x_t: Tensor, t: Tensor | int) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor | int, branch: str = "", **conditions) -> Tensor:
         """Predict at the plan's next step.
 
         Parameters
         ----------
         x_t : Tensor, (B, C, H, W)
         t : the timestep
+        branch : str
+            Which pass this is, where guidance makes several a step: each has steps and a cache of its own.
+        conditions : what else the network reads
 
         Returns
         -------
-        prediction : Tensor, (B, C, H, W)
+        prediction : Tensor, (B, C, H, W), without a learned variance
         """
-        self.step += 1
-        if self.step >= self.plan.steps:
+        self._now = now = self._passes.setdefault(branch, _Pass())
+        now.step += 1
+        if now.step >= self.plan.steps:
             raise PlanError(f"the plan has {self.plan.steps} steps and was called once more. Call reset() before the "
                             "next batch.")
-        if not self._calls[self.step]:
-            return self._prediction
-        prediction = self.model(x_t, t).sample
-        if self.step in self._keeps:
-            self._prediction = prediction
+        if not self._calls[now.step]:
+            return now.prediction
+        prediction = self.model(x_t, torch.as_tensor(t, device=x_t.device).expand(len(x_t)), **conditions).sample
+        prediction = prediction[:, :x_t.shape[1]]
+        if now.step in self._keeps:
+            now.prediction = prediction
         return prediction
 
     def runs(self, place: int) -> bool:
         """Say whether the cell of block `place` at the current step computes."""
-        return self.live[self.step, place]
+        return self.live[self._now.step, place]
 
-    def put(self, place: int, output: Tensor) -> None:
+    def put(self, place: int, given: Callable[[], Tensor]) -> None:
         """Take what a block gave: to keep, if a later step reads it."""
-        if self.stored[self.step, place]:
-            self.cache[place] = output
+        if self.stored[self._now.step, place]:
+            self._now.cache[place] = given()
         else:
-            self.cache.pop(place, None)  # the older output has been read for the last time
+            self._now.cache.pop(place, None)  # the older one has been read for the last time
 
     def get(self, place: int) -> Tensor:
-        """Give a skipped block's output; an empty tensor, which costs no concatenation, where nobody reads it."""
-        return self.cache.get(place, self._unread)
+        """Give what a skipped block gave last; an empty tensor, which costs no concatenation, where nobody reads it."""
+        return self._now.cache.get(place, self._unread)
+
+
+@dataclass
+class _Pass:
+    """Where one pass stands (guidance may make two a step), and what its blocks gave."""
+
+    step: int = -1
+    cache: dict[int, Tensor] = field(default_factory=dict)
+    prediction: Tensor | None = None
 
 
 class _LayerHook(ModelHook):
@@ -124,10 +141,22 @@ class _LayerHook(ModelHook):
 
     def new_forward(self, module: nn.Module, *args, **kwargs) -> Tensor:
         if not self.engine.runs(self.place):
-            return self.engine.get(self.place)
+            output = self.engine.get(self.place)
+            return (output,) if isinstance(module, Transformer2DModel) else output
         output = self.fn_ref.original_forward(*args, **kwargs)
         if self.gives_output:
-            self.engine.put(self.place, output)
+            self.engine.put(self.place, lambda: output[0] if isinstance(output, tuple) else output)
+        return output
+
+
+class _ResidualHook(_LayerHook):
+    """Runs one block, or adds to its input what the block added last."""
+
+    def new_forward(self, module: nn.Module, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        if not self.engine.runs(self.place):
+            return hidden_states + self.engine.get(self.place)
+        output = self.fn_ref.original_forward(hidden_states, *args, **kwargs)
+        self.engine.put(self.place, lambda: output - hidden_states)
         return output
 
 

@@ -159,7 +159,8 @@ class FreeSpace:
         for i in range(1, len(wanted)):  # rounding may make neighbours equal
             wanted[i] = min(wanted[i], wanted[i - 1] - 1)
         timesteps = [max(t, len(wanted) - 1 - i) for i, t in enumerate(wanted)]
-        full = Plan.full(timesteps, self.teacher.schedule, self.teacher.blocks, genome["order"], self.teacher.grid)
+        full = Plan.full(timesteps, self.teacher.schedule, self.teacher.blocks, genome["order"], self.teacher.grid,
+                         self.teacher.cache)
         return full.with_cells(np.stack(rows), method="free segments", segments=count)
 
     def encode(self, count: int, order: int, partials: int = 0, branch: int | None = None) -> dict:

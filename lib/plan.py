@@ -158,18 +158,18 @@ class Plan(BaseModel):
 
     @classmethod
     def full(cls, timesteps: Sequence[int], schedule: NoiseSchedule, blocks: Sequence[str], order: int = 1,
-             grid: Sequence[int] | None = None, **provenance) -> Self:
+             grid: Sequence[int] | None = None, cache: str = "output", **provenance) -> Self:
         """Compute every cell at the given timesteps: the teacher, or any list of fewer steps."""
         compute = ((True,) * len(blocks),) * len(timesteps)
         return cls(order=order, timesteps=tuple(timesteps), grid=tuple(grid or timesteps), schedule=schedule,
-                   blocks=tuple(blocks), compute=compute, provenance={"method": "full"} | provenance)
+                   blocks=tuple(blocks), cache=cache, compute=compute, provenance={"method": "full"} | provenance)
 
     @classmethod
     def few_steps(cls, steps: int, spacing: str, teacher: Self, order: int = 1) -> Self:
         """Take `steps` full steps with uniform (trailing) or quadratic spacing instead of the teacher's."""
         timesteps = SPACINGS[spacing](steps, teacher.schedule.train_timesteps)
-        return cls.full(timesteps, teacher.schedule, teacher.blocks, order, teacher.grid, method="few steps",
-                        steps=steps, spacing=spacing)
+        return cls.full(timesteps, teacher.schedule, teacher.blocks, order, teacher.grid, teacher.cache,
+                        method="few steps", steps=steps, spacing=spacing)
 
     @classmethod
     def deepcache(cls, interval: int, shallow: np.ndarray, teacher: Self, **provenance) -> Self:

@@ -1,7 +1,10 @@
 """Noise to images under a plan: the same noise gives the same image, whatever the batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Self
 
 import numpy as np
 import torch
@@ -45,24 +48,65 @@ def solver(plan: Plan, schedule: SchedulerMixin) -> DPMSolverMultistepScheduler:
     return scheduler
 
 
-def walk(engine: Engine, schedule: SchedulerMixin, x_t: Tensor) -> Iterator[Tensor]:
+@dataclass(frozen=True)
+class Conditions:
+    """What a network reads besides image and timestep, and how strongly it is guided by it.
+
+    Attributes
+    ----------
+    given : dict of the network's argument to Tensor, (n, ...), a row an image
+    null : the same without a condition, for classifier-free guidance; None for none
+    scale : float, of the guidance: null + scale * (given - null)
+    passes : 1 (both in one batch) or 2 (one network call after the other)
+    """
+
+    given: Mapping[str, Tensor]
+    null: Mapping[str, Tensor] | None = None
+    scale: float = 1.0
+    passes: int = 1
+
+    def rows(self, first: int, count: int) -> Self:
+        """Give the conditions of some images."""
+        def part(all_rows: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+            return all_rows and {name: rows[first:first + count] for name, rows in all_rows.items()}
+
+        return replace(self, given=part(self.given), null=part(self.null))
+
+    def predict(self, engine: Engine, x_t: Tensor, t: Tensor) -> Tensor:
+        """Predict at an engine's next step, guided (Ho and Salimans 2022)."""
+        given = {name: rows.to(x_t.device) for name, rows in self.given.items()}
+        if self.null is None:
+            return engine(x_t, t, **given)
+        null = {name: rows.to(x_t.device) for name, rows in self.null.items()}
+        if self.passes == 2:
+            without, along = engine(x_t, t, "null", **null), engine(x_t, t, "given", **given)
+        else:
+            both = {name: torch.cat([null[name], given[name]]) for name in given}
+            without, along = engine(torch.cat([x_t, x_t]), t, **both).chunk(2)
+        return without + self.scale * (along - without)
+
+
+def walk(engine: Engine, schedule: SchedulerMixin, x_t: Tensor, conditions: Conditions | None = None
+         ) -> Iterator[Tensor]:
     """Walk an engine's plan from `x_t`, from the start, and yield x_t after each step; the last one is the image."""
     engine.reset()
     scheduler = solver(engine.plan, schedule)
+    predict = partial(conditions.predict, engine) if conditions else engine
     for t in scheduler.timesteps:
-        x_t = scheduler.step(engine(x_t, t).float(), t, x_t).prev_sample
+        x_t = scheduler.step(predict(x_t, t).float(), t, x_t).prev_sample
         yield x_t
 
 
 @torch.inference_mode()
-def sample(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: Tensor, *, precision: str = "fp32",
-           batch_size: int = 250, title: str | None = None) -> Tensor:
+def sample(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: Tensor, conditions: Conditions | None = None,
+           *, precision: str = "fp32", batch_size: int = 250, title: str | None = None) -> Tensor:
     """Sample images under a plan.
 
     Parameters
     ----------
     model, schedule : a teacher or student and its noise schedule, as `lib.teachers.load` gives them
     noise : Tensor, (n, C, H, W)
+    conditions : Conditions of the n images, where the network reads any
     precision : "fp32" or "bf16" (autocast in the network; the solver stays in fp32)
     title : of a progress bar; None for none
 
@@ -74,8 +118,10 @@ def sample(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: Tensor
     images = []
     bar = tqdm(total=len(noise), desc=title, unit="image", disable=title is None, leave=False)
     with Engine(model, plan, NoiseSchedule.of(schedule)) as engine, autocast(device, precision):
-        for batch in noise.split(batch_size):
-            *_, x_0 = walk(engine, schedule, batch.to(device))
+        for first in range(0, len(noise), batch_size):
+            batch = noise[first:first + batch_size]
+            own = conditions and conditions.rows(first, len(batch))
+            *_, x_0 = walk(engine, schedule, batch.to(device), own)
             images.append(x_0.cpu())
             bar.update(len(batch))
     bar.close()
