@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -20,13 +21,19 @@ class ParamsError(ValueError):
     """A parameter, or a params file, is not right; the message says what to do."""
 
 
+def _data(source: str) -> str:
+    if source != "digits" and not source.startswith("hub:") and not Path(source).exists():
+        raise ValueError("must be digits, a file or folder that exists, or hub:OWNER/NAME")
+    return source
+
+
 class Common(BaseModel):
     """What every notebook of a study shares."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     study: str = Field(min_length=1)
-    data: Literal["digits"]
+    data: Annotated[str, AfterValidator(_data)]  # what `lib.data.load` takes
     resolution: int = Field(ge=8, le=512, multiple_of=8)  # pixels a side
     held_out: float = Field(gt=0, lt=1)  # fraction of the images that no training sees
     seed: int = Field(ge=0, lt=2**31)

@@ -1,8 +1,10 @@
 """Data and teachers: splits, files, what is refused."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from lib import data, paths, sampling, teachers
@@ -28,9 +30,68 @@ def test_images_become_bytes_by_rounding_and_clipping():
     assert data.to_uint8(torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0])).tolist() == [0, 0, 128, 255, 255]
 
 
-def test_an_unknown_data_set_is_refused():
-    with pytest.raises(ValueError, match="unknown data set 'digit'. Known: digits"):
-        data.load("digit", 16, 0.25, 0)
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve pictures, 20 x 12 pixels, in the subfolders cats and dogs."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 12, 20, 3), dtype=np.uint8)
+    for i, picture in enumerate(pixels):
+        path = tmp_path / "pictures" / ("cats", "dogs")[i % 2] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    return tmp_path / "pictures"
+
+
+def parquet(path, records):
+    pd.DataFrame(records).to_parquet(path)
+    return str(path)
+
+
+def encoded(folder):
+    return [{"bytes": path.read_bytes(), "path": path.name} for path in sorted(folder.rglob("*.png"))]
+
+
+def test_a_folder_of_images_is_cut_resized_and_labelled_by_its_subfolders(folder):
+    found = data.load(str(folder), 8, 0.25, 0)
+    assert found.images.shape == (12, 3, 8, 8) and -1 <= found.images.min() < found.images.max() <= 1
+    assert torch.bincount(found.labels).tolist() == [6, 6]
+    first = Image.open(folder / "cats" / "00.png").resize((8, 8), Image.Resampling.BICUBIC, box=(4, 0, 16, 12))
+    gap = (data.to_uint8(found.images[0]).permute(1, 2, 0).int() - torch.from_numpy(np.array(first)).int()).abs().max()
+    assert gap <= 1
+
+
+def test_parquet_gives_what_the_folder_gives(folder, tmp_path):
+    records = {"img": encoded(folder), "label": [0] * 6 + [1] * 6}
+    rows = data.load(parquet(tmp_path / "all.parquet", records), 8, 0.25, 0)
+    assert torch.equal(rows.images, data.load(str(folder), 8, 0.25, 0).images)
+    assert torch.equal(rows.labels, data.load(str(folder), 8, 0.25, 0).labels)
+    unlabelled = data.load(parquet(tmp_path / "plain.parquet", {"image": records["img"]}), 8, 0.25, 0)
+    assert not unlabelled.labels.any() and len(unlabelled.held_out) == 3
+
+
+def test_grey_pictures_stay_grey(tmp_path):
+    for i in range(10):
+        Image.fromarray(np.full((9, 9), 25 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    found = data.load(str(tmp_path), 8, 0.2, 0)
+    assert found.images.shape == (10, 1, 8, 8)
+    assert torch.allclose(found.images[:, 0, 0, 0], torch.arange(10) * 25 / 127.5 - 1)
+
+
+def test_what_is_no_data_set_is_refused_by_name(folder, tmp_path):
+    pictures = encoded(folder)
+    broken = [*pictures[:7], {"bytes": pictures[7]["bytes"][:40], "path": "7.png"}, *pictures[8:]]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
+    refused = {
+        "digit": "neither 'digits' nor a file or folder that exists. A data set of the Hugging Face hub is written",
+        str(tmp_path / "empty"): "holds neither images nor parquet files",
+        str(tmp_path / "cut.parquet"): "cut.parquet cannot be read as a data set",
+        parquet(tmp_path / "few.parquet", {"image": pictures[:3]}): "holds 3 images; that is too few",
+        parquet(tmp_path / "named.parquet", {"photo": pictures}): r"no column of images \(image or img\); .*: photo",
+        parquet(tmp_path / "broken.parquet", {"image": broken}): r"broken.parquet, row 7 \(7.png\): no image that can",
+        parquet(tmp_path / "words.parquet", {"image": pictures, "label": ["cat"] * 12}): "row 0 .* the label is 'cat'"}
+    for source, message in refused.items():
+        with pytest.raises(ValueError, match=message):
+            data.load(source, 8, 0.25, 0)
 
 
 def test_a_teacher_comes_back_from_its_folder(unet, schedule, teacher, noise, tmp_path):

@@ -50,7 +50,7 @@ def test_numbers_like_1e_4_are_numbers(write):
     ("learning_rate: 2e-3", "learning_rate: '2e-3'", "learning_rate: Input should be a valid number"),
     ("learning_rate: 2e-3", "learning_rate: .nan", "learning_rate"),
     ("held_out: 0.25", "held_out: 1.5", "held_out: Input should be less than 1"),
-    ("data: digits", "data: digit", "data: Input should be 'digits'"),
+    ("data: digits", "data: digit", "data: .*must be digits, a file or folder that exists, or hub:OWNER/NAME"),
     ("precision: bf16", "precision: fp16", "precision: Input should be 'fp32' or 'bf16'"),
     ("resolution: 16", "resolution: 15", "resolution: Input should be a multiple of 8"),
     ("partials: 2", "partials: 0", "partials: Input should be greater than or equal to 1"),
