@@ -1,6 +1,7 @@
 """Peers, run for real: what others' published code makes of the same teacher. ``pip install .[peers]`` brings them."""
 
 import copy
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +9,39 @@ from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
-from torch import Tensor
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib import cost
+from lib import cost, sampling
+from lib.plan import Plan
+
+
+@torch.inference_mode()
+def deepcache(model: nn.Module, schedule: SchedulerMixin, teacher: Plan, interval: int, branch: int, noise: Tensor, *,
+              precision: str = "fp32") -> Tensor:
+    """Sample with the `DeepCache` package (Ma et al. 2023), uniformly, over a full plan's steps and solver.
+
+    Parameters
+    ----------
+    model : a UNet with two residual blocks, or one and a sampler, a level
+    interval, branch : int, the package's cache_interval and cache_branch_id
+    noise : Tensor, (n, C, H, W)
+    """
+    from DeepCache import DeepCacheSDHelper
+
+    scheduler = sampling.solver(teacher, schedule)
+    helper = DeepCacheSDHelper(pipe=SimpleNamespace(unet=model, scheduler=scheduler))
+    helper.set_params(cache_interval=interval, cache_branch_id=branch)
+    helper.enable()
+    x_t = noise.to(model.device)
+    try:
+        with sampling.autocast(x_t.device, precision):
+            for t in scheduler.timesteps:
+                x_t = scheduler.step(model(x_t, t).sample.float(), t, x_t).prev_sample
+    finally:
+        helper.disable()
+    return x_t.cpu()
 
 
 def diff_pruning(model: UNet2DModel, images: Tensor, schedule: DDIMScheduler, share: float, *, seed: int,
