@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from lib import blocks, cost, params, sampling, teachers
+from lib import blocks, cost, params, peers, sampling, teachers
 from lib.plan import NoiseSchedule, Plan, trailing
 
 PAIRS = 48
@@ -66,3 +66,21 @@ def test_measured_speed_up_over_that_of_executed_macs(setting):
         ratio, low, high = cost.median_ratio(seconds["full"], seconds[name])
         print(f"\n{precision}, {name}: measured {ratio:.2f} [{low:.2f}, {high:.2f}], executed MACs {macs:.2f}, "
               f"measured / MACs {ratio / macs:.2f} [{low / macs:.2f}, {high / macs:.2f}]")
+
+
+def test_deepcache_package_against_our_plan(setting):
+    unet, schedule, described, teacher, noise, precision = setting
+    plan = Plan.deepcache(5, described.branch(0), teacher)
+
+    def theirs():
+        return peers.deepcache(unet, schedule, teacher, 5, 0, noise, precision=precision)
+
+    def ours():
+        return sampling.sample(unet, schedule, plan, noise, precision=precision)
+
+    assert torch.equal(theirs(), ours())
+    seconds = cost.interleave({"theirs": theirs, "ours": ours}, PAIRS)
+    ratio, low, high = cost.median_ratio(seconds["theirs"], seconds["ours"])
+    memory = cost.peak_memory(theirs) / cost.peak_memory(ours)
+    print(f"\n{precision}, batch {BATCH}, 1:5, same images, {PAIRS} pairs: DeepCache package / ours: time {ratio:.3f} "
+          f"[{low:.3f}, {high:.3f}], peak memory {memory:.2f}")

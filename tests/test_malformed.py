@@ -1,0 +1,107 @@
+"""Malformed plan and params files, some hundreds: each is refused with a message that names file and fault.
+
+The messages, one a line, are left in data/smoke/refused.txt.
+"""
+
+import copy
+import io
+import json
+
+import pytest
+from ruamel.yaml import YAML
+
+from lib import params, paths, teachers
+from lib.params import ParamsError
+from lib.plan import NoiseSchedule, Plan, PlanError, trailing
+
+WRONG = {int: [None, "many", 0.5, -1, [1], {}], float: [None, "much", [0.1], {}, float("nan")],
+         str: [None, 5, ["one"], {}, "nonsense"], list: [None, 3, "all", {}, [None], [{}]]}
+"""Values that no parameter of a type may have."""
+
+
+def spoilt(content, place):
+    """Give every way to spoil one entry of a nested dict: (what was done, the whole content, what must be named)."""
+    *outer, name = place
+
+    def changed(change):
+        twin = copy.deepcopy(content)
+        part = twin
+        for key in outer:
+            part = part[key]
+        change(part)
+        return twin
+
+    value = content
+    for key in place:
+        value = value[key]
+    where = ".".join(place)
+    for wrong in WRONG.get(type(value), [None, 5, "all", [1]]):
+        yield f"{where}: {wrong!r}", changed(lambda part, wrong=wrong: part.__setitem__(name, wrong)), name
+    yield f"no {where}", changed(lambda part: part.pop(name)), name
+    yield f"{where} misspelt", changed(lambda part: part.__setitem__(f"{name}x", part.pop(name))), name
+
+
+def plans(path):
+    """Give malformed plan files: (what was done, the text, what must be named)."""
+    fits = NoiseSchedule.of(teachers.noise_schedule())
+    Plan.full(trailing(6, 1000), fits, ("a", "b", "c")).save(path)
+    content, text = json.loads(path.read_text()), path.read_text()
+    free = ("provenance", "grid", "version", "cache", "final_sigma", "solver")  # a plan without them may be one
+    for place in [(name,) for name in content] + [("schedule", name) for name in content["schedule"]]:
+        for what, twin, named in spoilt(content, place):
+            if not (place[0] in free and what.startswith("no ")) and what != "schedule.beta_schedule: 'nonsense'":
+                yield what, json.dumps(twin), "" if "misspelt" in what or what.startswith("no ") else named
+    for length in range(0, len(text) - 2, len(text) // 40):
+        yield f"cut after {length} characters", text[:length], "cannot be read as JSON"
+
+
+def studies():
+    """Give malformed params files: (what was done, the text, what must be named)."""
+    text = (paths.PARAMS / "smoke.yaml").read_text()
+    content = YAML(typ="safe", pure=True).load(text)
+    for place in [(section, name) for section, values in content.items() for name in values]:
+        for what, twin, named in spoilt(content, place):
+            yield what, twin, named
+    for section in content:
+        for what, twin, named in spoilt(content, (section,)):
+            yield what, twin, named
+
+
+@pytest.fixture(scope="module")
+def refused():
+    """Collect the messages of all tests here, and write them down."""
+    messages = []
+    yield messages
+    listing = paths.writable(paths.DATA / "smoke") / "refused.txt"
+    listing.write_text("\n".join(messages) + "\n")
+
+
+def test_malformed_plans_are_refused(tmp_path, refused):
+    path, count = tmp_path / "plan.json", 0
+    for what, text, named in list(plans(path)):
+        path.write_text(text)
+        with pytest.raises(PlanError) as error:
+            Plan.load(path)
+            pytest.fail(what)
+        message = str(error.value)
+        assert message.startswith(f"{path}: ") and named in message, what
+        refused.append(f"plan.json, {what} -> {message.removeprefix(f'{path}: ')}")
+        count += 1
+    assert count >= 100
+
+
+def test_malformed_params_are_refused(tmp_path, refused, monkeypatch):
+    cases, count = list(studies()), 0
+    monkeypatch.setattr(paths, "PARAMS", tmp_path)
+    for what, twin, named in cases:
+        buffer = io.StringIO()
+        YAML(typ="safe", pure=True).dump(twin, buffer)
+        (tmp_path / "mine.yaml").write_text(buffer.getvalue())
+        with pytest.raises(ParamsError) as error:
+            params.load("mine")
+            pytest.fail(what)
+        message = str(error.value)
+        assert message.startswith("params/mine.yaml") and named in message, what
+        refused.append(f"params/mine.yaml, {what} -> {message.removeprefix('params/mine.yaml')}")
+        count += 1
+    assert count >= 300
