@@ -1,14 +1,14 @@
-"""Teachers: a DDPM UNet trained here, saved and loaded as diffusers does."""
+"""Teachers: a DDPM UNet trained here, or any diffusers pipeline; saved and loaded as diffusers does."""
 
+from importlib import import_module
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-from diffusers.utils import logging
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, ModelMixin, UNet2DModel
 from torch import Tensor, nn
 
-logging.disable_progress_bar()  # of loading, which takes no time here
+from lib.data import HUB
 
 
 def noise_schedule() -> DDIMScheduler:
@@ -84,15 +84,34 @@ def save(folder: Path, model: UNet2DModel, schedule: DDIMScheduler) -> None:
     DDIMPipeline(unet=model, scheduler=schedule).save_pretrained(folder)
 
 
-def load(folder: Path, device: str = "cpu") -> tuple[UNet2DModel, DDIMScheduler]:
-    """Load what `save` wrote, a teacher or a student, ready for sampling.
+def load(source: Path | str, device: str = "cpu") -> tuple[ModelMixin, DDIMScheduler]:
+    """Load the network and the noise schedule of a pipeline, ready for sampling; nothing else of it is read.
+
+    Parameters
+    ----------
+    source : Path or str
+        A folder that `save` or any diffusers pipeline wrote (a teacher's or a student's), or "hub:OWNER/NAME".
 
     Raises
     ------
     FileNotFoundError
         If the folder holds no diffusers pipeline.
+    ValueError
+        If the pipeline has neither a UNet nor a transformer, or one of a library that is not trusted here.
     """
-    if not (folder / "model_index.json").exists():
-        raise FileNotFoundError(f"no teacher in {folder}. Notebook 00_teacher_training makes it.")
-    pipeline = DDIMPipeline.from_pretrained(folder, use_safetensors=True)
-    return pipeline.unet.eval().requires_grad_(False).to(device), pipeline.scheduler
+    hub = str(source).startswith(HUB)
+    name = str(source).removeprefix(HUB)
+    if not hub and not (Path(source) / "model_index.json").exists():
+        raise FileNotFoundError(f"no teacher in {source}. Notebook 00_teacher_training makes it; a pipeline of the "
+                                f"Hugging Face hub is written {HUB}OWNER/NAME.")
+    parts = DiffusionPipeline.load_config(name)
+    part = next((part for part in ("unet", "transformer") if part in parts), None)
+    if part is None:
+        raise ValueError(f"{source} is a {parts.get('_class_name')} without unet and transformer: no plan fits it.")
+    library, kind = parts[part]
+    if library not in ("diffusers", "lib.diffnas"):
+        raise ValueError(f"{source}: its {part} is a {kind} of {library}; only models of diffusers, and students, are "
+                         "loaded here.")
+    model = getattr(import_module(library), kind).from_pretrained(name, subfolder=part, use_safetensors=True)
+    schedule = DDIMScheduler.from_pretrained(name, subfolder="scheduler")
+    return model.eval().requires_grad_(False).to(device), schedule

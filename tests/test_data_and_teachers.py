@@ -1,14 +1,17 @@
 """Data and teachers: splits, files, what is refused."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from lib import data, paths, sampling, teachers
-from lib.plan import Plan
+from lib import analysis, blocks, cost, data, paths, sampling, teachers
+from lib.plan import NoiseSchedule, Plan, trailing
 
 
 def test_digits_keep_their_pixels_at_their_own_resolution():
@@ -130,3 +133,29 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, mo
     monkeypatch.setattr(paths.os, "access", lambda *_: False)
     with pytest.raises(PermissionError, match=r"is not writable. Mend its permissions \(chmod u\+w\)"):
         paths.writable(tmp_path / "folder")
+
+
+def test_other_peoples_pipelines_are_loaded(tmp_path, schedule, noise):
+    torch.manual_seed(0)
+    model = UNet2DModel(sample_size=16, in_channels=3, out_channels=3, layers_per_block=2, norm_num_groups=4,
+                        block_out_channels=(8, 16), attention_head_dim=4,
+                        down_block_types=("AttnDownBlock2D", "DownBlock2D"),
+                        up_block_types=("UpBlock2D", "AttnUpBlock2D"))
+    DDPMPipeline(model, DDPMScheduler(clip_sample=False)).save_pretrained(tmp_path / "ddpm")
+    loaded, found = teachers.load(tmp_path / "ddpm")
+    described, fits = blocks.describe(loaded), NoiseSchedule.of(found)
+    teacher = Plan.full(trailing(8, fits.train_timesteps), fits, described.names)
+    noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert analysis.similarity(loaded, found, teacher, noise).shape[1] == len(described)
+    costs = cost.count(loaded)
+    plan = Plan.deepcache(3, described.branch(2), teacher)
+    assert cost.executed(loaded, costs, plan) < cost.executed(loaded, costs, teacher)
+    assert sampling.sample(loaded, found, plan, noise).shape == (2, 3, 16, 16)
+
+
+def test_pipelines_of_other_things_are_refused(tmp_path):
+    for parts, message in (({"_class_name": "Thing", "vae": ["diffusers", "AutoencoderKL"]}, "a Thing without unet"),
+                           ({"unet": ["os", "system"]}, "its unet is a system of os; only models of diffusers")):
+        (tmp_path / "model_index.json").write_text(json.dumps(parts))
+        with pytest.raises(ValueError, match=message):
+            teachers.load(tmp_path)

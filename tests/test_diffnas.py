@@ -5,6 +5,7 @@ import itertools
 import pandas as pd
 import pytest
 import torch
+from diffusers import DDIMPipeline
 
 from lib import blocks, cost, diffnas, sampling, teachers
 from lib.diffnas import Form, FormSpace, Student
@@ -73,6 +74,7 @@ def test_a_student_is_sampled_like_a_teacher(unet, supernet, schedule, teacher, 
     teachers.save(tmp_path, made, schedule)
     again, found = teachers.load(tmp_path)
     assert isinstance(again, Student) and diffnas.forms(again) == diffnas.forms(made)
+    assert isinstance(DDIMPipeline.from_pretrained(tmp_path, use_safetensors=True).unet, Student)
     plan = Plan.random(0.5, 0, teacher)  # the teacher's plan: a student has the same blocks
     assert torch.equal(sampling.sample(again, found, plan, noise), sampling.sample(made, schedule, plan, noise))
 
