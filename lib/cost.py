@@ -214,7 +214,7 @@ class Latency:
 
 
 def measure(model: nn.Module, schedule: SchedulerMixin, plans: Iterable[Plan], noise: torch.Tensor, *, precision: str,
-            repeats: int) -> Latency:
+            repeats: int, conditions: sampling.Conditions | None = None) -> Latency:
     """Measure the median time of each column pattern while walking some plans in turn.
 
     Parameters
@@ -223,6 +223,7 @@ def measure(model: nn.Module, schedule: SchedulerMixin, plans: Iterable[Plan], n
         A few steps of each kind are enough, such as DeepCache over ten steps at each branch.
     noise : Tensor, (B, C, H, W)
     repeats : int, walks of each plan, after one that does not count
+    conditions : Conditions of the B images, where the network reads any
     """
     engines = [Engine(model, plan, NoiseSchedule.of(schedule)) for plan in plans]
     seconds: dict[str, list[float]] = {_pattern(row): [] for engine in engines for row in engine.live}
@@ -231,7 +232,7 @@ def measure(model: nn.Module, schedule: SchedulerMixin, plans: Iterable[Plan], n
             for engine in engines:
                 with engine:
                     start = _now()
-                    for row, _ in zip(engine.live, sampling.walk(engine, schedule, noise), strict=True):
+                    for row, _ in zip(engine.live, sampling.walk(engine, schedule, noise, conditions), strict=True):
                         if turn:
                             seconds[_pattern(row)].append(_now() - start)
                         start = _now()
@@ -242,12 +243,14 @@ def _pattern(row: np.ndarray) -> str:
     return "".join("01"[int(runs)] for runs in row)
 
 
-def block_seconds(model: nn.Module, x_t: torch.Tensor, repeats: int) -> dict[str, float]:
+def block_seconds(model: nn.Module, x_t: torch.Tensor, repeats: int,
+                  conditions: Mapping[str, torch.Tensor] | None = None) -> dict[str, float]:
     """Measure the median time of each block in a plain network call.
 
     Parameters
     ----------
     x_t : Tensor, (B, C, H, W)
+    conditions : what else the network reads
 
     Returns
     -------
@@ -275,7 +278,7 @@ def block_seconds(model: nn.Module, x_t: torch.Tensor, repeats: int) -> dict[str
         for _ in range(repeats + 1):
             spent.clear()
             start = _now()
-            model(x_t, 500)
+            model(x_t, torch.full((len(x_t),), 500, device=x_t.device), **(conditions or {}))
             rounds.append(dict(spent) | {"stem and head": _now() - start - sum(spent.values())})
     for handle in handles:
         handle.remove()

@@ -17,7 +17,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from diffusers import DDIMScheduler, ModelMixin, UNet2DModel  # noqa: F401 (a pipeline that loads a Student asks for it)
+from diffusers import (  # noqa: F401 (a pipeline that loads a student asks for ModelMixin)
+    DDIMScheduler,
+    ModelMixin,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffusers.models.resnet import ResnetBlock2D
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
@@ -111,11 +116,11 @@ def shape(block: ResnetBlock2D, form: Form) -> None:
     block.conv2 = nn.Conv2d(form.width, block.conv2.out_channels, form.kernel_2, padding=form.kernel_2 // 2)
 
 
-class Student(UNet2DModel):
-    """A `UNet2DModel` whose residual blocks have forms of their own, kept in its configuration.
+class _Shaped:
+    """A UNet whose residual blocks have forms of their own, kept in its configuration.
 
-    It is built by `Student.from_config` from a UNet's configuration with an entry ``architecture`` (module path to
-    kernel_1, kernel_2, width), and saved and loaded like any diffusers model.
+    It is built by `from_config` from a UNet's configuration with an entry ``architecture`` (module path to kernel_1,
+    kernel_2, width), and saved and loaded like any diffusers model.
     """
 
     @classmethod
@@ -134,14 +139,26 @@ class Student(UNet2DModel):
         return model
 
 
-def student(model: UNet2DModel, architecture: Architecture) -> Student:
+class Student(_Shaped, UNet2DModel):
+    """A student of a `UNet2DModel`."""
+
+
+class ConditionStudent(_Shaped, UNet2DConditionModel):
+    """A student of a `UNet2DConditionModel`."""
+
+
+UNet = UNet2DModel | UNet2DConditionModel
+
+
+def student(model: UNet, architecture: Architecture) -> Student | ConditionStudent:
     """Take a student out of a supernet, with the weights that its blocks have there.
 
     From a supernet that nobody has trained these are the teacher's, cut or padded where the form is another.
     """
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
     config["architecture"] = {path: asdict(form) for path, form in architecture.items()}
-    made = Student.from_config(config).to(next(model.parameters()).device)
+    kind = Student if isinstance(model, UNet2DModel) else ConditionStudent
+    made = kind.from_config(config).to(model.device)
     weights = {name: tensor for name, tensor in model.state_dict().items() if name in made.state_dict()}
     for path, block in residuals(model).items():
         for name in SEARCHED:
@@ -239,7 +256,7 @@ class _Norm(_Elastic):
         return self.widths[str(self.choice.form.width)](x)
 
 
-def supernet(teacher: UNet2DModel, space: FormSpace) -> UNet2DModel:
+def supernet(teacher: UNet, space: FormSpace) -> UNet:
     """Give a copy of a teacher whose residual blocks hold all of their forms, weights taken from the teacher.
 
     Kernels have weights of their own; a width takes the first channels of the widest, with a norm of its own. In the
@@ -259,7 +276,7 @@ def supernet(teacher: UNet2DModel, space: FormSpace) -> UNet2DModel:
     return model.requires_grad_(True)
 
 
-def choose(model: UNet2DModel, architecture: Architecture) -> None:
+def choose(model: UNet, architecture: Architecture) -> None:
     """Let a supernet's blocks run in these forms from now on."""
     found = residuals(model)
     for path, form in architecture.items():
@@ -278,13 +295,14 @@ class Seen:
     outputs: tuple[Tensor, ...]
 
 
-def observe(teacher: UNet2DModel, x_t: Tensor, t: Tensor) -> tuple[dict[str, Seen], Tensor]:
+def observe(teacher: UNet, x_t: Tensor, t: Tensor, **conditions) -> tuple[dict[str, Seen], Tensor]:
     """Run the teacher once and give what each level saw, and the noise that it predicts.
 
     Parameters
     ----------
     x_t : Tensor, (B, C, H, W)
     t : Tensor, (B,)
+    conditions : what else the teacher reads
     """
     seen: dict[str, Seen] = {}
 
@@ -297,7 +315,7 @@ def observe(teacher: UNet2DModel, x_t: Tensor, t: Tensor) -> tuple[dict[str, See
                for level, path in _blocks.describe(teacher).level_modules.items()]
     try:
         with torch.no_grad():
-            predicted = teacher(x_t, t).sample
+            predicted = teacher(x_t, t, **conditions).sample
     finally:
         for handle in handles:
             handle.remove()
@@ -318,7 +336,7 @@ def level_loss(level: nn.Module, seen: Seen) -> Tensor:
     return torch.stack(parts).mean()
 
 
-def level_losses(model: UNet2DModel, seen: Mapping[str, Seen]) -> dict[str, Tensor]:
+def level_losses(model: UNet, seen: Mapping[str, Seen]) -> dict[str, Tensor]:
     """Give every level's loss, each for itself, from one pass of the teacher."""
     return {level: level_loss(model.get_submodule(path), seen[level])
             for level, path in _blocks.describe(model).level_modules.items()}
@@ -338,14 +356,16 @@ def paths(model: nn.Module, space: FormSpace, level: str) -> Iterator[dict[str, 
         yield dict(zip(members, chosen))
 
 
-def resolutions(model: UNet2DModel) -> dict[str, tuple[int, int]]:
+def resolutions(model: UNet) -> dict[str, tuple[int, int]]:
     """Give the height and width at which each residual block's convolutions run, at the model's sample size."""
     config, found = model.config, {}
+    plain = UNet2DModel if isinstance(model, UNet2DModel) else UNet2DConditionModel
     with torch.device("meta"):
-        twin = UNet2DModel.from_config({name: value for name, value in config.items() if name != "architecture"})
+        twin = plain.from_config({name: value for name, value in config.items() if name != "architecture"})
         for path, block in residuals(twin).items():
             block.register_forward_hook(lambda _, __, output, path=path: found.update({path: tuple(output.shape[-2:])}))
-        twin(torch.empty(1, config.in_channels, config.sample_size, config.sample_size), torch.zeros(1))
+        twin(torch.empty(1, config.in_channels, config.sample_size, config.sample_size), torch.zeros(1),
+             **_blocks.example_conditions(model, 1, "meta"))
     return found
 
 
@@ -356,7 +376,7 @@ def form_macs(block: ResnetBlock2D, form: Form, resolution: tuple[int, int]) -> 
             + form.width * block.time_emb_proj.in_features)
 
 
-def searched_macs(model: UNet2DModel, architecture: Architecture) -> int:
+def searched_macs(model: UNet, architecture: Architecture) -> int:
     """Give the MACs of all searched parts of a network in an architecture, as in `form_macs`."""
     found, at = residuals(model), resolutions(model)
     return sum(form_macs(found[path], form, at[path]) for path, form in architecture.items())
@@ -388,7 +408,7 @@ class _Shared:
 
 
 @torch.no_grad()
-def judge(model: UNet2DModel, space: FormSpace, batches: list[Mapping[str, Seen]], level: str,
+def judge(model: UNet, space: FormSpace, batches: list[Mapping[str, Seen]], level: str,
           work: Path) -> pd.DataFrame:
     """Judge all architectures of one level: every one, with prefixes that many share run once.
 
@@ -486,7 +506,7 @@ def global_search(tables: Mapping[str, pd.DataFrame], budget: int, scale: Mappin
     return chosen
 
 
-def random_search(model: UNet2DModel, space: FormSpace, budget: int, generator: torch.Generator) -> dict[str, Form]:
+def random_search(model: UNet, space: FormSpace, budget: int, generator: torch.Generator) -> dict[str, Form]:
     """Draw an architecture, then redraw one block after another, where that is cheaper, until the budget is kept.
 
     Parameters
@@ -516,7 +536,7 @@ def random_search(model: UNet2DModel, space: FormSpace, budget: int, generator: 
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def supernet_loss(teacher: UNet2DModel, images: Tensor, schedule: DDIMScheduler, batch_size: int, space: FormSpace):
+def supernet_loss(teacher: UNet, images: Tensor, schedule: DDIMScheduler, batch_size: int, space: FormSpace):
     """Give the loss of single-path supernet training: every level in a random form, all from one pass of the teacher.
 
     Returns
@@ -524,7 +544,7 @@ def supernet_loss(teacher: UNet2DModel, images: Tensor, schedule: DDIMScheduler,
     loss : callable(model, generator, way) -> scalar Tensor, as `lib.training.train` wants it
     """
 
-    def loss(model: UNet2DModel, generator: torch.Generator, _: float) -> Tensor:
+    def loss(model: UNet, generator: torch.Generator, _: float) -> Tensor:
         x_t, t, _ = noisy_batch(images, schedule, batch_size, generator, teacher.device)
         choose(model, draw(model, space, generator))
         return torch.stack(list(level_losses(model, observe(teacher, x_t, t)[0]).values())).mean()
@@ -532,7 +552,7 @@ def supernet_loss(teacher: UNet2DModel, images: Tensor, schedule: DDIMScheduler,
     return loss
 
 
-def retraining_loss(teacher: UNet2DModel, images: Tensor, schedule: DDIMScheduler, batch_size: int,
+def retraining_loss(teacher: UNet, images: Tensor, schedule: DDIMScheduler, batch_size: int,
                     beta: Callable[[float], float], target: str = "noise"):
     """Give the dynamic joint loss on random batches, with a weight that changes on the way through the training.
 
@@ -546,7 +566,7 @@ def retraining_loss(teacher: UNet2DModel, images: Tensor, schedule: DDIMSchedule
     loss : callable(model, generator, way) -> scalar Tensor, as `lib.training.train` wants it
     """
 
-    def loss(model: UNet2DModel, generator: torch.Generator, way: float) -> Tensor:
+    def loss(model: UNet, generator: torch.Generator, way: float) -> Tensor:
         x_t, t, noise = noisy_batch(images, schedule, batch_size, generator, teacher.device)
         return joint_loss(model, teacher, x_t, t, noise, beta(way), target)
 
@@ -560,8 +580,8 @@ BETAS: Mapping[str, Callable[[float], float]] = {
 """beta, the weight of the noise loss, over the way through the training, 0 to 1: it rises in the first half."""
 
 
-def joint_loss(made: UNet2DModel, teacher: UNet2DModel, x_t: Tensor, t: Tensor, noise: Tensor, beta: float,
-               target: str = "noise") -> Tensor:
+def joint_loss(made: UNet, teacher: UNet, x_t: Tensor, t: Tensor, noise: Tensor, beta: float,
+               target: str = "noise", **conditions) -> Tensor:
     """Give (1 - beta) * L_blocks + beta * L_noise, the dynamic joint loss.
 
     L_blocks is the mean over the levels of `level_losses`; L_noise the mean squared error of the student's own
@@ -570,12 +590,13 @@ def joint_loss(made: UNet2DModel, teacher: UNet2DModel, x_t: Tensor, t: Tensor, 
     Parameters
     ----------
     target : "noise" (the true one, as in the paper) or "teacher" (what the teacher predicts: output distillation)
+    conditions : what else the networks read
     """
-    seen, predicted = observe(teacher, x_t, t) if beta < 1 or target == "teacher" else (None, None)
+    seen, predicted = observe(teacher, x_t, t, **conditions) if beta < 1 or target == "teacher" else (None, None)
     total = torch.zeros((), device=x_t.device)
     if beta < 1:
         total = total + (1 - beta) * torch.stack(list(level_losses(made, seen).values())).mean()
     if beta > 0:
         wanted = predicted.float() if target == "teacher" else noise
-        total = total + beta * F.mse_loss(made(x_t, t).sample.float(), wanted)
+        total = total + beta * F.mse_loss(made(x_t, t, **conditions).sample.float(), wanted)
     return total

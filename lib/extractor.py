@@ -17,7 +17,7 @@ from torch_fidelity import register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from lib.data import DataSet, to_uint8
-from lib.training import train
+from lib.training import own_share, train
 
 LAYER = "embedding"
 WIDTH = 64  # features
@@ -69,7 +69,7 @@ def fit(data: DataSet, *, steps: int, seed: int, device: str, precision: str, wo
     classifier = Classifier(data.shape[0], data.shape[1], int(labels.max()) + 1).to(device)
 
     def loss(model: nn.Module, generator: torch.Generator, _: float) -> Tensor:
-        rows = torch.randint(len(images), (128,), generator=generator)
+        rows = own_share(torch.randint(len(images), (128,), generator=generator))
         down, right = torch.randint(-1, 2, (2,), generator=generator).tolist()
         moved = torch.roll(images[rows], (down, right), dims=(2, 3)).to(device)
         return F.cross_entropy(model(moved)[1].float(), labels[rows].to(device), label_smoothing=0.05)

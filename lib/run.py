@@ -63,6 +63,16 @@ def notebook(name: str, study: str) -> Path:
     return executed
 
 
+def teacher(study: str) -> None:
+    """Train a study's teacher, so that notebook 00 finds it trained; ``accelerate launch`` lets several processes."""
+    from lib import data, teachers  # torch, which running a notebook does not need here
+    from lib.stage import Stage
+
+    p = params.load(study)["00_teacher_training"]
+    images = data.load(p.data, p.resolution, p.held_out, p.seed)
+    teachers.fit(p, images.images[images.train], Stage("00_teacher_training", p).work / "teacher")
+
+
 def study(name: str) -> None:
     """Run the whole pipeline for a study. One that ``params.yaml`` does not list is listed for as long as it runs."""
     params.load(name)  # refuses an unknown study, or a wrong file, before any work
@@ -86,11 +96,18 @@ def main() -> None:
     one = commands.add_parser("notebook", help="run one notebook")
     one.add_argument("name", help="the notebook's stem, such as 01_teacher_analysis")
     one.add_argument("--study", required=True)
+    alone = commands.add_parser("teacher", help="train a study's teacher, under accelerate launch by several processes")
+    alone.add_argument("--study", required=True)
     whole = commands.add_parser("study", help="run the pipeline for a study")
     whole.add_argument("name", help="the stem of a file in params/")
     arguments = parser.parse_args()
     try:
-        notebook(arguments.name, arguments.study) if arguments.command == "notebook" else study(arguments.name)
+        if arguments.command == "notebook":
+            notebook(arguments.name, arguments.study)
+        elif arguments.command == "teacher":
+            teacher(arguments.study)
+        else:
+            study(arguments.name)
     except PapermillExecutionError as error:
         raise SystemExit(f"{arguments.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}") from None
     except (params.ParamsError, OSError) as error:

@@ -9,6 +9,8 @@ from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from lib.data import HUB
+from lib.params import TeacherTraining
+from lib.training import own_share, train
 
 
 def noise_schedule() -> DDIMScheduler:
@@ -50,13 +52,15 @@ def noisy_batch(images: Tensor, schedule: DDIMScheduler, size: int, generator: t
     Returns
     -------
     x_t, t, noise : Tensor, (size, C, H, W), (size,) and (size, C, H, W), on the device
+        Where several processes train together, this one's share of them.
     """
     last = schedule.config.num_train_timesteps - 1
     x_0 = images[torch.randint(len(images), (size,), generator=generator)]
     half = torch.randint(last + 1, ((size + 1) // 2,), generator=generator)
     t = torch.cat([half, last - half])[:size].to(device)
     noise = torch.randn(x_0.shape, generator=generator).to(device)
-    return schedule.add_noise(x_0.to(device), noise, t), t, noise
+    x_0, t, noise = own_share(x_0.to(device)), own_share(t), own_share(noise)
+    return schedule.add_noise(x_0, noise, t), t, noise
 
 
 def denoising_loss(images: Tensor, schedule: DDIMScheduler, batch_size: int):
@@ -77,6 +81,25 @@ def denoising_loss(images: Tensor, schedule: DDIMScheduler, batch_size: int):
         return F.mse_loss(model(x_t, t).sample.float(), noise)
 
     return loss
+
+
+def fit(p: TeacherTraining, images: Tensor, work: Path) -> tuple[UNet2DModel, list[dict]]:
+    """Train a study's teacher.
+
+    Parameters
+    ----------
+    images : Tensor, (n, C, H, W), training images
+    work : Path, of the training state
+
+    Returns
+    -------
+    model, history : the UNet with its averaged weights, and what `lib.training.train` gives
+    """
+    torch.manual_seed(p.seed)
+    model = unet(tuple(images.shape[1:]), p.widths, p.layers, p.norm_groups).to(p.device)
+    loss = denoising_loss(images, noise_schedule(), p.batch_size)
+    return model, train(model, loss, steps=p.training_steps, lr=p.learning_rate, ema_decay=p.ema_decay, seed=p.seed,
+                        device=p.device, precision=p.precision, work=work, save_every=p.save_every, title="teacher")
 
 
 def save(folder: Path, model: UNet2DModel, schedule: DDIMScheduler) -> None:

@@ -1,7 +1,8 @@
 """One training loop for everything that learns here: EMA, resume after a kill, device and precision by accelerate.
 
 Batches are drawn from ``(seed, step)`` alone, so a run that was killed and resumed sees what an unbroken run sees and
-ends in the same weights.
+ends in the same weights. Under ``accelerate launch`` every process draws the whole batch and takes its own share of it
+(`own_share`), so several end in the weights of one, to rounding.
 """
 
 import json
@@ -68,20 +69,24 @@ def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator, float], 
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if precision == "bf16" else "no")
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     model.train()
-    prepared, optimizer = accelerator.prepare(model, optimizer)
+    # Not wrapped for several processes (evaluation_mode): their gradients are averaged below, whatever a loss calls.
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    optimizer = accelerator.prepare_optimizer(optimizer)
     ema = EMAModel(model.parameters(), decay=ema_decay)
     ema.to(accelerator.device)
     start, history, recent = _resume(work, model, ema, optimizer)
     every = max(1, steps // 100)
-    bar = tqdm(total=steps, initial=start, desc=title, unit="step")
+    bar = tqdm(total=steps, initial=start, desc=title, unit="step", disable=not accelerator.is_main_process)
     for step in range(start, steps):
         rate = learning_rate(step, steps, lr, warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
         with accelerator.autocast():
             value = loss(prepared, step_generator(seed, step), step / steps)
-        recent.append(value.item())
+        recent.append(accelerator.reduce(value.detach(), "mean").item())
         accelerator.backward(value)
+        if accelerator.num_processes > 1:
+            _average(accelerator, [weight.grad for weight in model.parameters() if weight.grad is not None])
         norm = float(accelerator.clip_grad_norm_(model.parameters(), clip))
         if not math.isfinite(recent[-1]) or not math.isfinite(norm):
             bar.close()
@@ -94,13 +99,27 @@ def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator, float], 
             history.append({"step": step + 1, "loss": sum(recent) / len(recent), "lr": rate})
             bar.set_postfix(loss=f"{history[-1]['loss']:.4f}", lr=f"{rate:.1e}", refresh=False)
             recent = []
-        if (step + 1) % save_every == 0 and step + 1 < steps:
+        if ((step + 1) % save_every == 0 or step + 1 == steps) and accelerator.is_main_process:
             _save(work, {"step": step + 1, "history": history, "recent": recent}, model, ema, optimizer)
         bar.update()
     bar.close()
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # its forward is its own again, without autocast
     ema.copy_to(model.parameters())
     return history
+
+
+def own_share(rows: Tensor) -> Tensor:
+    """Give this process's rows of a batch that all processes of a training have drawn alike."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return rows
+    return rows[torch.distributed.get_rank()::torch.distributed.get_world_size()]
+
+
+def _average(accelerator: Accelerator, gradients: list[Tensor]) -> None:
+    """Put the mean over all processes in each gradient's place."""
+    mean = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+    for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(part.view_as(gradient))
 
 
 def _kept(work: Path) -> str:

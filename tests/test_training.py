@@ -93,12 +93,12 @@ def test_a_gradient_that_is_no_number_stops_before_it_spoils_the_weights(tmp_pat
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_states_are_saved_at_every_asked_step_whatever_the_number_of_steps(tmp_path, monkeypatch):
+def test_states_are_saved_at_every_asked_step_and_at_the_last(tmp_path, monkeypatch):
     saved, save = [], training._save
     monkeypatch.setattr(training, "_save", lambda work, state, *rest: (saved.append(state["step"]),
                                                                        save(work, state, *rest)))
     fit(nn.Linear(1, 1), lambda model, *_: model(torch.ones(1, 1)).square().sum(), tmp_path, steps=730, save_every=200)
-    assert saved == [200, 400, 600]
+    assert saved == [200, 400, 600, 730]
 
 
 def test_it_learns_and_leaves_the_average_of_the_weights(tmp_path):
