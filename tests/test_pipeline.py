@@ -58,7 +58,9 @@ def test_a_stage_depends_on_just_what_its_notebook_imports(notebook):
     done = yaml(paths.ROOT / "dvc.yaml")["stages"][notebook]["do"]
     assert {dep for dep in done["deps"] if dep.startswith("lib/")} == needed(notebook)
     assert f"data/code/{notebook}.py" in done["deps"]
-    assert done["params"] == [{"params/${item}.yaml": ["common", params.section(notebook)]}]
+    source = (paths.NOTEBOOKS / f"{notebook}.ipynb").read_text()
+    others = re.findall(r'params\.load\(p\.study\)\[\\"(\w+)\\"\]', source)  # of earlier notebooks
+    assert done["params"] == [{"params/${item}.yaml": ["common", *map(params.section, [*others, notebook])]}]
 
 
 @pytest.mark.parametrize("notebook", STAGES)
