@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from PIL import Image
 
@@ -28,6 +29,8 @@ def images(model: str, plan: Path, out: Path, *, count: int, seed: int, device: 
     state = PartialState(cpu=device == "cpu")
     network, schedule = teachers.load(model, str(state.device))
     walk = Plan.load(plan)
+    if count < state.num_processes:
+        raise ValueError(f"{count} images for {state.num_processes} processes: ask for more images, or start fewer")
     own = np.array_split(np.arange(count), state.num_processes)[state.process_index]
     side = network.config.sample_size
     noise = sampling.noise("report", seed, int(own[0]), len(own), (network.config.in_channels, side, side))
@@ -55,7 +58,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder for the images")
     parser.add_argument("--count", type=int, default=16, help="images (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     arguments = vars(parser.parse_args())
     try:

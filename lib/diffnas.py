@@ -273,7 +273,7 @@ def supernet(teacher: UNet, space: FormSpace) -> UNet:
         block.time_emb_proj = _Linear(block.choice, block.time_emb_proj, max(widths))
         block.norm2 = _Norm(block.choice, block.norm2, widths)
         block.conv2 = _Conv(block.choice, block.conv2, second, max(widths), block.conv2.out_channels, first=False)
-    return model.requires_grad_(True)
+    return model.requires_grad_(True).to(teacher.device)
 
 
 def choose(model: UNet, architecture: Architecture) -> None:
@@ -288,7 +288,7 @@ def choose(model: UNet, architecture: Architecture) -> None:
 
 @dataclass
 class Seen:
-    """What a level of the teacher was given, and what it gave: its feature first, then its skip connections."""
+    """What a level of the teacher was given, and what it gave: skip connections, if it has any; its feature last."""
 
     arguments: tuple
     options: dict
@@ -323,22 +323,25 @@ def observe(teacher: UNet, x_t: Tensor, t: Tensor, **conditions) -> tuple[dict[s
 
 
 def _outputs(output: Tensor | tuple) -> tuple[Tensor, ...]:
-    return (output,) if isinstance(output, Tensor) else (output[0], *output[1])
+    return (output,) if isinstance(output, Tensor) else tuple(output[1])  # the last skip is the feature
 
 
-def level_loss(level: nn.Module, seen: Seen) -> Tensor:
-    """Give the relative squared error of what a level makes of the teacher's features.
+def level_errors(level: nn.Module, seen: Seen) -> tuple[Tensor, Tensor]:
+    """Give the errors of what a level makes of the teacher's features.
 
-    Mean over the level's outputs of |made - teacher's|^2 / Var(teacher's): levels of all scales weigh alike.
+    Returns
+    -------
+    relative : mean over the level's outputs of |made - teacher's|^2 / Var(teacher's): levels of all scales weigh alike
+    raw : the same without the variance
     """
     made = _outputs(level(*seen.arguments, **seen.options))
-    parts = [F.mse_loss(one.float(), target.float()) / target.float().var() for one, target in zip(made, seen.outputs)]
-    return torch.stack(parts).mean()
+    raw = torch.stack([F.mse_loss(one.float(), target.float()) for one, target in zip(made, seen.outputs)])
+    return (raw / torch.stack([target.float().var() for target in seen.outputs])).mean(), raw.mean()
 
 
 def level_losses(model: UNet, seen: Mapping[str, Seen]) -> dict[str, Tensor]:
-    """Give every level's loss, each for itself, from one pass of the teacher."""
-    return {level: level_loss(model.get_submodule(path), seen[level])
+    """Give every level's relative error, each for itself, from one pass of the teacher."""
+    return {level: level_errors(model.get_submodule(path), seen[level])[0]
             for level, path in _blocks.describe(model).level_modules.items()}
 
 
@@ -421,24 +424,26 @@ def judge(model: UNet, space: FormSpace, batches: list[Mapping[str, Seen]], leve
 
     Returns
     -------
-    table : columns forms (dict of path to Form), loss (relative squared error, mean over batches), macs
+    table : columns forms (dict of path to Form), loss and raw (`level_errors`, means over batches), macs
     """
     found, at = residuals(model), resolutions(model)
     candidates = list(paths(model, space, level))
     macs = [sum(form_macs(found[path], form, at[path]) for path, form in chosen.items()) for chosen in candidates]
     kept = work / f"judged_{level}.json"
     if not kept.exists():
-        total, module = torch.zeros(len(candidates)), model.get_submodule(_blocks.describe(model).level_modules[level])
+        module = model.get_submodule(_blocks.describe(model).level_modules[level])
+        total = torch.zeros(len(candidates), 2)
         bar = tqdm(total=len(batches) * len(candidates), desc=f"candidates of {level}", unit="candidate")
         for seen in batches:
             with _Shared([found[path] for path in candidates[0]]):
                 for place, chosen in enumerate(candidates):
                     choose(model, chosen)
-                    total[place] += level_loss(module, seen[level])
+                    total[place] += torch.stack(level_errors(module, seen[level])).cpu()
                     bar.update()
         bar.close()
         kept.write_text(json.dumps((total / len(batches)).tolist()))
-    return pd.DataFrame({"forms": candidates, "loss": json.loads(kept.read_text()), "macs": macs})
+    losses = pd.DataFrame(json.loads(kept.read_text()), columns=["loss", "raw"])
+    return pd.concat([pd.DataFrame({"forms": candidates, "macs": macs}), losses], axis=1)
 
 
 # ---- choosing --------------------------------------------------------------------------------------------------------
@@ -463,7 +468,9 @@ def pick(table: pd.DataFrame, architecture: Architecture) -> pd.Series:
 
 def smallest_tolerance(tables: Mapping[str, pd.DataFrame], own: Architecture,
                        fits: Callable[[Architecture], bool]) -> float:
-    """Give the least tolerance at which `local_search` finds an architecture that fits; it gets cheaper with each more.
+    """Give the least tolerance, at least 1, at which `local_search` finds an architecture that fits.
+
+    With a larger tolerance it costs fewer MACs; `fits` should follow these.
 
     Raises
     ------
@@ -471,21 +478,20 @@ def smallest_tolerance(tables: Mapping[str, pd.DataFrame], own: Architecture,
         If even the cheapest of all architectures does not fit.
     """
     steps = np.unique(np.concatenate([table["loss"] / pick(table, own)["loss"] for table in tables.values()]))
-    steps *= 1 + 1e-9  # so that rounding leaves nobody out
+    steps = np.unique(np.maximum(1.0, steps)) * (1 + 1e-9)  # so that rounding leaves nobody out
     place = bisect_left(steps, True, key=lambda tolerance: fits(local_search(tables, own, tolerance)))
     if place == len(steps):
         raise ValueError("not even the cheapest architecture is so small: raise the budget, or widen the space")
-    return float(max(1.0, steps[place]))
+    return float(steps[place])
 
 
-def global_search(tables: Mapping[str, pd.DataFrame], budget: int, scale: Mapping[str, float]) -> dict[str, Form]:
+def global_search(tables: Mapping[str, pd.DataFrame], budget: int, by: str) -> dict[str, Form]:
     """Take one architecture a level so that the summed losses are least within a budget: an exact knapsack.
 
     Parameters
     ----------
     budget : int, MACs of all searched parts
-    scale : by which each level's relative loss is multiplied; the variances of the features give the raw sum, which
-        levels of large features rule
+    by : "loss" (relative) or "raw" (whose sum levels of large features rule)
 
     Raises
     ------
@@ -493,7 +499,7 @@ def global_search(tables: Mapping[str, pd.DataFrame], budget: int, scale: Mappin
         If nothing costs so little.
     """
     sizes = [len(table) for table in tables.values()]
-    losses = np.concatenate([scale[level] * table["loss"] for level, table in tables.items()])
+    losses = np.concatenate([table[by] for table in tables.values()])
     macs = np.concatenate([table["macs"] for table in tables.values()])
     one_each = np.repeat(np.eye(len(sizes)), sizes, axis=1)
     constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(macs / budget, -np.inf, 1)]
@@ -527,7 +533,7 @@ def random_search(model: UNet, space: FormSpace, budget: int, generator: torch.G
     chosen, places = draw(model, space, generator), list(found)
     while sum(prices[path][form] for path, form in chosen.items()) > budget:
         path = places[int(torch.randint(len(places), (1,), generator=generator))]
-        other = draw(model, space, generator)[path]
+        other = list(prices[path])[int(torch.randint(len(prices[path]), (1,), generator=generator))]
         if prices[path][other] < prices[path][chosen[path]]:
             chosen[path] = other
     return chosen

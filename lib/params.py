@@ -106,19 +106,21 @@ def _different(values: list) -> list:
     return values
 
 
-def _odd(values: list[int]) -> list[int]:
-    if any(value % 2 == 0 for value in values):
-        raise ValueError("only odd kernels keep the size of what they read")
-    return values
+def _holds(needed: Any, why: str) -> AfterValidator:
+    def check(values: list) -> list:
+        if needed not in values:
+            raise ValueError(f"add {needed}, {why}")
+        return values
+    return AfterValidator(check)
 
 
 class BlockSearch(Common):
     """Parameters of 02_block_search."""
 
-    kernels: Annotated[list[Positive], AfterValidator(_different), AfterValidator(_odd)] = Field(
-        min_length=1)  # choices for each convolution
-    widths: Annotated[list[Annotated[float, Field(gt=0, le=4)]], AfterValidator(_different)] = Field(
-        min_length=1)  # choices for the channels between the convolutions, of the block's own
+    kernels: Annotated[list[Literal[1, 3, 5, 7]], AfterValidator(_different),
+                       _holds(3, "the teacher's own")]  # choices for each convolution
+    widths: Annotated[list[Annotated[float, Field(gt=0, le=4)]], AfterValidator(_different),
+                      _holds(1.0, "the teacher's own")]  # choices for the channels between them, of the block's own
     supernet_steps: Positive
     supernet_rate: float = Field(gt=0, lt=1)
     retraining_steps: Positive  # of a student
@@ -144,7 +146,7 @@ class JointLossAblation(Common):
     """Parameters of 03_joint_loss_ablation; the retraining itself has notebook 02's."""
 
     schedules: Annotated[list[Literal["noise only", "blocks only", "fixed", "linear", "cosine", "step"]],
-                         AfterValidator(_different)] = Field(min_length=1)  # of beta
+                         AfterValidator(_different), _holds("noise only", "with which all are compared")]  # of beta
     choices: Annotated[list[Literal["global", "random", "torch-pruning"]],
                        AfterValidator(_different)]  # other ways to choose a student
     starts: Annotated[list[Literal["teacher", "fresh"]], AfterValidator(_different)]  # other weights to begin with
@@ -179,17 +181,11 @@ class ScheduleSearch(Common):
     latency_repeats: int = Field(ge=3)
 
 
-def _with_paper(names: list) -> list:
-    if "DiP-GO" not in names:
-        raise ValueError("add DiP-GO, with which the others are compared")
-    return names
-
-
 class PrunerTraining(Common):
     """Parameters of 05_pruner_training."""
 
     pruners: Annotated[list[Literal["DiP-GO", "columns", "annealed", "annealed columns"]],
-                       AfterValidator(_different), AfterValidator(_with_paper)]  # what is trained
+                       AfterValidator(_different), _holds("DiP-GO", "with which all are compared")]  # what is trained
     kind: Literal["table", "queries", "encoder"]  # of pruner
     updates: Positive  # of a training
     batch_size: Positive  # images an update

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -142,8 +143,8 @@ def test_shared_prefixes_change_no_loss(supernet, tables):
     for row in found["mid"].iloc[[0, 9, 33, 63]].itertuples():
         diffnas.choose(supernet, row.forms)
         with torch.no_grad():
-            alone = sum(float(diffnas.level_loss(supernet.mid_block, one["mid"])) for one in seen) / 2
-        assert row.loss == pytest.approx(alone, rel=1e-4, abs=1e-9)
+            alone = sum(torch.stack(diffnas.level_errors(supernet.mid_block, one["mid"])) for one in seen) / 2
+        assert (row.loss, row.raw) == pytest.approx(tuple(alone.tolist()), rel=1e-4, abs=1e-9)
 
 
 def test_shared_prefixes_run_once(supernet, tables, tmp_path):
@@ -170,24 +171,24 @@ def test_the_local_rule_takes_the_cheapest_within_tolerance(unet, tables):
         assert diffnas.pick(table, loose)["macs"] == table["macs"].min()
 
 
-def test_the_knapsack_is_the_best_of_all_combinations(tables):
+@pytest.mark.parametrize("by", ["loss", "raw"])
+def test_the_knapsack_is_the_best_of_all_combinations(tables, by):
     found, _ = tables
     few = {level: table.iloc[::5].reset_index(drop=True) for level, table in found.items()}
-    scale = {"down0": 1.0, "mid": 3.0, "up2": 0.5}
     budget = int(sum(table["macs"].median() for table in few.values()))
-    chosen = diffnas.global_search(few, budget, scale)
+    chosen = diffnas.global_search(few, budget, by)
 
     def value(level):
         row = diffnas.pick(few[level], chosen)
-        return scale[level] * row["loss"], row["macs"]
+        return row[by], row["macs"]
 
     loss, macs = (sum(part) for part in zip(*map(value, few)))
-    best = min(sum(scale[level] * few[level]["loss"][i] for level, i in zip(few, places))
+    best = min(sum(few[level][by][i] for level, i in zip(few, places))
                for places in itertools.product(*(range(len(table)) for table in few.values()))
                if sum(few[level]["macs"][i] for level, i in zip(few, places)) <= budget)
     assert macs <= budget and loss == pytest.approx(best)
     with pytest.raises(ValueError, match="no architecture costs at most 1 MACs"):
-        diffnas.global_search(few, 1, scale)
+        diffnas.global_search(few, 1, by)
 
 
 def test_the_smallest_tolerance_is_the_smallest(unet, tables):
@@ -204,6 +205,22 @@ def test_the_smallest_tolerance_is_the_smallest(unet, tables):
     assert macs(diffnas.local_search(found, own, tolerance * (1 - 1e-6))) > budget
     with pytest.raises(ValueError, match="not even the cheapest"):
         diffnas.smallest_tolerance(found, own, lambda _: False)
+
+
+def test_a_reference_that_others_beat_spoils_no_tolerance(unet, tables):
+    found, _ = tables
+    own = {path: diffnas.forms(unet)[path] for table in found.values() for path in table["forms"][0]}
+    worst = {level: table.assign(loss=np.where(table.index == diffnas.pick(table, own).name, 9.0, table["loss"] + 0.01))
+             for level, table in found.items()}
+    for share in (0.9, 0.6, 0.3):
+        budget = round(share * diffnas.searched_macs(unet, own))
+        assert diffnas.smallest_tolerance(worst, own, lambda one, budget=budget:
+                                          diffnas.searched_macs(unet, one) <= budget) >= 1
+
+
+def test_a_levels_feature_counts_once(unet, batch):
+    seen, _ = diffnas.observe(unet, *batch)
+    assert [len(seen[level].outputs) for level in ("down0", "down2", "mid", "up1")] == [2, 1, 1, 1]
 
 
 def test_random_search_keeps_the_budget_and_differs_by_seed(unet):

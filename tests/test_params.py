@@ -38,7 +38,10 @@ def test_numbers_like_1e_4_are_numbers(write):
 
 @pytest.mark.parametrize(("old", "new", "fault"), [
     ('"columns", "annealed"]', '"columns", "columns"]', "pruners: Value error, one stands twice"),
-    ('["DiP-GO", "columns"', '["columns"', "pruners: Value error, add DiP-GO, with which the others are compared"),
+    ('["DiP-GO", "columns"', '["columns"', "pruners: Value error, add DiP-GO, with which all are compared"),
+    ("kernels: [1, 3]", "kernels: [1, 5]", "kernels: Value error, add 3, the teacher's own"),
+    ("kernels: [1, 3]", "kernels: [2, 3]", "kernels.0: Input should be 1, 3, 5 or 7"),
+    ("widths: [0.5, 1.0]", "widths: [0.5]", "widths: Value error, add 1.0, the teacher's own"),
     ("memory_steps: [4, 8]", "memory_steps: [8, 8]", "memory_steps: Value error, one stands twice"),
     ("seed: 0", "seed: zero", "seed: Input should be a valid integer"),
     ("seed: 0", "seed: -1", "seed: Input should be greater than or equal to 0"),

@@ -160,7 +160,7 @@ def gradient_ways(table: pd.DataFrame) -> Figure:
 
     Parameters
     ----------
-    table : columns level, shortest way, longest way (blocks), agreement, noise loss, agreement, block losses (cosine)
+    table : columns level, shortest way, longest way (blocks), and "agreement, LOSS" (cosine) of several losses
     """
     figure, (ways, alike) = plt.subplots(1, 2, figsize=(WIDE, 2.3))
     x = np.arange(len(table))
@@ -168,8 +168,9 @@ def gradient_ways(table: pd.DataFrame) -> Figure:
     ways.plot(x, table["shortest way"], "o", ms=4, color="0.3", label="shortest way")
     ways.plot(x, table["longest way"], "s", ms=4, color="0.6", label="longest way")
     ways.set(ylabel="blocks up to the noise loss")
-    for kind, colour, marker in (("noise loss", "0.45", "o"), ("block losses", COLOURS["DiffNAS"], "D")):
-        alike.plot(x, table[f"agreement, {kind}"], marker, ms=5, color=colour, label=kind)
+    columns = [column for column in table if column.startswith("agreement, ")]
+    for column, colour, marker in zip(columns, ("0.45", PALETTE[0], COLOURS["DiffNAS"]), "osD"):
+        alike.plot(x, table[column], marker, ms=5, color=colour, label=column.removeprefix("agreement, "))
     alike.set(ylabel="agreement of batches (cosine)", ylim=(min(0, alike.get_ylim()[0]), 1))
     for axes in (ways, alike):
         axes.set_xticks(x, table["level"], fontsize=7)
