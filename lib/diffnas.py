@@ -411,8 +411,7 @@ class _Shared:
 
 
 @torch.no_grad()
-def judge(model: UNet, space: FormSpace, batches: list[Mapping[str, Seen]], level: str,
-          work: Path) -> pd.DataFrame:
+def judge(model: UNet, space: FormSpace, batches: list[Mapping[str, Seen]], level: str, work: Path) -> pd.DataFrame:
     """Judge all architectures of one level: every one, with prefixes that many share run once.
 
     Parameters
@@ -477,7 +476,7 @@ def smallest_tolerance(tables: Mapping[str, pd.DataFrame], own: Architecture,
     ValueError
         If even the cheapest of all architectures does not fit.
     """
-    steps = np.unique(np.concatenate([table["loss"] / pick(table, own)["loss"] for table in tables.values()]))
+    steps = np.concatenate([table["loss"] / pick(table, own)["loss"] for table in tables.values()])
     steps = np.unique(np.maximum(1.0, steps)) * (1 + 1e-9)  # so that rounding leaves nobody out
     place = bisect_left(steps, True, key=lambda tolerance: fits(local_search(tables, own, tolerance)))
     if place == len(steps):

@@ -28,6 +28,7 @@ training.train(model, teachers.denoising_loss(digits.images, teachers.noise_sche
                ema_decay=0.5, seed=0, device="cpu", precision="fp32", work=Path(sys.argv[1]) / "work", save_every=5,
                warmup=5)
 save_file(model.state_dict(), Path(sys.argv[1]) / "weights.safetensors")
+print("share", training.own_share(torch.arange(6)).tolist(), flush=True)
 """
 
 
@@ -48,7 +49,9 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path):
     (tmp_path / "script.py").write_text(TRAINING)
     for name, processes in (("one", 1), ("two", 2)):
         (tmp_path / name).mkdir()
-        launch(processes, tmp_path / "script.py", tmp_path / name)
+        said = launch(processes, tmp_path / "script.py", tmp_path / name)
+        shares = {"one": ["[0, 1, 2, 3, 4, 5]"], "two": ["[0, 2, 4]", "[1, 3, 5]"]}[name]
+        assert all(f"share {share}" in said for share in shares), "each makes its part, not the whole"
     one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two"))
     torch.manual_seed(0)
     start = teachers.unet((1, 16, 16), [8, 8], 1, 4).state_dict()

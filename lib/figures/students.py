@@ -171,7 +171,7 @@ def gradient_ways(table: pd.DataFrame) -> Figure:
     columns = [column for column in table if column.startswith("agreement, ")]
     for column, colour, marker in zip(columns, ("0.45", PALETTE[0], COLOURS["DiffNAS"]), "osD"):
         alike.plot(x, table[column], marker, ms=5, color=colour, label=column.removeprefix("agreement, "))
-    alike.set(ylabel="agreement of batches (cosine)", ylim=(min(0, alike.get_ylim()[0]), 1))
+    alike.set(ylabel="agreement of batches (cosine)", ylim=(min(0, alike.get_ylim()[0]), 1.04))
     for axes in (ways, alike):
         axes.set_xticks(x, table["level"], fontsize=7)
         axes.legend(fontsize=6)
