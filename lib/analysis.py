@@ -73,7 +73,7 @@ def sensitivity(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: T
     """
     if plan.order != 1 or not plan.cells.all():
         raise ValueError("sensitivity needs a full plan of order 1")
-    fits = NoiseSchedule.of(schedule)
+    fits, conditions = NoiseSchedule.of(schedule), conditions or Conditions.drawn(model, noise)
     with Engine(model, plan, fits) as engine:
         states = [noise, *walk(engine, schedule, noise, conditions)]  # states[s]: x_t before step s
     images = states[-1]

@@ -250,13 +250,14 @@ def block_seconds(model: nn.Module, x_t: torch.Tensor, repeats: int,
     Parameters
     ----------
     x_t : Tensor, (B, C, H, W)
-    conditions : what else the network reads
+    conditions : what else the network reads; nothing (zeros), if it is not given
 
     Returns
     -------
     seconds : dict of block name to float, and of "stem and head"
     """
     described = _blocks.describe(model)
+    conditions = conditions or _blocks.example_conditions(model, len(x_t), x_t.device)
     owner = {path: block.name for block in described for path in block.modules}
     spent: dict[str, float] = {}
     starts: dict[str, float] = {}
@@ -278,7 +279,7 @@ def block_seconds(model: nn.Module, x_t: torch.Tensor, repeats: int,
         for _ in range(repeats + 1):
             spent.clear()
             start = _now()
-            model(x_t, torch.full((len(x_t),), 500, device=x_t.device), **(conditions or {}))
+            model(x_t, torch.full((len(x_t),), 500, device=x_t.device), **conditions)
             rounds.append(dict(spent) | {"stem and head": _now() - start - sum(spent.values())})
     for handle in handles:
         handle.remove()

@@ -550,7 +550,7 @@ def supernet_loss(teacher: UNet, images: Tensor, schedule: DDIMScheduler, batch_
     """
 
     def loss(model: UNet, generator: torch.Generator, _: float) -> Tensor:
-        x_t, t, _ = noisy_batch(images, schedule, batch_size, generator, teacher.device)
+        x_t, t, _, _ = noisy_batch(images, schedule, batch_size, generator, teacher.device)
         choose(model, draw(model, space, generator))
         return torch.stack(list(level_losses(model, observe(teacher, x_t, t)[0]).values())).mean()
 
@@ -572,7 +572,7 @@ def retraining_loss(teacher: UNet, images: Tensor, schedule: DDIMScheduler, batc
     """
 
     def loss(model: UNet, generator: torch.Generator, way: float) -> Tensor:
-        x_t, t, noise = noisy_batch(images, schedule, batch_size, generator, teacher.device)
+        x_t, t, noise, _ = noisy_batch(images, schedule, batch_size, generator, teacher.device)
         return joint_loss(model, teacher, x_t, t, noise, beta(way), target)
 
     return loss

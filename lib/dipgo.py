@@ -115,6 +115,7 @@ class SuperNet:
         """
         device = next(self.model.parameters()).device
         noise, gates = noise.to(device), gates.to(device)
+        conditions = conditions or Conditions.drawn(self.model, noise)
         state = self._step(0, gates, conditions, noise, noise)
         first, stretch = 1, math.ceil(math.sqrt(2 * self.plan.steps + 0.25) - 0.5) if nested else self.plan.steps
         while first < self.plan.steps:

@@ -13,6 +13,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lib.blocks import example_conditions
 from lib.engine import Engine
 from lib.plan import NoiseSchedule, Plan
 
@@ -65,6 +66,18 @@ class Conditions:
     scale: float = 1.0
     passes: int = 1
 
+    @classmethod
+    def drawn(cls, model: nn.Module, noise: Tensor) -> Self | None:
+        """Draw each image's label from its own noise, where a network reads labels and nothing else; else give None.
+
+        So one noise gives one image, whatever the batch, for class-conditional networks too.
+        """
+        if set(example_conditions(model, 0, "cpu")) != {"class_labels"}:
+            return None
+        classes = model.config.get("num_embeds_ada_norm") or model.config.num_class_embeds
+        shares = torch.special.ndtr(noise[:, 0, 0, 0].double())  # of a standard normal: even over 0..1
+        return cls({"class_labels": (shares * classes).long().clamp(max=classes - 1)})
+
     def rows(self, first: int, count: int) -> Self:
         """Give the conditions of some images."""
         def part(all_rows: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
@@ -88,9 +101,13 @@ class Conditions:
 
 def walk(engine: Engine, schedule: SchedulerMixin, x_t: Tensor, conditions: Conditions | None = None
          ) -> Iterator[Tensor]:
-    """Walk an engine's plan from `x_t`, from the start, and yield x_t after each step; the last one is the image."""
+    """Walk an engine's plan from `x_t`, from the start, and yield x_t after each step; the last one is the image.
+
+    Without conditions, those of class-conditional networks are drawn from `x_t`, which is noise (`Conditions.drawn`).
+    """
     engine.reset()
     scheduler = solver(engine.plan, schedule)
+    conditions = conditions or Conditions.drawn(engine.model, x_t)
     predict = partial(conditions.predict, engine) if conditions else engine
     for t in scheduler.timesteps:
         x_t = scheduler.step(predict(x_t, t).float(), t, x_t).prev_sample

@@ -5,12 +5,23 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, ModelMixin, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    ModelMixin,
+    UNet2DModel,
+)
+from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from lib.data import HUB
 from lib.params import TeacherTraining
 from lib.training import own_share, train
+
+UNSAID = 0.1
+"""The share of labels that a class-conditional network does not see in training."""
 
 
 def noise_schedule() -> DDIMScheduler:
@@ -40,8 +51,28 @@ def unet(shape: tuple[int, int, int], widths: list[int], layers: int, norm_group
                        down_block_types=("DownBlock2D",) * len(widths), up_block_types=("UpBlock2D",) * len(widths))
 
 
+def transformer(shape: tuple[int, int, int], width: int, layers: int, heads: int, patch: int, classes: int
+                ) -> DiTTransformer2DModel:
+    """Build a class-conditional DiT (Peebles and Xie 2023); label number `classes` stands for none.
+
+    Parameters
+    ----------
+    shape : (C, H, W) of an image; H = W, a multiple of `patch`
+    width : channels of a token; a multiple of `heads`
+    layers : transformer blocks
+    """
+    channels, height, _ = shape
+    model = DiTTransformer2DModel(num_attention_heads=heads, attention_head_dim=width // heads, in_channels=channels,
+                                  out_channels=channels, num_layers=layers, sample_size=height, patch_size=patch,
+                                  num_embeds_ada_norm=classes)
+    for module in model.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0  # each block would drop labels by itself; `denoising_loss` drops an image's for all
+    return model
+
+
 def noisy_batch(images: Tensor, schedule: DDIMScheduler, size: int, generator: torch.Generator,
-                device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+                device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""Draw images and noise them: x_t = sqrt(\bar\alpha_t) x_0 + sqrt(1 - \bar\alpha_t) \epsilon.
 
     Parameters
@@ -51,25 +82,26 @@ def noisy_batch(images: Tensor, schedule: DDIMScheduler, size: int, generator: t
 
     Returns
     -------
-    x_t, t, noise : Tensor, (size, C, H, W), (size,) and (size, C, H, W), on the device
+    x_t, t, noise, rows : Tensor, (size, C, H, W), (size,) and (size, C, H, W), on the device; (size,), of the images
         Where several processes train together, this one's share of them.
     """
     last = schedule.config.num_train_timesteps - 1
-    x_0 = images[torch.randint(len(images), (size,), generator=generator)]
+    rows = torch.randint(len(images), (size,), generator=generator)
     half = torch.randint(last + 1, ((size + 1) // 2,), generator=generator)
     t = torch.cat([half, last - half])[:size].to(device)
-    noise = torch.randn(x_0.shape, generator=generator).to(device)
-    x_0, t, noise = own_share(x_0.to(device)), own_share(t), own_share(noise)
-    return schedule.add_noise(x_0, noise, t), t, noise
+    noise = torch.randn(size, *images.shape[1:], generator=generator).to(device)
+    rows, t, noise = own_share(rows), own_share(t), own_share(noise)
+    return schedule.add_noise(images[rows].to(device), noise, t), t, noise, rows
 
 
-def denoising_loss(images: Tensor, schedule: DDIMScheduler, batch_size: int):
+def denoising_loss(images: Tensor, schedule: DDIMScheduler, batch_size: int, labels: Tensor | None = None):
     """Give the loss of DDPM training (Ho et al. 2020, eq. 14): the mean squared error of the predicted noise.
 
     Parameters
     ----------
     images : Tensor, (n, C, H, W), in [-1, 1]
     batch_size : int, of `noisy_batch`
+    labels : Tensor, (n,), int64, for class-conditional networks; one in ten goes unsaid, so that they can be guided
 
     Returns
     -------
@@ -77,8 +109,12 @@ def denoising_loss(images: Tensor, schedule: DDIMScheduler, batch_size: int):
     """
 
     def loss(model: nn.Module, generator: torch.Generator, _: float) -> Tensor:
-        x_t, t, noise = noisy_batch(images, schedule, batch_size, generator, next(model.parameters()).device)
-        return F.mse_loss(model(x_t, t).sample.float(), noise)
+        x_t, t, noise, rows = noisy_batch(images, schedule, batch_size, generator, next(model.parameters()).device)
+        given = {}
+        if labels is not None:
+            unsaid = own_share(torch.rand(batch_size, generator=generator) < UNSAID)
+            given["class_labels"] = torch.where(unsaid, labels.max() + 1, labels[rows]).to(x_t.device)
+        return F.mse_loss(model(x_t, t, **given).sample.float(), noise)
 
     return loss
 

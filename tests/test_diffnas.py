@@ -265,7 +265,7 @@ def test_retraining_changes_its_loss_on_the_way(unet, supernet, schedule):
     made = diffnas.student(supernet, drawn(unet, 1))
     images = torch.randn(20, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     loss = diffnas.retraining_loss(unet, images, schedule, 4, diffnas.BETAS["linear"])
-    x_t, t, noise = teachers.noisy_batch(images, schedule, 4, torch.Generator().manual_seed(0), made.device)
+    x_t, t, noise, _ = teachers.noisy_batch(images, schedule, 4, torch.Generator().manual_seed(0), made.device)
     for way, beta in ((0.0, 0.0), (0.25, 0.5), (0.8, 1.0)):
         expected = diffnas.joint_loss(made, unet, x_t, t, noise, beta)
         torch.testing.assert_close(loss(made, torch.Generator().manual_seed(0), way), expected)

@@ -175,3 +175,33 @@ def test_the_papers_models_cost_what_papers_print():
     assert millions["Stable Diffusion 1.5"] == pytest.approx(859.5, abs=0.1)
     assert rows.groupby("model")["gmacs"].sum()["DiT-XL/2"] < models.set_index("model")["gmacs_with"]["DiT-XL/2"]
     assert (models["partial_0"] < models["partial_3"]).all()
+
+
+def test_a_class_conditional_network_draws_its_labels_from_the_noise(schedule):
+    torch.manual_seed(0)
+    model = teachers.transformer((1, 16, 16), 16, 3, 2, 4, 10).eval().requires_grad_(False)
+    noise = sampling.noise("report", 0, 0, 2000, (1, 16, 16))
+    labels = Conditions.drawn(model, noise).given["class_labels"]
+    shares = torch.bincount(labels, minlength=10) / len(labels)
+    assert len(shares) == 10 and (shares - 0.1).abs().max() < 0.03
+    assert torch.equal(Conditions.drawn(model, noise[7:9]).given["class_labels"], labels[7:9])
+    described = blocks.describe(model)
+    fits = NoiseSchedule.of(schedule)
+    full = Plan.full(trailing(5, fits.train_timesteps), fits, described.names, cache=described.cache)
+    plan, few = Plan.deepcache(2, described.branch(1), full), noise[:4]
+    said = Conditions({"class_labels": labels[:4]})
+    assert torch.equal(sampling.sample(model, schedule, plan, few), sampling.sample(model, schedule, plan, few, said))
+    assert Conditions.drawn(text_unet(), few) is None
+
+
+def test_a_transformer_learns_with_one_label_in_ten_unsaid(schedule):
+    torch.manual_seed(0)
+    model = teachers.transformer((1, 16, 16), 16, 2, 2, 4, 10)
+    images, labels, seen = torch.randn(50, 1, 16, 16), torch.arange(50) % 10, []
+    model.register_forward_pre_hook(lambda _, __, given: seen.append(given["class_labels"]), with_kwargs=True)
+    loss = teachers.denoising_loss(images, schedule, 400, labels)
+    loss(model, torch.Generator().manual_seed(0), 0.0).backward()
+    unsaid = seen[0] == 10
+    assert 0.05 < unsaid.float().mean() < 0.15
+    again = loss(model, torch.Generator().manual_seed(0), 0.0)
+    assert torch.equal(seen[0], seen[1]) and torch.equal(again, loss(model, torch.Generator().manual_seed(0), 0.0))
