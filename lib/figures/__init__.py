@@ -220,3 +220,33 @@ def beside_controls(table: pd.DataFrame) -> Figure:
     panels[0, 0].invert_yaxis()
     figure.supxlabel("\u2190 plan better      plan's score / control's score      control better \u2192", fontsize=8)
     return figure
+
+
+def ratios(table: pd.DataFrame, label: str, mark: float | None = None) -> Figure:
+    """Draw ratios of scores with their intervals, one a row, on a logarithmic axis: left of 1 is better.
+
+    Parameters
+    ----------
+    table : columns name, ratio, ratio_low, ratio_high; optionally part (a gap stands between parts), and least and
+        greatest (of single trainings: a grey band)
+    label : of the axis
+    mark : a second line, such as 1.05; None for none
+    """
+    parts = list(dict.fromkeys(table["part"])) if "part" in table else []
+    figure, axes = plt.subplots(figsize=(WIDE, 0.22 * len(table) + 0.7))
+    places = []
+    for row in table.itertuples():
+        places.append(len(places) + 0.6 * (parts.index(row.part) if parts else 0))
+        if "least" in table:
+            axes.plot([row.least, row.greatest], [places[-1]] * 2, color="0.88", lw=5, solid_capstyle="butt")
+        colour = COLOURS.get(row.name.partition(",")[0], "0.3")
+        axes.errorbar(row.ratio, places[-1], xerr=[[row.ratio - row.ratio_low], [row.ratio_high - row.ratio]], fmt="o",
+                      ms=4, capsize=2, elinewidth=1, color=colour)
+    axes.axvline(1, color="0.5", lw=0.8, zorder=0)
+    if mark is not None:
+        axes.axvline(mark, color="0.8", lw=0.8, ls="--", zorder=0)
+    axes.set_yticks(places, table["name"], fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlabel=f"\u2190 better      {label}      worse \u2192", xscale="log")
+    plain_logarithm(axes.xaxis)
+    return figure

@@ -85,25 +85,6 @@ def maps(panels: Mapping[str, np.ndarray], rows: list[str], label: str) -> Figur
     return figure
 
 
-def ablation(table: pd.DataFrame) -> Figure:
-    """Draw each variant's score over the paper's recipe's, with intervals; a gap between the parts that were varied.
-
-    Parameters
-    ----------
-    table : columns part, variant, ratio, ratio_low, ratio_high
-    """
-    parts = list(dict.fromkeys(table["part"]))
-    figure, axes = plt.subplots(figsize=(WIDE, 0.2 * len(table) + 0.7))
-    places = np.arange(len(table)) + np.array([parts.index(part) for part in table["part"]]) * 0.6
-    bars = [table["ratio"] - table["ratio_low"], table["ratio_high"] - table["ratio"]]
-    axes.errorbar(table["ratio"], places, xerr=bars, fmt="o", ms=4, capsize=2, elinewidth=1, color=COLOURS["DiP-GO"])
-    axes.axvline(1, color="0.5", lw=0.8)
-    axes.set_yticks(places, [f"{row.part}: {row.variant}" for row in table.itertuples()], fontsize=7)
-    axes.invert_yaxis()
-    axes.set(xlabel="\u2190 better      score / score of the paper's recipe      worse \u2192")
-    return figure
-
-
 def freedom(table: pd.DataFrame) -> Figure:
     """Draw how much of what a plan reuses lies outside whole reused columns, over the kept fraction.
 

@@ -117,28 +117,6 @@ def trade(tables: Mapping[str, pd.DataFrame], picks: pd.DataFrame) -> Figure:
     return figure
 
 
-def ratios(table: pd.DataFrame, label: str) -> Figure:
-    """Draw ratios of scores with their intervals, one a row, and a line at 1 and at 1.05.
-
-    Parameters
-    ----------
-    table : columns name, ratio, ratio_low, ratio_high, and least, greatest of single trainings
-    """
-    figure, axes = plt.subplots(figsize=(WIDE, 0.24 * len(table) + 0.7))
-    for place, row in enumerate(table.itertuples()):
-        method = row.name.partition(",")[0]
-        axes.plot([row.least, row.greatest], [place, place], color="0.85", lw=5, solid_capstyle="butt")
-        axes.errorbar(row.ratio, place, xerr=[[row.ratio - row.ratio_low], [row.ratio_high - row.ratio]], fmt="o", ms=4,
-                      capsize=2, elinewidth=1, color=COLOURS.get(method, "0.45"))
-    axes.axvline(1, color="0.5", lw=0.8)
-    axes.axvline(1.05, color="0.8", lw=0.8, ls="--")
-    axes.set_yticks(range(len(table)), table["name"], fontsize=7)
-    axes.invert_yaxis()
-    axes.set(xlabel=f"\u2190 better      {label}      worse \u2192", xscale="log")
-    plain_logarithm(axes.xaxis)
-    return figure
-
-
 def schedules(table: pd.DataFrame) -> Figure:
     """Draw beta over the way through a training, a panel a schedule (columns schedule, way, beta)."""
     names = list(dict.fromkeys(table["schedule"]))
