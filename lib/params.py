@@ -207,6 +207,35 @@ class PrunerTraining(Common):
     latency_repeats: int = Field(ge=3)
 
 
+class Transformer(Common):
+    """Parameters of 07_transformer."""
+
+    width: Positive  # channels of a token
+    layers: int = Field(ge=2)  # transformer blocks
+    heads: Positive  # of attention
+    patch: Positive  # pixels a side of a token
+    training_steps: Positive
+    batch_size: Positive
+    learning_rate: float = Field(gt=0, lt=1)
+    ema_decay: float = Field(ge=0, lt=1)
+    save_every: Positive  # steps between two states to resume from
+    keep: Fraction  # kept fraction of the teacher's MACs for every method
+    segment_counts: list[Positive] = Field(min_length=1)  # choices of S in Flexiffusion's space
+    branches: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)  # choices of a segment's leading blocks
+    full_steps: list[Positive] = Field(min_length=1)  # choices of the number of full steps in the extended space
+    partials: Positive  # most partial steps of a segment in the extended space
+    trials: Positive  # candidates of each search
+    population: int = Field(ge=2)
+    search_images: int = Field(ge=10)  # images a candidate
+    updates: Positive  # of a pruner's training
+    pruner_batch: Positive  # images an update
+    pruner_rate: float = Field(gt=0)  # of SGD, with a cosine
+    annealed_rate: float = Field(gt=0)  # root mean square of a step of the annealed pruner's logits
+    thresholds: list[Annotated[float, Field(gt=0)]]  # of first-block caching
+    latency_batch: Positive
+    latency_repeats: int = Field(ge=3)
+
+
 NOTEBOOKS: dict[str, type[Common]] = {
     "00_teacher_training": TeacherTraining, "01_teacher_analysis": TeacherAnalysis, "02_block_search": BlockSearch,
     "03_joint_loss_ablation": JointLossAblation, "04_schedule_search": ScheduleSearch,

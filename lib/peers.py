@@ -3,9 +3,11 @@
 import copy
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import CacheMixin, DDIMScheduler, FirstBlockCacheConfig, ModelMixin, UNet2DModel
+from diffusers.hooks import HookRegistry, apply_first_block_cache
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
@@ -13,7 +15,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib import cost, sampling
+from lib import blocks, cost, sampling
 from lib.plan import Plan
 
 
@@ -42,6 +44,42 @@ def deepcache(model: nn.Module, schedule: SchedulerMixin, teacher: Plan, interva
     finally:
         helper.disable()
     return x_t.cpu()
+
+
+@torch.inference_mode()
+def first_block_caching(model: ModelMixin, schedule: SchedulerMixin, teacher: Plan, threshold: float, noise: Tensor
+                        ) -> Plan:
+    """Run diffusers' first-block cache over a full plan's steps and solver, and give what it ran as a plan.
+
+    It decides at each step, by one number of the whole batch, whether the blocks behind the first run.
+
+    Parameters
+    ----------
+    model : a transformer
+    threshold : float, relative change of the first block's residual below which the others are reused
+    noise : Tensor, (n, C, H, W)
+    """
+    described, ran = blocks.describe(model), []
+    second = model.get_submodule(described.blocks[1].modules[0])
+    probe = next(iter(second.children())).register_forward_pre_hook(lambda *_: ran.append(step))
+    apply_first_block_cache(model, FirstBlockCacheConfig(threshold))
+    scheduler, x_t = sampling.solver(teacher, schedule), noise.to(model.device)
+    conditions = sampling.Conditions.drawn(model, x_t)
+    given = {name: rows.to(x_t.device) for name, rows in conditions.given.items()} if conditions else {}
+    try:
+        with CacheMixin.cache_context(model, "given"):
+            for step, t in enumerate(scheduler.timesteps):  # noqa: B007 (the probe reads it)
+                predicted = model(x_t, t.to(x_t.device).expand(len(x_t)), **given).sample[:, :x_t.shape[1]]
+                x_t = scheduler.step(predicted, t, x_t).prev_sample
+    finally:
+        probe.remove()
+        for block in described:
+            registry = HookRegistry.check_if_exists_or_initialize(model.get_submodule(block.modules[0]))
+            for name in ("fbc_leader_block_hook", "fbc_block_hook"):
+                registry.remove_hook(name, recurse=False)
+    cells = np.isin(np.arange(teacher.steps), ran)[:, None].repeat(len(described), axis=1)
+    cells[:, 0] = True
+    return teacher.with_cells(cells, method="first-block caching", threshold=threshold)
 
 
 def diff_pruning(model: UNet2DModel, images: Tensor, schedule: DDIMScheduler, share: float, *, seed: int,

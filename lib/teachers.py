@@ -1,5 +1,6 @@
 """Teachers: a DDPM UNet trained here, or any diffusers pipeline; saved and loaded as diffusers does."""
 
+import json
 from importlib import import_module
 from pathlib import Path
 
@@ -138,9 +139,19 @@ def fit(p: TeacherTraining, images: Tensor, work: Path) -> tuple[UNet2DModel, li
                         device=p.device, precision=p.precision, work=work, save_every=p.save_every, title="teacher")
 
 
-def save(folder: Path, model: UNet2DModel, schedule: DDIMScheduler) -> None:
-    """Save model and noise schedule as a diffusers pipeline (safetensors and JSON)."""
-    DDIMPipeline(unet=model, scheduler=schedule).save_pretrained(folder)
+def save(folder: Path, model: ModelMixin, schedule: DDIMScheduler) -> None:
+    """Save network and noise schedule as a diffusers pipeline (safetensors and JSON)."""
+    if isinstance(model, UNet2DModel):
+        DDIMPipeline(unet=model, scheduler=schedule).save_pretrained(folder)
+        return
+    part = "unet" if hasattr(model, "down_blocks") else "transformer"
+    model.save_pretrained(folder / part)
+    schedule.save_pretrained(folder / "scheduler")
+    kinds = {part: [type(model).__module__.partition(".")[0], type(model).__name__],
+             "scheduler": ["diffusers", type(schedule).__name__]}
+    if kinds[part][0] == "lib":
+        kinds[part][0] = type(model).__module__
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline", **kinds}, indent=1))
 
 
 def load(source: Path | str, device: str = "cpu") -> tuple[ModelMixin, DDIMScheduler]:
