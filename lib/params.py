@@ -231,7 +231,7 @@ class Transformer(Common):
     pruner_batch: Positive  # images an update
     pruner_rate: float = Field(gt=0)  # of SGD, with a cosine
     annealed_rate: float = Field(gt=0)  # root mean square of a step of the annealed pruner's logits
-    thresholds: list[Annotated[float, Field(gt=0)]]  # of first-block caching
+    thresholds: list[Annotated[float, Field(gt=0)]]  # of the caches that decide while they run
     latency_batch: Positive
     latency_repeats: int = Field(ge=3)
 
@@ -239,7 +239,7 @@ class Transformer(Common):
 NOTEBOOKS: dict[str, type[Common]] = {
     "00_teacher_training": TeacherTraining, "01_teacher_analysis": TeacherAnalysis, "02_block_search": BlockSearch,
     "03_joint_loss_ablation": JointLossAblation, "04_schedule_search": ScheduleSearch,
-    "05_pruner_training": PrunerTraining}
+    "05_pruner_training": PrunerTraining, "07_transformer": Transformer}
 """Which notebook takes which parameters."""
 
 

@@ -1,13 +1,14 @@
 """Peers, run for real: what others' published code makes of the same teacher. ``pip install .[peers]`` brings them."""
 
 import copy
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import CacheMixin, DDIMScheduler, FirstBlockCacheConfig, ModelMixin, UNet2DModel
-from diffusers.hooks import HookRegistry, apply_first_block_cache
+from diffusers.hooks import apply_first_block_cache
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
@@ -46,40 +47,60 @@ def deepcache(model: nn.Module, schedule: SchedulerMixin, teacher: Plan, interva
     return x_t.cpu()
 
 
-@torch.inference_mode()
 def first_block_caching(model: ModelMixin, schedule: SchedulerMixin, teacher: Plan, threshold: float, noise: Tensor
-                        ) -> Plan:
-    """Run diffusers' first-block cache over a full plan's steps and solver, and give what it ran as a plan.
+                        ) -> tuple[Plan, Tensor]:
+    """Sample with diffusers' first-block cache over a full plan's steps and solver.
 
     It decides at each step, by one number of the whole batch, whether the blocks behind the first run.
 
     Parameters
     ----------
-    model : a transformer
+    model : a transformer; it stays as it is
     threshold : float, relative change of the first block's residual below which the others are reused
     noise : Tensor, (n, C, H, W)
+
+    Returns
+    -------
+    plan, images : what it ran, as a plan; the images, (n, C, H, W), on the CPU
     """
-    described, ran = blocks.describe(model), []
-    second = model.get_submodule(described.blocks[1].modules[0])
-    probe = next(iter(second.children())).register_forward_pre_hook(lambda *_: ran.append(step))
-    apply_first_block_cache(model, FirstBlockCacheConfig(threshold))
+    def enable(cached: ModelMixin) -> None:
+        apply_first_block_cache(cached, FirstBlockCacheConfig(threshold))
+
+    return _executed(model, schedule, teacher, noise, enable, method="first-block caching", threshold=threshold)
+
+
+def dbcache(model: ModelMixin, schedule: SchedulerMixin, teacher: Plan, threshold: float, noise: Tensor
+            ) -> tuple[Plan, Tensor]:
+    """Sample with the `cache-dit` package (DBCache, one block computed first) as `first_block_caching` does."""
+    import cache_dit
+
+    def enable(cached: ModelMixin) -> None:
+        config = cache_dit.DBCacheConfig(num_inference_steps=teacher.steps, residual_diff_threshold=threshold,
+                                         Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=1)
+        cache_dit.enable_cache(cached, cache_config=config)
+
+    return _executed(model, schedule, teacher, noise, enable, method="cache-dit", threshold=threshold)
+
+
+@torch.inference_mode()
+def _executed(model: ModelMixin, schedule: SchedulerMixin, teacher: Plan, noise: Tensor,
+              enable: Callable[[ModelMixin], None], **provenance) -> tuple[Plan, Tensor]:
+    """Sample with another's cache on a copy of a transformer, and note which blocks ran at which step."""
+    cached, described, cells = copy.deepcopy(model), blocks.describe(model), np.zeros_like(teacher.cells)
+    for place, block in enumerate(described):
+        def note(*_, place: int = place) -> None:
+            cells[step, place] = True
+        next(cached.get_submodule(block.modules[0]).children()).register_forward_pre_hook(note)
+    enable(cached)
     scheduler, x_t = sampling.solver(teacher, schedule), noise.to(model.device)
-    conditions = sampling.Conditions.drawn(model, x_t)
-    given = {name: rows.to(x_t.device) for name, rows in conditions.given.items()} if conditions else {}
-    try:
-        with CacheMixin.cache_context(model, "given"):
-            for step, t in enumerate(scheduler.timesteps):  # noqa: B007 (the probe reads it)
-                predicted = model(x_t, t.to(x_t.device).expand(len(x_t)), **given).sample[:, :x_t.shape[1]]
-                x_t = scheduler.step(predicted, t, x_t).prev_sample
-    finally:
-        probe.remove()
-        for block in described:
-            registry = HookRegistry.check_if_exists_or_initialize(model.get_submodule(block.modules[0]))
-            for name in ("fbc_leader_block_hook", "fbc_block_hook"):
-                registry.remove_hook(name, recurse=False)
-    cells = np.isin(np.arange(teacher.steps), ran)[:, None].repeat(len(described), axis=1)
-    cells[:, 0] = True
-    return teacher.with_cells(cells, method="first-block caching", threshold=threshold)
+    given = {}
+    if conditions := sampling.Conditions.drawn(model, x_t):
+        given = {name: rows.to(x_t.device) for name, rows in conditions.given.items()}
+    with CacheMixin.cache_context(cached, "given"):
+        for step, t in enumerate(scheduler.timesteps):  # noqa: B007 (`note` reads it)
+            predicted = cached(x_t, t.to(x_t.device).expand(len(x_t)), **given).sample[:, :x_t.shape[1]]
+            x_t = scheduler.step(predicted, t, x_t).prev_sample
+    return teacher.with_cells(cells, **provenance), x_t.cpu()
 
 
 def diff_pruning(model: UNet2DModel, images: Tensor, schedule: DDIMScheduler, share: float, *, seed: int,

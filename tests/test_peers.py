@@ -1,10 +1,10 @@
-"""Peers: DeepCache gives our plan's images; torch-pruning makes a network of the cost that was asked."""
+"""Peers: others' caches give the images of our plans; torch-pruning makes a network of the cost that was asked."""
 
 import pytest
 import torch
 
-from lib import blocks, cost, peers, sampling
-from lib.plan import Plan
+from lib import blocks, cost, peers, sampling, teachers
+from lib.plan import NoiseSchedule, Plan, trailing
 
 
 def test_a_pruned_network_costs_less_and_is_sampled_like_the_teacher(unet, schedule, teacher, noise):
@@ -28,3 +28,20 @@ def test_deepcache_gives_the_images_of_our_plan(unet, schedule, teacher, noise, 
     plain = sampling.sample(unet, schedule, teacher, noise)
     assert torch.equal(sampling.sample(unet, schedule, teacher, noise), plain), "the model is as it was"
     assert (interval == 1) == torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("cached", [peers.first_block_caching, peers.dbcache])
+def test_what_a_transformers_cache_ran_is_a_plan_of_the_same_images(cached, schedule):
+    torch.manual_seed(0)
+    model = teachers.transformer((1, 16, 16), 16, 4, 2, 4, 10).eval().requires_grad_(False)
+    fits, described, noise = NoiseSchedule.of(schedule), blocks.describe(model), torch.randn(3, 1, 16, 16)
+    full = Plan.full(trailing(20, fits.train_timesteps), fits, described.names, cache=described.cache)
+    whole, images = cached(model, schedule, full, 0.0, noise)
+    assert whole.cells.all()
+    torch.testing.assert_close(images, sampling.sample(model, schedule, full, noise))
+    plan, images = cached(model, schedule, full, 0.3, noise)
+    assert plan.cells[:, 0].all() and plan.cells[0].all() and not plan.cells.all()
+    assert (plan.cells[:, 1:] == plan.cells[:, 1:2]).all(), "the blocks behind the first run all, or none"
+    torch.testing.assert_close(images, sampling.sample(model, schedule, plan, noise), rtol=1e-4, atol=1e-4)
+    again = sampling.sample(model, schedule, full, noise)
+    torch.testing.assert_close(again, cached(model, schedule, full, 0.0, noise)[1])  # the model is as it was
