@@ -179,7 +179,7 @@ def load(source: Path | str, device: str = "cpu") -> tuple[ModelMixin, DDIMSched
     if part is None:
         raise ValueError(f"{source} is a {parts.get('_class_name')} without unet and transformer: no plan fits it.")
     library, kind = parts[part]
-    if library not in ("diffusers", "lib.diffnas"):
+    if library not in ("diffusers", "lib.diffnas.students"):
         raise ValueError(f"{source}: its {part} is a {kind} of {library}; only models of diffusers, and students, are "
                          "loaded here.")
     model = getattr(import_module(library), kind).from_pretrained(name, subfolder=part, use_safetensors=True)
