@@ -1,6 +1,7 @@
-"""Samples images with a saved plan: ``python -m lib.apply --model PATH --plan FILE --out DIR``.
+"""Plans in use: on a stock diffusers pipeline, or from the command line.
 
-Under ``accelerate launch`` several processes, or devices, make their share of the images each.
+``python -m lib.apply --model PATH --plan FILE --out DIR`` samples images with a saved plan. Under ``accelerate launch``
+several processes, or devices, make their share of the images each.
 """
 
 import argparse
@@ -10,11 +11,95 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
+from torch import Tensor
 
 from lib import cost, paths, sampling, teachers
 from lib.data import to_uint8
-from lib.plan import Plan, PlanError
+from lib.engine import Engine
+from lib.plan import NoiseSchedule, Plan, PlanError
+
+
+class Planned:
+    """A stock diffusers pipeline under a plan: inside ``with Planned(pipe, plan):`` it is called as ever, but cheaper.
+
+    `enable` and `disable` do the same without a block of code. Any pipeline will do that has a network of a known
+    family (``unet`` or ``transformer``) and walks a scheduler's timesteps; guidance in one pass and in several. The
+    plan's solver takes the place of the pipeline's, so the pipeline is deterministic from its first noise on.
+
+    Parameters
+    ----------
+    pipe : DiffusionPipeline
+    plan : Plan
+
+    Raises
+    ------
+    PlanError
+        If the plan is for other blocks or another noise schedule.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, plan: Plan):
+        model = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+        if model is None:
+            raise PlanError(f"a {type(pipe).__name__} has neither unet nor transformer: no plan fits it.")
+        self.pipe, self._own = pipe, pipe.scheduler
+        self._engine = Engine(model, plan, NoiseSchedule.of(pipe.scheduler))
+        self._walk = _Walk(self._engine, pipe.scheduler)
+
+    def enable(self) -> None:
+        """Put the plan on the pipeline."""
+        self._engine.__enter__()
+        self._passes = self._engine.model.register_forward_pre_hook(self._walk.passes)
+        self.pipe.scheduler = self._walk
+
+    def disable(self) -> None:
+        """Take it off again: the pipeline is as it was."""
+        self.pipe.scheduler = self._own
+        self._passes.remove()
+        self._engine.__exit__()
+
+    def __enter__(self) -> DiffusionPipeline:
+        self.enable()
+        return self.pipe
+
+    def __exit__(self, *_) -> None:
+        self.disable()
+
+
+class _Walk:
+    """A plan's solver, as a pipeline's scheduler that takes no other timesteps."""
+
+    def __init__(self, engine: Engine, schedule: SchedulerMixin):
+        self._engine, self._schedule = engine, schedule
+        self._solver = sampling.solver(engine.plan, schedule)
+
+    def __getattr__(self, name: str):
+        return getattr(self._solver, name)
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        plan = self._engine.plan
+        if num_inference_steps != len(plan.grid):
+            raise PlanError(f"the plan is for runs of {len(plan.grid)} steps, of which it takes {plan.steps}: call the "
+                            f"pipeline with num_inference_steps={len(plan.grid)}, not {num_inference_steps}.")
+        self._engine.reset()
+        self._solver = sampling.solver(plan, self._schedule)
+        self._solver.timesteps = self._solver.timesteps.to(device)
+        self._seen = 0
+
+    def passes(self, *_) -> None:
+        """Before each call of the network: number it among those of its step."""
+        self._engine.branch = str(self._seen)
+        self._seen += 1
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, eta: float = 0.0,
+             use_clipped_model_output: bool = False, generator: torch.Generator | None = None,
+             return_dict: bool = True):
+        if eta:
+            raise PlanError(f"a plan is walked without noise: call the pipeline with eta=0, not {eta}.")
+        self._seen = 0
+        return self._solver.step(model_output, timestep, sample, return_dict=return_dict)
 
 
 def images(model: str, plan: Path, out: Path, *, count: int, seed: int, device: str, precision: str) -> None:

@@ -25,6 +25,8 @@ class Engine:
     Calls walk the plan's steps in order; `reset` starts over (the next batch) and forgets what was cached. The step is
     counted, never looked up from the timestep's value. On leaving, the model is as it was.
 
+    A pipeline may call the model itself instead, once a step (`branch` tells passes of the same step apart).
+
     Parameters
     ----------
     model : Module of a family that `lib.blocks.describe` knows
@@ -54,11 +56,12 @@ class Engine:
     def reset(self) -> None:
         """Go back to the first step and forget all that was cached."""
         self._passes: dict[str, _Pass] = {}
-        self._now = _Pass()
+        self._now, self.branch = _Pass(), ""
 
     def __enter__(self) -> Self:
         device = next(self.model.parameters()).device
         self._unread = torch.empty(0, device=device)
+        self._hook("", _ModelHook(self))
         for level, members in self.blocks.levels.items():
             if len(members) > 1:
                 self._hook(self.blocks.level_modules[level], _LevelHook(self, level, members))
@@ -94,18 +97,23 @@ class Engine:
         -------
         prediction : Tensor, (B, C, H, W), without a learned variance
         """
-        self._now = now = self._passes.setdefault(branch, _Pass())
+        self.branch = branch
+        output = self.model(x_t, torch.as_tensor(t, device=x_t.device).expand(len(x_t)), **conditions)
+        return output.sample[:, :x_t.shape[1]]
+
+    def step(self, call: Callable[[], Any]) -> Any:
+        """Go one step on in the current branch: give what the network's `call` gives, or what it gave last."""
+        self._now = now = self._passes.setdefault(self.branch, _Pass())
         now.step += 1
         if now.step >= self.plan.steps:
             raise PlanError(f"the plan has {self.plan.steps} steps and was called once more. Call reset() before the "
                             "next batch.")
         if not self._calls[now.step]:
-            return now.prediction
-        prediction = self.model(x_t, torch.as_tensor(t, device=x_t.device).expand(len(x_t)), **conditions).sample
-        prediction = prediction[:, :x_t.shape[1]]
+            return now.output
+        output = call()
         if now.step in self._keeps:
-            now.prediction = prediction
-        return prediction
+            now.output = output
+        return output
 
     def runs(self, place: int) -> bool:
         """Say whether the cell of block `place` at the current step computes."""
@@ -129,7 +137,18 @@ class _Pass:
 
     step: int = -1
     cache: dict[int, Tensor] = field(default_factory=dict)
-    prediction: Tensor | None = None
+    output: Any = None
+
+
+class _ModelHook(ModelHook):
+    """Counts the network's calls, whoever makes them, and leaves out those that compute nothing."""
+
+    def __init__(self, engine: Engine):
+        super().__init__()
+        self.engine = engine
+
+    def new_forward(self, module: nn.Module, *args, **kwargs) -> Any:
+        return self.engine.step(lambda: self.fn_ref.original_forward(*args, **kwargs))
 
 
 class _LayerHook(ModelHook):
