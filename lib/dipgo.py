@@ -142,7 +142,7 @@ def grouping(blocks: Blocks, kind: str) -> np.ndarray:
 
 
 def evenly(steps: int) -> np.ndarray:
-    """Give scores of steps, (T,), in (0, 1], above any threshold of which the steps lie about evenly: 1 is the first.
+    """Give scores of steps, (T, 1), in (0, 1], above any threshold of which the steps lie about evenly: 1 is the first.
 
     Each next step is the (last) one farthest from all that are kept already, and from the end.
     """
@@ -152,7 +152,7 @@ def evenly(steps: int) -> np.ndarray:
         scores[farthest] = 1 - (place + 1) / steps
         kept.append(farthest)
         left.remove(farthest)
-    return scores
+    return scores[:, None]
 
 
 class Pruner(nn.Module):
@@ -165,11 +165,12 @@ class Pruner(nn.Module):
     steps, groups : int, T and the gates of a column
     width : int, of the queries
     seed : int, of queries and heads
-    even : bool
-        Begin in the order of evenly spaced whole columns (see `evenly`): (0, 1) to (0, 2).
+    start : (T, 1) or (T, groups), in [0, 1]
+        The order to begin in, such as `evenly`'s: computing begins between 1 and 2.
     """
 
-    def __init__(self, kind: str, steps: int, groups: int, width: int = 64, seed: int = 0, even: bool = False):
+    def __init__(self, kind: str, steps: int, groups: int, width: int = 64, seed: int = 0,
+                 start: np.ndarray | None = None):
         super().__init__()
         self.kind, self.shape = kind, (steps, groups)
         generator = torch.Generator().manual_seed(seed)
@@ -178,8 +179,8 @@ class Pruner(nn.Module):
             return nn.Parameter(scale * torch.randn(*shape, generator=generator))
 
         bias = torch.tensor([0.0, 1.0]).repeat(steps, groups, 1)
-        if even:
-            bias[..., 1] += torch.from_numpy(evenly(steps))[:, None]
+        if start is not None:
+            bias[..., 1] += torch.from_numpy(start)
         self.bias = nn.Parameter(bias)
         if kind == "table":
             return

@@ -207,6 +207,24 @@ class PrunerTraining(Common):
     latency_repeats: int = Field(ge=3)
 
 
+class Comparison(Common):
+    """Parameters of 06_comparison."""
+
+    keeps: list[Fraction] = Field(min_length=1)  # kept fractions of the teacher's MACs for composed plans
+    partials: Positive  # most partial steps of a segment
+    branches: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)  # choices of a segment's skip connection
+    trials: Positive  # candidates of each search
+    population: int = Field(ge=2)
+    search_images: int = Field(ge=10)  # images a candidate
+    finalists: Positive  # candidates that meet again on a second bank
+    select_images: int = Field(ge=10)  # images of the second bank
+    updates: Positive  # of a pruner's training
+    batch_size: Positive  # images an update
+    annealed_rate: float = Field(gt=0)  # root mean square of a step of the pruner's logits
+    latency_batch: Positive
+    latency_repeats: int = Field(ge=3)
+
+
 class Transformer(Common):
     """Parameters of 07_transformer."""
 
@@ -239,7 +257,7 @@ class Transformer(Common):
 NOTEBOOKS: dict[str, type[Common]] = {
     "00_teacher_training": TeacherTraining, "01_teacher_analysis": TeacherAnalysis, "02_block_search": BlockSearch,
     "03_joint_loss_ablation": JointLossAblation, "04_schedule_search": ScheduleSearch,
-    "05_pruner_training": PrunerTraining, "07_transformer": Transformer}
+    "05_pruner_training": PrunerTraining, "06_comparison": Comparison, "07_transformer": Transformer}
 """Which notebook takes which parameters."""
 
 

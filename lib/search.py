@@ -46,11 +46,12 @@ class Space(Protocol):
 
 @dataclass(frozen=True)
 class Found:
-    """An evaluated plan."""
+    """An evaluated plan, and the genome that gave it."""
 
     plan: Plan
     error: float
     macs: int
+    genome: Mapping
 
 
 def search(space: Space, error: Callable[[Plan], float], macs: Callable[[Plan], int], *, trials: int, population: int,
@@ -170,7 +171,7 @@ class _Job:
             if trial.number not in self.seen:
                 self.seen.add(trial.number)
                 plan = self.space.decode(trial.params)
-                self.found.setdefault(plan.key, Found(plan, trial.values[0], int(trial.values[1])))
+                self.found.setdefault(plan.key, Found(plan, trial.values[0], int(trial.values[1]), trial.params))
         return self.found
 
     def work(self, study: optuna.Study, bar: tqdm | None = None) -> None:
@@ -186,7 +187,7 @@ class _Job:
                 error = self.error(plan)
                 study.tell(trial, [error, cost])
                 self.seen.add(trial.number)  # no need to decode it again
-                self.found.setdefault(plan.key, Found(plan, error, cost))
+                self.found.setdefault(plan.key, Found(plan, error, cost, trial.params))
                 repeats = 0
             if repeats == REDRAWS:
                 tqdm.write(f"{self.title}: {REDRAWS} genomes in a row gave plans that were known: the space is "

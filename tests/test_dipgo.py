@@ -136,9 +136,9 @@ def test_consistency_is_0_for_the_same_images_and_grows(kind, noise):
     assert values[0] == pytest.approx(0, abs=1e-5) and values[0] < values[1] < values[2]
 
 
-def run(unet, schedule, short, prices, work, kill=99, bad=99, even=False, **changes):
+def run(unet, schedule, short, prices, work, kill=99, bad=99, start=None, **changes):
     recipe = dipgo.Recipe(**{"updates": 12, "batch": 2, "learning_rate": 20.0} | changes)
-    pruner = dipgo.Pruner("table", short.steps, len(set(prices.groups)), even=even)
+    pruner = dipgo.Pruner("table", short.steps, len(set(prices.groups)), start=start)
 
     def bank(first, count):
         if first >= kill:
@@ -175,11 +175,12 @@ def test_a_gradient_that_is_no_number_stops_and_keeps_what_was_good(unet, schedu
 
 def test_annealed_gates_follow_a_falling_budget(unet, schedule, short, prices, tmp_path):
     recipe = dipgo.Recipe(12, 2, 0.1, stop=0.3, anneal=True)
-    pruner, history = run(unet, schedule, short, prices, tmp_path, learning_rate=0.1, anneal=True, stop=0.3, even=True)
+    pruner, history = run(unet, schedule, short, prices, tmp_path, learning_rate=0.1, anneal=True, stop=0.3,
+                          start=dipgo.evenly(short.steps))
     kept, budgets = [row["kept"] for row in history], [recipe.budget(update) for update in range(12)]
     assert budgets == sorted(budgets, reverse=True) and budgets[-1] == pytest.approx(0.3) and budgets[0] < 0.5
     assert all(0 <= budget - cost < 0.1 for cost, budget in zip(kept, budgets))
-    begun = dipgo.Pruner("table", short.steps, len(short.blocks), even=True)
+    begun = dipgo.Pruner("table", short.steps, len(short.blocks), start=dipgo.evenly(short.steps))
     moved = (pruner.bias - begun.bias)[1:].detach().square().mean().sqrt()
     assert 0.1 < moved < 1.2, "each of twelve steps is at most 0.1 long"
     with pytest.raises(ValueError, match="annealed gates need a table of logits, not queries"):
@@ -187,7 +188,7 @@ def test_annealed_gates_follow_a_falling_budget(unet, schedule, short, prices, t
 
 
 def test_evenly_spaced_steps():
-    scores = dipgo.evenly(9)
+    scores = dipgo.evenly(9)[:, 0]
     assert scores[0] == 1 and len(set(scores)) == 9 and scores.min() > 0
     kept = [sorted(np.argsort(-scores)[:count].tolist()) for count in (1, 2, 3, 4)]
     assert kept == [[0], [0, 5], [0, 5, 7], [0, 3, 5, 7]]

@@ -175,10 +175,11 @@ def test_another_studys_parameter_re_runs_nothing(project, change):
 
 
 @pytest.mark.parametrize(("module", "expected"), [
-    ("flexiffusion", {"04_schedule_search", "05_pruner_training", "07_transformer"}),
-    ("dipgo", {"05_pruner_training", "07_transformer"}), ("analysis", {"01_teacher_analysis"}), ("run", set()),
+    ("flexiffusion", {"04_schedule_search", "05_pruner_training", "06_comparison", "07_transformer"}),
+    ("dipgo", {"05_pruner_training", "06_comparison", "07_transformer"}), ("compose", {"06_comparison"}),
+    ("analysis", {"01_teacher_analysis"}), ("run", set()),
     ("params", set()), ("plan", set(STAGES)), ("peers", {"03_joint_loss_ablation", "07_transformer"}),
-    ("controls", {"01_teacher_analysis", "04_schedule_search", "05_pruner_training", "07_transformer"})])
+    ("controls", set(STAGES) - {"00_teacher_training", "02_block_search", "03_joint_loss_ablation"})])
 def test_a_module_re_runs_the_stages_that_import_it(project, change, module, expected):
     change(f"lib/{module}.py", '"""', '"""Changed: ')
     assert changed(project) == expected

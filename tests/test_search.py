@@ -151,7 +151,7 @@ def test_kill_9_loses_no_trial_but_the_running_one(teacher, tmp_path):
 
 
 def test_the_front_holds_what_nothing_beats(teacher):
-    plans = [Found(teacher, *pair) for pair in [(3, 1), (2, 2), (2, 3), (1, 4), (5, 5)]]
+    plans = [Found(teacher, *pair, {}) for pair in [(3, 1), (2, 2), (2, 3), (1, 4), (5, 5)]]
     assert [(one.error, one.macs) for one in pareto(plans)] == [(3, 1), (2, 2), (1, 4)]
 
 

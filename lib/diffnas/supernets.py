@@ -1,10 +1,11 @@
 """Supernets: networks whose residual blocks hold all of their forms in one set of weights."""
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from diffusers import UNet2DModel
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,11 +21,32 @@ def resized(weight: Tensor, kernel: int) -> Tensor:
     return F.pad(weight, (more,) * 4)  # a negative padding cuts
 
 
-@dataclass
 class _Choice:
-    """The form that a block runs in now."""
+    """The form that a block runs in now, and the channels that each width takes of the widest.
 
-    form: Form
+    A width takes the same number of channels from each group of the norm, those first that weigh most in the teacher:
+    so all widths normalise over the same groups, as the teacher does.
+
+    Attributes
+    ----------
+    form : Form
+    places : dict of width to Tensor of int, (width,), channels of the widest
+    origin : Tensor of int, (own width,), the teacher's channels in the order in which they are placed
+    """
+
+    def __init__(self, block: ResnetBlock2D, widths: set[int]):
+        self.form, groups = form_of(block), block.norm2.num_groups
+        channels = torch.arange(max(widths)).view(groups, -1)
+        self.places = {width: channels[:, :width // groups].flatten() for width in widths}
+        weighs = block.conv2.weight.abs().sum(dim=(0, 2, 3)) * block.norm2.weight.abs()
+        order = weighs.view(groups, -1).argsort(dim=1, descending=True)
+        self.origin = (order + order.shape[1] * torch.arange(groups, device=order.device)[:, None]).flatten()
+
+    def taken(self, width: int) -> tuple[Tensor, Tensor]:
+        """Give what a width takes over from the teacher: places among its own channels, and channels of the teacher."""
+        found = torch.isin(self.places[width], self.places[len(self.origin)])
+        held = torch.isin(self.places[len(self.origin)], self.places[width])
+        return torch.nonzero(found).flatten(), self.origin[held]
 
 
 class _Elastic(nn.Module):
@@ -40,21 +62,25 @@ class _Conv(_Elastic):
         super().__init__(choice)
         self.first = first
         self.kernels = nn.ModuleDict()
+        own = choice.places[len(choice.origin)]
         for kernel in sorted(kernels):
             wide = nn.Conv2d(given, made, kernel, padding=kernel // 2)
+            weight = resized(conv.weight, kernel)
             with torch.no_grad():
-                if not first:
+                if first:
+                    wide.weight[own], wide.bias[own] = weight[choice.origin], conv.bias[choice.origin]
+                else:
                     wide.weight.zero_()  # channels beyond the teacher's change nothing at first
-                own = resized(conv.weight, kernel)[:made, :given]
-                wide.weight[:own.shape[0], :own.shape[1]] = own
-                wide.bias[:conv.out_channels] = conv.bias[:made]
+                    wide.weight[:, own] = weight[:, choice.origin]
+                    wide.bias.copy_(conv.bias)
             self.kernels[str(kernel)] = wide
 
     def sliced(self, form: Form) -> dict[str, Tensor]:
         wide = self.kernels[str(form.kernel_1 if self.first else form.kernel_2)]
+        places = self.choice.places[form.width]
         if self.first:
-            return {"weight": wide.weight[:form.width], "bias": wide.bias[:form.width]}
-        return {"weight": wide.weight[:, :form.width], "bias": wide.bias}
+            return {"weight": wide.weight[places], "bias": wide.bias[places]}
+        return {"weight": wide.weight[:, places], "bias": wide.bias}
 
     def forward(self, x: Tensor) -> Tensor:
         part = self.sliced(self.choice.form)
@@ -66,26 +92,26 @@ class _Linear(_Elastic):
         super().__init__(choice)
         self.in_features = linear.in_features
         self.wide = nn.Linear(linear.in_features, made)
+        own = choice.places[len(choice.origin)]
         with torch.no_grad():
-            self.wide.weight[:linear.out_features] = linear.weight[:made]
-            self.wide.bias[:linear.out_features] = linear.bias[:made]
+            self.wide.weight[own], self.wide.bias[own] = linear.weight[choice.origin], linear.bias[choice.origin]
 
     def sliced(self, form: Form) -> dict[str, Tensor]:
-        return {"weight": self.wide.weight[:form.width], "bias": self.wide.bias[:form.width]}
+        places = self.choice.places[form.width]
+        return {"weight": self.wide.weight[places], "bias": self.wide.bias[places]}
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, **self.sliced(self.choice.form))
 
 
 class _Norm(_Elastic):
-    def __init__(self, choice: _Choice, norm: nn.GroupNorm, widths: set[int]):
+    def __init__(self, choice: _Choice, norm: nn.GroupNorm):
         super().__init__(choice)
         self.widths = nn.ModuleDict()
-        for width in sorted(widths):
-            one = nn.GroupNorm(norm.num_groups, width, eps=norm.eps)
+        for width in sorted(choice.places):
+            one, (places, channels) = nn.GroupNorm(norm.num_groups, width, eps=norm.eps), choice.taken(width)
             with torch.no_grad():
-                one.weight[:norm.num_channels] = norm.weight[:width]
-                one.bias[:norm.num_channels] = norm.bias[:width]
+                one.weight[places], one.bias[places] = norm.weight[channels], norm.bias[channels]
             self.widths[str(width)] = one
 
     def sliced(self, form: Form) -> dict[str, Tensor]:
@@ -99,20 +125,19 @@ class _Norm(_Elastic):
 def supernet(teacher: UNet, space: FormSpace) -> UNet:
     """Give a copy of a teacher whose residual blocks hold all of their forms, weights taken from the teacher.
 
-    Kernels have weights of their own; a width takes the first channels of the widest, with a norm of its own. In the
-    teacher's forms it gives what the teacher gives.
+    Kernels have weights of their own; a width takes some channels of the widest, the same number from each group of the
+    norm, with a norm of its own. In the teacher's forms it gives what the teacher gives.
     """
     model = copy.deepcopy(teacher)
     for block in residuals(model).values():
         own = form_of(block)
         choices = {*space.of(block), own}
-        widths = {form.width for form in choices}
         first, second = {form.kernel_1 for form in choices}, {form.kernel_2 for form in choices}
-        block.choice = _Choice(own)
-        block.conv1 = _Conv(block.choice, block.conv1, first, block.in_channels, max(widths), first=True)
-        block.time_emb_proj = _Linear(block.choice, block.time_emb_proj, max(widths))
-        block.norm2 = _Norm(block.choice, block.norm2, widths)
-        block.conv2 = _Conv(block.choice, block.conv2, second, max(widths), block.conv2.out_channels, first=False)
+        block.choice = choice = _Choice(block, {form.width for form in choices})
+        widest = max(choice.places)
+        block.conv1 = _Conv(choice, block.conv1, first, block.in_channels, widest, first=True)
+        block.conv2 = _Conv(choice, block.conv2, second, widest, block.conv2.out_channels, first=False)
+        block.time_emb_proj, block.norm2 = _Linear(choice, block.time_emb_proj, widest), _Norm(choice, block.norm2)
     return model.requires_grad_(True).to(teacher.device)
 
 

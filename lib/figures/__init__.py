@@ -17,7 +17,8 @@ from lib.plan import Plan
 NARROW, WIDE = 3.3, 6.9  # inches
 
 PALETTE = sns.color_palette("colorblind")
-COLOURS = {"teacher": "black", "Flexiffusion": PALETTE[0], "DiP-GO": PALETTE[1], "DiffNAS": PALETTE[2]}
+COLOURS = {"teacher": "black", "Flexiffusion": PALETTE[0], "DiP-GO": PALETTE[1], "DiffNAS": PALETTE[2],
+           "student": PALETTE[2]}
 """One colour a method in every figure; controls are grey."""
 VARIANTS = "*PXdh"
 """Markers of a method's variants, in the order in which they come; their names begin with the method's and a comma."""
@@ -28,7 +29,8 @@ CONTROLS = {"DDIM, uniform": ("0.45", "o", "-"), "DDIM, quadratic": ("0.6", "s",
             "searched steps": ("0.0", ">", ""), "random search": ("0.7", "1", ""),
             "random search, extended": ("0.7", "2", ""), "genetic search": ("0.55", "3", ""),
             "genetic search, columns": ("0.35", "4", ""), "columns (whole steps)": ("0.25", "|", ""),
-            "annealed columns (whole steps)": ("0.5", "_", "")}
+            "annealed columns (whole steps)": ("0.5", "_", ""), "searched steps (teacher)": ("0.0", ">", ""),
+            "searched steps (student)": ("0.35", ">", "")}
 OTHER = ("0.6", "v", "--")
 """Grey, marker and line of each control, and of one that has none of its own."""
 KINDS = {"null": "white", "partial": sns.color_palette("pastel")[0], "full": PALETTE[0]}
@@ -194,7 +196,9 @@ def front(table: pd.DataFrame, ylabel: str, value: str = "ratio", mark: float | 
 
 
 def _own(family: str, variants: Sequence[str]) -> tuple:
-    return COLOURS[family.partition(",")[0]], VARIANTS[variants.index(family) % len(VARIANTS)], ""
+    method = family.partition(",")[0]
+    alike = [one for one in variants if one.partition(",")[0] == method]
+    return COLOURS[method], VARIANTS[alike.index(family) % len(VARIANTS)], ""
 
 
 def beside_controls(table: pd.DataFrame) -> Figure:

@@ -1,0 +1,51 @@
+"""Composition: any plan walks any of the models, and the joint space holds what the simpler spaces hold."""
+
+import numpy as np
+import pytest
+
+from lib import compose, controls, cost, diffnas
+from lib.compose import Way
+from lib.flexiffusion import FreeSpace
+from lib.plan import Plan
+
+
+@pytest.fixture
+def free(teacher, described):
+    return FreeSpace(teacher, described, (3, 4, 5), (0, 1), 2)
+
+
+def test_the_joint_space_begins_as_the_free_space(free):
+    joint = compose.JointSpace(free)
+    for genome in free.known():
+        assert joint.decode(joint.encode(genome)).key == free.decode(genome).key
+    assert set(free.distributions()) < set(joint.distributions()) == set(joint.encode(free.known()[0]))
+
+
+def test_a_reused_level_reuses_in_one_full_step_alone(free, described):
+    joint = compose.JointSpace(free)
+    genome = joint.encode(free.encode(4, 2, 1, 1))
+    plain = joint.decode(genome)
+    changed = joint.decode(genome | {"reuse_2_up0": True, "reuse_2_mid": True})
+    second_full = np.flatnonzero(plain.cells.all(axis=1))[2]
+    steps, blocks = np.nonzero(plain.cells != changed.cells)
+    assert set(steps) == {second_full}
+    assert {described.blocks[place].level for place in blocks} == {"up0", "mid"}
+    assert (changed.timesteps, changed.order) == (plain.timesteps, plain.order)
+
+
+def test_a_control_is_put_on_a_model(unet, teacher, described):
+    small = diffnas.student(diffnas.supernet(unet, diffnas.FormSpace((1, 3), (0.5, 1.0))),
+                            {path: diffnas.Form(1, 3, form.width // 2) for path, form in diffnas.forms(unet).items()})
+    models = {"teacher": unet, "student": small}
+    costs = {name: cost.count(model) for name, model in models.items()}
+
+    def macs(way):
+        return cost.executed(models[way.model], costs[way.model], way.plan)
+
+    target = 3 * costs["teacher"].call
+    plans = [Plan.few_steps(steps, "uniform", teacher) for steps in range(1, 11)]
+    one = controls.bracket("few", [Way("student", plan) for plan in plans], target, macs)
+    other = compose.on("student", controls.bracket("few", plans, target, lambda plan: macs(Way("student", plan))))
+    assert other.name == "few (student)" and other.plans == one.plans
+    assert all(way.steps > 3 for way, _ in one.plans), "the student's steps are cheaper"
+    assert sum(weight * macs(way) for way, weight in one.plans) == pytest.approx(target)
