@@ -1,4 +1,4 @@
-"""Copies a study's numbers and figures to ``reports/<study>/`` and fills the README's tables from them."""
+"""Copies a study's numbers and figures to ``reports/<study>/``, beside one page, and fills the README's tables."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from lib import paths
+from lib.page import page
 from lib.params import NOTEBOOKS, ParamsError, studies
 from lib.stage import Stage
 
@@ -34,6 +35,14 @@ def publish(study: str) -> Path:
             copy = target / notebook / found.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(found, copy)
+    return target
+
+
+def write_page(study: str) -> Path:
+    """Write what a study found as one page, beside its published numbers."""
+    target = paths.REPORTS / study / "index.html"
+    tables = {"Every way to sample": results_table(study), "Beside their controls": controls_table(study)}
+    target.write_text(page(study, tables))
     return target
 
 
@@ -92,7 +101,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "publish":
         try:
-            print(f"published to {publish(arguments.study)}")
+            publish(arguments.study)
+            print(f"published: {write_page(arguments.study)}")
         except (ParamsError, FileNotFoundError) as error:
             raise SystemExit(f"error: {error}") from None
     else:
