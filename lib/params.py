@@ -73,6 +73,7 @@ class Common(BaseModel):
 class TeacherTraining(Common):
     """Parameters of 00_teacher_training."""
 
+    checkpoint: str  # a diffusers pipeline to take instead of training: a folder, or hub:OWNER/NAME; "" trains
     widths: list[Positive] = Field(min_length=2)  # channels of each level, from full resolution down
     layers: Positive  # residual blocks a level
     norm_groups: Positive  # divides every width
@@ -151,6 +152,7 @@ class JointLossAblation(Common):
                        AfterValidator(_different)]  # other ways to choose a student
     starts: Annotated[list[Literal["teacher", "fresh"]], AfterValidator(_different)]  # other weights to begin with
     targets: list[Literal["teacher"]]  # other targets of the noise loss
+    retraining_steps: Positive  # optimiser steps of each training
     training_seeds: Annotated[list[Annotated[int, Field(ge=0)]], AfterValidator(_different)] = Field(min_length=1)
     gradient_images: int = Field(ge=2)  # a batch where gradients are compared
     curve_points: int = Field(ge=2, le=1000)  # held-out losses taken on the way of a training

@@ -139,6 +139,20 @@ def fit(p: TeacherTraining, images: Tensor, work: Path) -> tuple[UNet2DModel, li
                         device=p.device, precision=p.precision, work=work, save_every=p.save_every, title="teacher")
 
 
+def check_draws(model: ModelMixin, shape: tuple[int, int, int]) -> None:
+    """Refuse a model that draws other images than the data's, (C, H, W).
+
+    Raises
+    ------
+    ValueError
+        Saying which resolution or data it needs.
+    """
+    drawn = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
+    if drawn != shape:
+        raise ValueError(f"the checkpoint draws images of {drawn}, the data's are {shape} (channels, height, width): "
+                         f"set resolution to {drawn[1]}, or take data with {drawn[0]} channels")
+
+
 def save(folder: Path, model: ModelMixin, schedule: DDIMScheduler) -> None:
     """Save network and noise schedule as a diffusers pipeline (safetensors and JSON)."""
     if isinstance(model, UNet2DModel):
