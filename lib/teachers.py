@@ -15,6 +15,7 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.models.embeddings import LabelEmbedding
+from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor, nn
 
 from lib.data import HUB
@@ -69,6 +70,12 @@ def transformer(shape: tuple[int, int, int], width: int, layers: int, heads: int
     for module in model.modules():
         if isinstance(module, LabelEmbedding):
             module.dropout_prob = 0  # each block would drop labels by itself; `denoising_loss` drops an image's for all
+        if isinstance(module, AdaLayerNormZero):  # the paper's initialisation, which diffusers leaves out:
+            nn.init.zeros_(module.linear.weight)  # each block begins as the identity
+            nn.init.zeros_(module.linear.bias)
+    for last in (model.proj_out_1, model.proj_out_2):
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
     return model
 
 
