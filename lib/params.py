@@ -115,6 +115,10 @@ def _holds(needed: Any, why: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+Beta = Literal["noise only", "blocks only", "fixed", "linear", "cosine", "step"]
+"""Schedules of the joint loss (`lib.diffnas.BETAS`)."""
+
+
 class BlockSearch(Common):
     """Parameters of 02_block_search."""
 
@@ -129,7 +133,7 @@ class BlockSearch(Common):
     batch_size: Positive
     ema_decay: float = Field(ge=0, lt=1)
     save_every: Positive  # steps between two states to resume from
-    beta: Literal["noise only", "blocks only", "fixed", "linear", "cosine", "step"]  # how the noise loss's weight rises
+    beta: Beta  # how the noise loss's weight rises
     target: Literal["noise", "teacher"]  # of the noise loss
     judge_images: int = Field(ge=2)  # held-out images a batch
     judge_batches: Positive  # that judge a candidate
@@ -144,14 +148,15 @@ class BlockSearch(Common):
 
 
 class JointLossAblation(Common):
-    """Parameters of 03_joint_loss_ablation; the retraining itself has notebook 02's."""
+    """Parameters of 03_joint_loss_ablation; rates and batches are notebook 02's."""
 
-    schedules: Annotated[list[Literal["noise only", "blocks only", "fixed", "linear", "cosine", "step"]],
-                         AfterValidator(_different), _holds("noise only", "with which all are compared")]  # of beta
+    schedules: Annotated[list[Beta], AfterValidator(_different),
+                         _holds("noise only", "with which all are compared")]  # of beta
     choices: Annotated[list[Literal["global", "random", "torch-pruning"]],
                        AfterValidator(_different)]  # other ways to choose a student
     starts: Annotated[list[Literal["teacher", "fresh"]], AfterValidator(_different)]  # other weights to begin with
     targets: list[Literal["teacher"]]  # other targets of the noise loss
+    beta: Beta  # the schedule where something else is compared
     retraining_steps: Positive  # optimiser steps of each training
     training_seeds: Annotated[list[Annotated[int, Field(ge=0)]], AfterValidator(_different)] = Field(min_length=1)
     gradient_images: int = Field(ge=2)  # a batch where gradients are compared
