@@ -27,6 +27,12 @@ def _data(source: str) -> str:
     return source
 
 
+def _checkpoint(source: str) -> str:
+    if source and not source.startswith("hub:") and not (Path(source) / "model_index.json").exists():
+        raise ValueError("must be empty, the folder of a diffusers pipeline, or hub:OWNER/NAME")
+    return source
+
+
 class Common(BaseModel):
     """What every notebook of a study shares."""
 
@@ -73,7 +79,7 @@ class Common(BaseModel):
 class TeacherTraining(Common):
     """Parameters of 00_teacher_training."""
 
-    checkpoint: str  # a diffusers pipeline to take instead of training: a folder, or hub:OWNER/NAME; "" trains
+    checkpoint: Annotated[str, AfterValidator(_checkpoint)]  # a pipeline to take instead of training; "" trains
     widths: list[Positive] = Field(min_length=2)  # channels of each level, from full resolution down
     layers: Positive  # residual blocks a level
     norm_groups: Positive  # divides every width

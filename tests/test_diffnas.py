@@ -83,7 +83,7 @@ def test_a_student_is_sampled_like_a_teacher(unet, supernet, schedule, teacher, 
 def test_a_student_of_the_teachers_shape_gives_the_teachers_images(unet, supernet, schedule, teacher, noise):
     same = diffnas.student(supernet, diffnas.forms(unet)).eval()
     torch.testing.assert_close(sampling.sample(same, schedule, teacher, noise),
-                               sampling.sample(unet, schedule, teacher, noise))
+                               sampling.sample(unet, schedule, teacher, noise), rtol=1e-4, atol=1e-3)
 
 
 def test_a_student_is_costed_and_described_as_it_is(unet, supernet):
