@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from lib.blocks import Blocks
-from lib.evaluate import Estimate, Judge
+from lib.evaluate import Estimate, Judge, imitation
 from lib.plan import Plan
 
 FEW_STEPS = {"DDIM, uniform": (1, "uniform"), "DDIM, quadratic": (1, "quadratic"),
@@ -113,15 +113,19 @@ class Table:
     ddim: Plan
 
     def row(self, control: Control, kind: str) -> dict:
-        """Score one way to spend MACs: a plan, or two whose scores are interpolated on the log (the rest linearly)."""
+        """Score one way to spend MACs: a plan, or two whose scores are interpolated on the log (the rest linearly).
+
+        `paired` is the squared distance of the features to the reference's from the same noise, `imitation`.
+        """
         parts = [(self.features(plan), weight) for plan, weight in control.plans]
         macs = sum(weight * self.macs(plan) for plan, weight in control.plans)
-        further = [self.judge.further(features) for features, _ in parts]
+        reference = self.features(self.reference)
+        further = [self.judge.further(one) | {"paired": imitation(one, reference, "paired")} for one, _ in parts]
         return {"name": control.name, "kind": kind, "extractor": self.judge.extractor, "n": len(parts[0][0]),
                 "steps": "-".join(str(plan.steps) for plan, _ in control.plans), "macs": macs,
                 "macs_ratio": self.macs(self.reference) / macs,
                 **_columns("score", self.judge.compare(parts, [])),
-                **_columns("ratio", self.judge.compare(parts, [(self.features(self.reference), 1.0)])),
+                **_columns("ratio", self.judge.compare(parts, [(reference, 1.0)])),
                 **_columns("ddim_ratio", self.judge.compare(parts, [(self.features(self.ddim), 1.0)])),
                 **{name: sum(weight * one[name] for one, (_, weight) in zip(further, parts)) for name in further[0]}}
 

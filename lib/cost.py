@@ -11,7 +11,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -145,28 +144,29 @@ def median_ratio(a: list[float], b: list[float], seed: int = 0) -> tuple[float, 
     return float(np.median(a) / np.median(b)), float(low), float(high)
 
 
-def speed_ups(model: nn.Module, schedule: SchedulerMixin, teacher: Plan, plans: Mapping[str, Plan], noise: torch.Tensor,
-              macs: Callable[[Plan], int], *, precision: str, repeats: int) -> pd.DataFrame:
-    """Time plans and their teacher in turn, beside what their MACs promise.
+def speed_ups(runs: Mapping[str, Callable[[], object]], macs: Mapping[str, float], images: int, repeats: int
+              ) -> pd.DataFrame:
+    """Time sampling runs in turn, beside what their MACs promise, and see what memory they take.
 
     Parameters
     ----------
-    noise : Tensor, (B, C, H, W), one batch
-    macs : callable(plan) -> executed MACs
+    runs : dict of name to what samples one batch; the first is what the others are compared with
+    macs : dict of name to executed MACs
+    images : int, of the batch
     repeats : int, rounds
 
     Returns
     -------
-    table : columns plan, times fewer MACs, times faster, low, high (95 %), measured / MACs
+    table : columns name, times fewer MACs, times faster, low, high (95 %), measured / MACs, ms an image (median),
+        peak MB (`peak_memory`, of the whole batch)
     """
-    measured = interleave({name: partial(sampling.sample, model, schedule, plan, noise, precision=precision)
-                           for name, plan in {"": teacher, **plans}.items()}, repeats)
-    rows = []
-    for name, plan in plans.items():
-        ratio, low, high = median_ratio(measured[""], measured[name])
-        fewer = macs(teacher) / macs(plan)
-        rows.append({"plan": name, "times fewer MACs": fewer, "times faster": ratio, "low": low, "high": high,
-                     "measured / MACs": ratio / fewer})
+    measured, first, rows = interleave(dict(runs), repeats), next(iter(runs)), []
+    for name, run in runs.items():
+        ratio, low, high = median_ratio(measured[first], measured[name])
+        fewer = macs[first] / macs[name]
+        rows.append({"name": name, "times fewer MACs": fewer, "times faster": ratio, "low": low, "high": high,
+                     "measured / MACs": ratio / fewer, "ms an image": 1e3 * float(np.median(measured[name])) / images,
+                     "peak MB": peak_memory(run) / 1e6})
     return pd.DataFrame(rows)
 
 

@@ -1,7 +1,6 @@
 """Copies a study's numbers and figures to ``reports/<study>/``, beside one page, and fills the README's tables."""
 
 import argparse
-import json
 import re
 import shutil
 from pathlib import Path
@@ -11,11 +10,10 @@ import pandas as pd
 from lib import paths
 from lib.page import page
 from lib.params import NOTEBOOKS, ParamsError, studies
-from lib.stage import Stage
 
 KEPT = ("metrics.json", "timings.json", "meta.json", "figures/*.png", "figures/*.csv", "tables/*.csv", "plans/*.json")
 
-PLANNING = ("04_schedule_search", "05_pruner_training")
+PLANNING = ("04_schedule_search", "05_pruner_training", "06_comparison")
 """The notebooks whose results are plans."""
 
 
@@ -41,45 +39,56 @@ def publish(study: str) -> Path:
 def write_page(study: str) -> Path:
     """Write what a study found as one page, beside its published numbers."""
     target = paths.REPORTS / study / "index.html"
-    tables = {"Every way to sample": results_table(study), "Beside their controls": controls_table(study)}
+    tables = {"Every way to sample": results_table(study), "Beside their controls": controls_table(study),
+              "Every way to sample the transformer": transformer_table(study)}
     target.write_text(page(study, tables))
     return target
 
 
 def results_table(study: str) -> str:
-    """Give the study's main table as Markdown: each way to sample, its cost, how good; dearest first."""
-    reports = paths.REPORTS / study
-    controls = pd.read_csv(reports / "01_teacher_analysis" / "tables" / "front.csv")
-    own = pd.concat([pd.read_csv(reports / notebook / "tables" / "front.csv") for notebook in PLANNING])
-    table = pd.concat([controls, own.query("kind != 'teacher'")]).sort_values(["macs_ratio", "ratio"])
-    speeds = {}
-    for notebook in ("01_teacher_analysis", *PLANNING):
-        speeds |= json.loads((reports / notebook / "timings.json").read_text())
-    lines = ["| plan | times fewer executed MACs | times faster | score [95 %] | over the best teacher's "
-             "[95 %] | over DDIM's at T steps [95 %] |", "|---|---|---|---|---|---|"]
-    for _, row in table.iterrows():
-        name = f"**{row['name']}**" if row["kind"] != "control" else row["name"]
-        cells = [_interval(row, column) for column in ("score", "ratio", "ddim_ratio")]
-        faster = speeds[f"speed_up_{Stage.key(row['name'])}"]
-        lines.append("| " + " | ".join([name, f"{row['macs_ratio']:.2f}", f"{faster:.2f}", *cells]) + " |")
-    return "\n".join(lines) + f"\n\nn = {table['n'].iloc[0]:,} images a row; features of {table['extractor'].iloc[0]}."
+    """Give as Markdown every way to sample with the UNet: its cost, how good, what it took to find; dearest first."""
+    return _ways(pd.read_csv(paths.REPORTS / study / "06_comparison" / "tables" / "everything.csv"))
+
+
+def transformer_table(study: str) -> str:
+    """Give the same of the transformer."""
+    return _ways(pd.read_csv(paths.REPORTS / study / "07_transformer" / "tables" / "front.csv"))
+
+
+def _ways(table: pd.DataFrame) -> str:
+    columns = {"M MACs an image": table["macs"].map(lambda macs: f"{macs / 1e6:.0f}"),
+               "times fewer": table["macs_ratio"].map("{:.2f}".format),
+               "k parameters": table.get("parameters", pd.Series(dtype=float)).map(lambda count: f"{count / 1e3:.0f}"),
+               "ms an image": table["ms an image"].map("{:.2f}".format),
+               "times faster [95 %]": _intervals(table, "times faster", "low", "high"),
+               "peak MB": table["peak MB"].map("{:.1f}".format), "score [95 %]": _intervals(table, "score"),
+               "over the best teacher's [95 %]": _intervals(table, "ratio"),
+               "over DDIM's at T steps [95 %]": _intervals(table, "ddim_ratio"),
+               **{name: table[name].map("{:.2f}".format) for name in ("precision", "recall", "paired")},
+               "cost": table.get("cost", pd.Series(dtype=float)).map("{:.0f}".format)}
+    shown = pd.DataFrame({"way to sample": table["name"].where(table["kind"] == "control", "**" + table["name"] + "**"),
+                          **{title: cells for title, cells in columns.items() if len(cells)}})
+    lines = [shown.columns, ["---"] * len(shown.columns), *shown.replace(r".*\bnan\b.*", "-", regex=True).to_numpy()]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{text}\n\nn = {table['n'].iloc[0]:,} images a row; features of {table['extractor'].iloc[0]}."
 
 
 def controls_table(study: str) -> str:
     """Give as Markdown how each method's plans fare against what else their executed MACs would buy."""
     reports = paths.REPORTS / study
-    table = pd.concat([pd.read_csv(reports / notebook / "tables" / "controls.csv") for notebook in PLANNING])
+    table = pd.concat([pd.read_csv(reports / notebook / "tables" / "controls.csv") for notebook in PLANNING],
+                      ignore_index=True)
     lines = ["| plan | its strongest control | score over that control's [95 %] | controls that it beats | ties with | "
              "loses to |", "|---|---|---|---|---|---|"]
     for plan, rows in table.groupby("plan", sort=False):
         strongest = rows.loc[rows["plan_over_control"].idxmax()]
-        ratio = _interval(strongest, "plan_over_control")
+        ratio = _intervals(rows, "plan_over_control")[strongest.name]
         counts = [str((rows["better"] == verdict).sum()) for verdict in ("plan", "tie", "control")]
         lines.append("| " + " | ".join([plan, strongest["name"], ratio, *counts]) + " |")
     return "\n".join(lines)
 
 
-TABLES = {"results": results_table, "controls": controls_table}
+TABLES = {"results": results_table, "controls": controls_table, "transformer": transformer_table}
 
 
 def filled(text: str) -> str:
@@ -88,9 +97,9 @@ def filled(text: str) -> str:
                   lambda found: f"{found[1]}{TABLES[found[2]](found[3])}\n{found[4]}", text, flags=re.DOTALL)
 
 
-def _interval(row: pd.Series, column: str) -> str:
-    value, low, high = (row[name] for name in (column, f"{column}_low", f"{column}_high"))
-    return f"{value:.3g} [{low:.3g}, {high:.3g}]"
+def _intervals(table: pd.DataFrame, column: str, low: str = "", high: str = "") -> pd.Series:
+    ends = zip(table[column], table[low or f"{column}_low"], table[high or f"{column}_high"])
+    return pd.Series([f"{value:.3g} [{least:.3g}, {most:.3g}]" for value, least, most in ends], table.index)
 
 
 def main() -> None:

@@ -71,6 +71,7 @@ def test_a_row_holds_cost_score_and_ratios_to_both_teachers(table, teacher):
     assert row["ratio"] == pytest.approx(own / best) and row["ddim_ratio"] == pytest.approx(own / ddim)
     assert row["ratio_low"] < row["ratio"] < row["ratio_high"]
     assert 0 <= row["precision"] <= 1 and 0 <= row["recall"] <= 1
+    assert row["paired"] == pytest.approx(3 * (3 / 5 - 3 / 20) ** 2), "the same noise, moved alike in three features"
 
 
 def test_verdicts_say_who_is_better(table, teacher):

@@ -18,7 +18,7 @@ NARROW, WIDE = 3.3, 6.9  # inches
 
 PALETTE = sns.color_palette("colorblind")
 COLOURS = {"teacher": "black", "Flexiffusion": PALETTE[0], "DiP-GO": PALETTE[1], "DiffNAS": PALETTE[2],
-           "student": PALETTE[2]}
+           "student": PALETTE[4]}
 """One colour a method in every figure; controls are grey."""
 VARIANTS = "*PXdh"
 """Markers of a method's variants, in the order in which they come; their names begin with the method's and a comma."""
@@ -30,7 +30,8 @@ CONTROLS = {"DDIM, uniform": ("0.45", "o", "-"), "DDIM, quadratic": ("0.6", "s",
             "random search, extended": ("0.7", "2", ""), "genetic search": ("0.55", "3", ""),
             "genetic search, columns": ("0.35", "4", ""), "columns (whole steps)": ("0.25", "|", ""),
             "annealed columns (whole steps)": ("0.5", "_", ""), "searched steps (teacher)": ("0.0", ">", ""),
-            "searched steps (student)": ("0.35", ">", "")}
+            "searched steps (student)": ("0.35", ">", ""), "thin": ("0.5", "p", ""), "random": ("0.7", "x", ""),
+            "global, raw": ("0.4", "2", ""), "global, relative": ("0.6", "1", ""), "torch-pruning": ("0.3", "H", "")}
 OTHER = ("0.6", "v", "--")
 """Grey, marker and line of each control, and of one that has none of its own."""
 KINDS = {"null": "white", "partial": sns.color_palette("pastel")[0], "full": PALETTE[0]}
