@@ -113,6 +113,9 @@ def _different(values: list) -> list:
     return values
 
 
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], AfterValidator(_different), Field(min_length=1)]
+
+
 def _holds(needed: Any, why: str) -> AfterValidator:
     def check(values: list) -> list:
         if needed not in values:
@@ -146,8 +149,7 @@ class BlockSearch(Common):
     tolerances: list[Annotated[float, Field(ge=1)]] = Field(min_length=1)  # of the reference's loss, for the sweep
     budgets: Annotated[list[Fraction], AfterValidator(_different)] = Field(
         min_length=1)  # shares of the teacher's MACs and parameters for which students are trained
-    training_seeds: Annotated[list[Annotated[int, Field(ge=0)]], AfterValidator(_different)] = Field(
-        min_length=1)  # trainings of each student and control
+    training_seeds: Seeds  # trainings of each student and control
     score_steps: int = Field(ge=2, le=1000)  # of DPM-Solver++, which samples every model
     latency_batch: Positive
     latency_repeats: int = Field(ge=3)
@@ -164,7 +166,8 @@ class JointLossAblation(Common):
     targets: list[Literal["teacher"]]  # other targets of the noise loss
     beta: Beta  # the schedule where something else is compared
     retraining_steps: Positive  # optimiser steps of each training
-    training_seeds: Annotated[list[Annotated[int, Field(ge=0)]], AfterValidator(_different)] = Field(min_length=1)
+    training_seeds: Seeds  # of each schedule
+    other_seeds: Seeds  # of everything else
     gradient_images: int = Field(ge=2)  # a batch where gradients are compared
     curve_points: int = Field(ge=2, le=1000)  # held-out losses taken on the way of a training
 
