@@ -1,6 +1,7 @@
 """Peers, run for real: what others' published code makes of the same teacher. ``pip install .[peers]`` brings them."""
 
 import copy
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -72,6 +73,7 @@ def first_block_caching(model: ModelMixin, schedule: SchedulerMixin, teacher: Pl
 def dbcache(model: ModelMixin, schedule: SchedulerMixin, teacher: Plan, threshold: float, noise: Tensor
             ) -> tuple[Plan, Tensor]:
     """Sample with the `cache-dit` package (DBCache, one block computed first) as `first_block_caching` does."""
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # read when it is imported
     import cache_dit
 
     def enable(cached: ModelMixin) -> None:

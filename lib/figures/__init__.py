@@ -17,7 +17,7 @@ from lib.plan import Plan
 NARROW, WIDE = 3.3, 6.9  # inches
 
 PALETTE = sns.color_palette("colorblind")
-COLOURS = {"teacher": "black", "Flexiffusion": PALETTE[0], "DiP-GO": PALETTE[1], "DiffNAS": PALETTE[2],
+COLOURS = {"teacher": "0.3", "Flexiffusion": PALETTE[0], "DiP-GO": PALETTE[1], "DiffNAS": PALETTE[2],
            "student": PALETTE[4]}
 """One colour a method in every figure; controls are grey."""
 VARIANTS = "*PXdh"
@@ -31,7 +31,8 @@ CONTROLS = {"DDIM, uniform": ("0.45", "o", "-"), "DDIM, quadratic": ("0.6", "s",
             "genetic search, columns": ("0.35", "4", ""), "columns (whole steps)": ("0.25", "|", ""),
             "annealed columns (whole steps)": ("0.5", "_", ""), "searched steps (teacher)": ("0.0", ">", ""),
             "searched steps (student)": ("0.35", ">", ""), "thin": ("0.5", "p", ""), "random": ("0.7", "x", ""),
-            "global, raw": ("0.4", "2", ""), "global, relative": ("0.6", "1", ""), "torch-pruning": ("0.3", "H", "")}
+            "global, raw": ("0.4", "2", ""), "global, relative": ("0.6", "1", ""), "torch-pruning": ("0.3", "H", ""),
+            "first-block caching": ("0.35", "^", "--"), "cache-dit": ("0.6", "v", ":")}
 OTHER = ("0.6", "v", "--")
 """Grey, marker and line of each control, and of one that has none of its own."""
 KINDS = {"null": "white", "partial": sns.color_palette("pastel")[0], "full": PALETTE[0]}
@@ -77,10 +78,13 @@ def grid(images: np.ndarray, rows: Sequence[str], columns: Sequence[str] = (), c
 def plain_logarithm(axis: Axis) -> None:
     """Label a logarithmic axis with plain numbers, more of them where it spans little."""
     low, high = axis.get_view_interval()
-    spans = {50: (1,), 8: (1, 2, 5), 0: (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)}
-    axis.set_major_locator(LogLocator(10, subs=next(subs for span, subs in spans.items() if high > span * low)))
     axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
     axis.set_minor_formatter(NullFormatter())
+    if high < 1.6 * low:
+        axis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
+        return
+    spans = {50: (1,), 8: (1, 2, 5), 0: (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)}
+    axis.set_major_locator(LogLocator(10, subs=next(subs for span, subs in spans.items() if high > span * low)))
 
 
 def training_curve(history: pd.DataFrame) -> Figure:
@@ -134,7 +138,7 @@ def plan_map(plan: Plan, live: np.ndarray) -> Figure:
         full[column] = 1 + row
     figure, axes = plt.subplots(figsize=(WIDE, 0.17 * len(plan.blocks) + 0.7))
     colours = ListedColormap(["white", KINDS["partial"], KINDS["full"]])
-    axes.pcolormesh(full.T, cmap=colours, vmin=0, vmax=2, edgecolors="0.85", linewidth=0.3)
+    axes.pcolormesh(*edges(full.T), full.T, cmap=colours, vmin=0, vmax=2, edgecolors="0.85", linewidth=0.3)
     axes.set_yticks(np.arange(len(plan.blocks)) + 0.5, plan.blocks, fontsize=7)
     axes.set(xlabel="step (noise to image)", ylabel="block")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -153,7 +157,8 @@ def step_kinds(plans: Mapping[str, Plan]) -> Figure:
     for i, plan in enumerate(plans.values()):
         for row, column in zip(plan.cells, _columns(plan)):
             strips[i, column] = 2 if row.all() else 1 if row.any() else 0
-    axes.pcolormesh(strips, cmap=ListedColormap(list(KINDS.values())), vmin=0, vmax=2, edgecolors="0.8", linewidth=0.4)
+    axes.pcolormesh(*edges(strips), strips, cmap=ListedColormap(list(KINDS.values())), vmin=0, vmax=2, edgecolors="0.8",
+                    linewidth=0.4)
     axes.set_yticks(np.arange(len(plans)) + 0.5, list(plans), fontsize=7)
     axes.invert_yaxis()
     axes.set(xlabel="step (noise to image)")
@@ -161,6 +166,11 @@ def step_kinds(plans: Mapping[str, Plan]) -> Figure:
     axes.legend([plt.Rectangle((0, 0), 1, 1, fc=KINDS[kind], ec="0.6") for kind in colours],
                 [f"{kind} step" for kind in colours], ncols=3, loc="lower right", bbox_to_anchor=(1, 1), fontsize=7)
     return figure
+
+
+def edges(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Give the edges of a map's cells, steps across: step k is centred on k."""
+    return np.arange(cells.shape[1] + 1) - 0.5, np.arange(cells.shape[0] + 1)
 
 
 def _columns(plan: Plan) -> list[int]:
@@ -251,7 +261,7 @@ def ratios(table: pd.DataFrame, label: str, mark: float | None = None) -> Figure
     if mark is not None:
         axes.axvline(mark, color="0.8", lw=0.8, ls="--", zorder=0)
     axes.set_yticks(places, table["name"], fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(places[-1] + 0.6, -0.6)
     axes.set(xlabel=f"\u2190 better      {label}      worse \u2192", xscale="log")
     plain_logarithm(axes.xaxis)
     return figure

@@ -10,7 +10,7 @@ from matplotlib.patches import FancyArrowPatch
 from matplotlib.ticker import MaxNLocator
 
 from lib.blocks import STEM, Blocks
-from lib.figures import COLOURS, NARROW, PALETTE, WIDE
+from lib.figures import COLOURS, NARROW, PALETTE, WIDE, edges
 
 TONES = {"DiP-GO": PALETTE[1], "columns": "0.45", "annealed": PALETTE[3], "annealed columns": "0.7",
          "untrained": PALETTE[4]}
@@ -52,14 +52,14 @@ def training(history: pd.DataFrame) -> Figure:
     history : columns pruner, update, consistency, sparsity, kept
     """
     figure, panels = plt.subplots(1, 3, figsize=(WIDE, 2.4))
-    labels = {"consistency": "consistency loss", "sparsity": "sparsity loss", "kept": "kept MACs (%)"}
+    labels = {"consistency": "consistency loss", "sparsity": "weighted share of open gates", "kept": "kept MACs (%)"}
     for axes, (column, label) in zip(panels, labels.items()):
         for name, rows in history.groupby("pruner", sort=False):
             scale = 100 if column == "kept" else 1
             axes.plot(rows["update"], scale * rows[column], lw=1.1, color=TONES[name], label=name)
         axes.set(xlabel="update", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    panels[0].legend(fontsize=6)
+    panels[1].legend(fontsize=6, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
 
@@ -75,8 +75,8 @@ def maps(panels: Mapping[str, np.ndarray], rows: list[str], label: str) -> Figur
     figure, drawn = plt.subplots(len(panels), 1, figsize=(WIDE, len(panels) * (0.11 * len(rows) + 0.35) + 0.4),
                                  sharex=True, squeeze=False)
     for axes, (title, values) in zip(drawn[:, 0], panels.items()):
-        mesh = axes.pcolormesh(np.asarray(values, dtype=float).T, cmap="cividis", vmin=0, vmax=1, edgecolors="white",
-                               linewidth=0.2)
+        cells = np.asarray(values, dtype=float).T
+        mesh = axes.pcolormesh(*edges(cells), cells, cmap="cividis", vmin=0, vmax=1, edgecolors="white", linewidth=0.2)
         axes.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=5 if len(rows) > 8 else 6)
         axes.set_title(title, fontsize=7, loc="left", pad=2)
     drawn[-1, 0].set(xlabel="step (noise to image)")
@@ -93,8 +93,8 @@ def freedom(table: pd.DataFrame) -> Figure:
     table : columns pruner, keep, outside_macs (fraction of the reused MACs)
     """
     figure, axes = plt.subplots(figsize=(NARROW, 2.3))
-    for name, rows in table.groupby("pruner", sort=False):
+    for name, rows in table[~table["pruner"].str.contains("columns")].groupby("pruner", sort=False):  # those have none
         axes.plot(100 * rows["keep"], 100 * rows["outside_macs"], marker="o", ms=3, lw=1, color=TONES[name], label=name)
-    axes.set(xlabel="kept MACs (%)", ylabel="reused MACs outside\nwhole columns (%)", ylim=(-3, 103))
+    axes.set(xlabel="kept MACs (%)", ylabel="reused MACs outside\nwhole columns (%)")
     axes.legend(fontsize=6)
     return figure

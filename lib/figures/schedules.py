@@ -1,6 +1,7 @@
 """Figures of the schedule search (notebook 04)."""
 
 from collections.abc import Sequence
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -49,7 +50,8 @@ def searches(found: pd.DataFrame, budget: float) -> Figure:
     targets = list(dict.fromkeys(found["target"]))
     figure, panels = plt.subplots(1, len(targets), figsize=(WIDE, 2.8), squeeze=False)
     for axes, target in zip(panels[0], targets):
-        for (name, rows), line in zip(found[found["target"] == target].groupby("search", sort=False), ("-", "--", ":")):
+        alike = found[found["target"] == target].groupby("search", sort=False)
+        for (name, rows), line in zip(alike, cycle(("-", "--", ":"))):
             best = rows["error"].where(rows["macs_fraction"] <= budget).cummin().ffill()
             own = name.partition(",")[0] in COLOURS
             axes.step(rows["trial"], best, where="post", label=name, ls=line, lw=1.6 if own else 1,
@@ -90,17 +92,19 @@ def dividends(table: pd.DataFrame) -> Figure:
 
     Parameters
     ----------
-    table : columns order, full_steps, branch, calls, ratio, ratio_low, ratio_high
+    table : columns order, full_steps (written at each point), branch, calls, ratio, ratio_low, ratio_high
     """
     figure, panels = plt.subplots(1, 2, figsize=(WIDE, 2.8), sharey=True)
     names = {1: "DDIM (order 1)", 2: "DPM-Solver++ (order 2)"}
     for axes, (order, rows) in zip(panels, table.groupby("order")):
         for (branch, line), tone in zip(rows.groupby("branch"), np.linspace(0.35, 1, rows["branch"].nunique())):
             bars = [line["ratio"] - line["ratio_low"], line["ratio_high"] - line["ratio"]]
+            for row in line.itertuples():
+                axes.annotate(f"{row.full_steps}", (row.calls, row.ratio_high), fontsize=5, color="0.4", ha="center")
             axes.errorbar(line["calls"], line["ratio"], bars, marker="o", ms=4, lw=1, elinewidth=0.8, capsize=2,
                           color=plt.cm.Blues(tone), label=f"branch {branch}")
         axes.axhline(1, color="0.5", lw=0.8)
-        axes.set(yscale="log", xlabel="executed MACs (full calls)", title=names[order])
+        axes.set(yscale="log", xlabel="executed MACs (in full network calls)", title=names[order])
         plain_logarithm(axes.yaxis)
     panels[0].set(ylabel="with partial steps / more full steps")
     panels[-1].legend(fontsize=7)

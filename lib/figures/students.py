@@ -14,7 +14,7 @@ from lib.figures import COLOURS, NARROW, PALETTE, WIDE, plain_logarithm
 
 KERNELS = dict(zip((1, 3, 5, 7), sns.light_palette(COLOURS["DiffNAS"], 5)[1:]))
 """A shade a kernel: the larger the darker."""
-CHOICES = {"teacher": ("black", "o"), "local": (COLOURS["DiffNAS"], "*"), "global, raw": (PALETTE[3], "x"),
+CHOICES = {"reference": ("black", "o"), "local": (COLOURS["DiffNAS"], "*"), "global, raw": (PALETTE[3], "x"),
            "global, relative": (PALETTE[0], "+")}
 """Colour and marker of each way to choose."""
 
@@ -103,10 +103,10 @@ def trade(tables: Mapping[str, pd.DataFrame], picks: pd.DataFrame) -> Figure:
     for axes in panels.flat[len(tables):]:
         axes.set_axis_off()
     for axes, (level, table) in zip(panels.flat, tables.items()):
-        axes.plot(table["macs"] / 1e6, table["loss"], ".", ms=2, color="0.8", rasterized=True)
-        for row in picks[picks["level"] == level].itertuples():
+        axes.plot(table["macs"] / 1e6, table["loss"], ".", ms=2, color="0.8", rasterized=True, label="candidates")
+        for size, row in enumerate(picks[picks["level"] == level].itertuples(), start=2):  # rings, where some agree
             colour, marker = next(CHOICES[kind] for kind in CHOICES if row.name.startswith(kind))
-            axes.plot(row.macs / 1e6, row.loss, marker, ms=6, color=colour, label=row.name, mew=1.2)
+            axes.plot(row.macs / 1e6, row.loss, marker, ms=2 * size, mfc="none", color=colour, label=row.name, mew=1.2)
         axes.set_yscale("log")
         axes.set_title(level, fontsize=7, pad=2)
         axes.tick_params(labelsize=6)
