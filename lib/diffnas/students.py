@@ -64,7 +64,8 @@ class FormSpace:
     Attributes
     ----------
     kernels : tuple of int, odd
-    widths : tuple of float, of the block's own width; rounded to the norm's groups, equal ones merged
+    widths : tuple of float, of the block's own width; rounded to the norm's groups, equal ones merged. A group has two
+        channels at least: a norm over one alone takes out the time embedding, which is one number for all of a channel
     """
 
     kernels: tuple[int, ...]
@@ -77,7 +78,7 @@ class FormSpace:
     def of(self, block: ResnetBlock2D) -> list[Form]:
         """Give a block's forms."""
         groups, width = block.norm1.num_groups, block.out_channels
-        channels = sorted({max(groups, groups * round(share * width / groups)) for share in self.widths})
+        channels = sorted({groups * max(2, round(share * width / groups)) for share in self.widths})
         return [Form(*kernels, count) for *kernels, count in itertools.product(self.kernels, self.kernels, channels)]
 
 

@@ -1,11 +1,14 @@
 """How fast the engine is, as ratios within one run: `make bench`. No test depends on these: machines are busy."""
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from lib import blocks, cost, params, peers, sampling, teachers
+from lib import blocks, cost, diffnas, params, peers, sampling, teachers
 from lib.plan import NoiseSchedule, Plan, trailing
 
 PAIRS = 48
@@ -84,3 +87,26 @@ def test_deepcache_package_against_our_plan(setting):
     memory = cost.peak_memory(theirs) / cost.peak_memory(ours)
     print(f"\n{precision}, batch {BATCH}, 1:5, same images, {PAIRS} pairs: DeepCache package / ours: time {ratio:.3f} "
           f"[{low:.3f}, {high:.3f}], peak memory {memory:.2f}")
+
+
+@pytest.mark.parametrize("times_wider", [1, 4, 8])
+def test_half_width_students_measured_speed_up_over_that_of_macs(times_wider):
+    """The teacher's architecture and a student with half the channels in every block, as they are and wider."""
+    p = params.load("digits")["00_teacher_training"]
+    torch.set_num_threads(p.threads)
+    torch.manual_seed(0)
+    unet = teachers.unet((1, p.resolution, p.resolution), [times_wider * width for width in p.widths], p.layers,
+                         p.norm_groups).eval().requires_grad_(False)
+    halves = {path: replace(form, width=form.width // 2) for path, form in diffnas.forms(unet).items()}
+    student = diffnas.student(diffnas.supernet(unet, diffnas.FormSpace((3,), (0.5, 1.0))), halves).eval()
+    macs = cost.count(unet).call / cost.count(student).call
+    x_t = sampling.noise("analysis", 0, 0, BATCH, (1, p.resolution, p.resolution))
+
+    def once(model):
+        with torch.inference_mode(), sampling.autocast(x_t.device, p.precision):
+            model(x_t, 500)
+
+    seconds = cost.interleave({"teacher": partial(once, unet), "student": partial(once, student)}, PAIRS)
+    ratio, low, high = cost.median_ratio(seconds["teacher"], seconds["student"])
+    print(f"\n{p.precision}, batch {BATCH}, half the width in every block, {times_wider} times as wide: measured "
+          f"{ratio:.2f} [{low:.2f}, {high:.2f}], MACs {macs:.2f}, measured / MACs {ratio / macs:.2f}")
