@@ -1,5 +1,6 @@
 """A study's report as one page: the notebooks' prose, tables and figures, self-contained and offline."""
 
+import base64
 import html
 import json
 import re
@@ -19,7 +20,7 @@ STYLE = """
 body { font: 1rem/1.5 system-ui, sans-serif; max-width: 54rem; margin: 0 auto; padding: 1rem; color: #222; }
 h1, h2, h3 { line-height: 1.25; } h2 { border-top: 2px solid #ddd; padding-top: 1.5rem; margin-top: 3rem; }
 nav ol { columns: 2 18rem; padding-left: 1.2rem; } nav li { break-inside: avoid; margin-bottom: .5rem; }
-nav ul { list-style: none; padding-left: .5rem; font-size: .85rem; }
+nav ul { list-style: none; padding-left: 1.2rem; } nav summary { font-size: 1rem; }
 figure { margin: 1.5rem 0; } figure img { max-width: 100%; height: auto; display: block; margin: 0 auto; }
 figcaption { font-size: .85rem; color: #555; text-align: center; }
 .wide { overflow-x: auto; margin: 1rem 0; }
@@ -40,7 +41,7 @@ def page(study: str, tables: dict[str, str]) -> str:
 
     Parameters
     ----------
-    tables : dict of title to Markdown, to stand at the top
+    tables : dict of title to Markdown, to stand at the top, below notebook 06's front; the first holds its numbers
 
     Raises
     ------
@@ -56,12 +57,17 @@ def page(study: str, tables: dict[str, str]) -> str:
     for notebook, body in parts.items():
         steps = "".join(f"<li><a href='#{anchor}'>{text}</a></li>"
                         for anchor, text in re.findall(r"<h3 id='([^']+)'>(.*?)</h3>", body))
-        contents += f"<li><a href='#{notebook}'>{_title(body)}</a><ul>{steps}</ul></li>"
+        contents += (f"<li><details><summary><a href='#{notebook}'>{_title(body)}</a></summary>"
+                     f"<ul>{steps}</ul></details></li>")
+    front = (paths.DATA / study / "06_comparison" / "figures" / "front.png").read_bytes()
+    front = _figure(base64.b64encode(front).decode(), "quality against cost",
+                    "Score over the best teacher's against executed MACs: down is better, right is cheaper. Bars: 95 % "
+                    f"intervals. Numbers: <a href='#{_anchor(next(iter(tables)))}'>{next(iter(tables))}</a>")
     return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Lean Diffusion: {study}</title>"
             "<meta name='viewport' content='width=device-width, initial-scale=1'><link rel='icon' href='data:,'>"
             f"<style>{STYLE}</style></head><body><h1>Lean Diffusion: the study <i>{study}</i></h1>"
             f"<p>Made by the pipeline from what its notebooks found; all code stands there. {html.escape(about)}.</p>"
-            f"<nav><ol>{contents}</ol></nav>{top}{''.join(parts.values())}</body></html>\n")
+            f"{front}<nav><ol>{contents}</ol></nav>{top}{''.join(parts.values())}</body></html>\n")
 
 
 def _section(study: str, notebook: str) -> str:
@@ -88,12 +94,17 @@ def _output(output: nbformat.NotebookNode, place: str, pictures: Iterator[Path])
             bars = any(column.endswith("_low") for column in pd.read_csv(numbers, nrows=0))
             caption += f": {numbers.stem.replace('_', ' ')}. {'Bars: 95 % intervals. ' * bars}"
             caption += f"Numbers: <code>{numbers.parent.parent.name}/figures/{numbers.name}</code>"
-        return (f"<figure><img alt='{html.escape(place)}' src='data:image/png;base64,{data['image/png'].strip()}'>"
-                f"<figcaption>{caption}</figcaption></figure>")
+        return _figure(data["image/png"].strip(), place, caption)
     if "text/html" in data:
         return f"<div class='wide'>{re.sub(' border=.1. class=.dataframe.', '', data['text/html'])}</div>"
     text = output.get("text") if output.get("name") == "stdout" else data.get("text/plain")
     return f"<pre>{html.escape(text)}</pre>" if text else ""
+
+
+def _figure(png: str, alt: str, caption: str) -> str:
+    """Give a picture, as base64, with its caption, as HTML."""
+    return (f"<figure><img alt='{html.escape(alt)}' src='data:image/png;base64,{png}'>"
+            f"<figcaption>{caption}</figcaption></figure>")
 
 
 def _prose(text: str, notebook: str = "") -> str:

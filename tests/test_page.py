@@ -41,6 +41,7 @@ def text(tmp_path, monkeypatch):
                        tmp_path / "mine" / notebook / "notebook.ipynb")
         (tmp_path / "mine" / notebook / "figures" / "front.csv").write_text("name,ratio,ratio_low,ratio_high\n")
         (tmp_path / "mine" / notebook / "meta.json").write_text(json.dumps({"commit": "abc"}))
+    (tmp_path / "mine" / "06_comparison" / "figures" / "front.png").write_bytes(base64.b64decode(PIXEL))
     return page.page("mine", {"Every way": "| plan |\n|---|\n| <i>x</i> 1.05 |"})
 
 
@@ -57,7 +58,7 @@ def test_every_link_leads_somewhere(text):
 
 def test_it_holds_all_that_was_found(text):
     count = len(params.NOTEBOOKS)
-    assert text.count(f"data:image/png;base64,{PIXEL}") == count and text.count("7.5") == count
+    assert text.count(f"data:image/png;base64,{PIXEL}") == count + 1 and text.count("7.5") == count
     assert text.count("1 &lt; 2 steps") == count and "a progress bar" not in text
     assert text.count("keep = 0.3") == count and "1.05" in text and "commit abc" in text
     assert "04, Step 1 - Look &amp; see: front. Bars: 95 % intervals." in text
