@@ -34,8 +34,8 @@ def test_a_reused_level_reuses_in_one_full_step_alone(free, described):
 
 
 def test_a_control_is_put_on_a_model(unet, teacher, described):
-    small = diffnas.student(diffnas.supernet(unet, diffnas.FormSpace((1, 3), (0.5, 1.0))),
-                            {path: diffnas.Form(1, 3, form.width // 2) for path, form in diffnas.forms(unet).items()})
+    small = diffnas.student(diffnas.supernet(unet, diffnas.FormSpace((1, 3), (1.0,))),
+                            {path: diffnas.Form(1, 3, form.width) for path, form in diffnas.forms(unet).items()})
     models = {"teacher": unet, "student": small}
     costs = {name: cost.count(model) for name, model in models.items()}
 

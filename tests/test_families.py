@@ -143,7 +143,7 @@ def test_the_teacher_analysis_runs_on_it(family, full, schedule, noise):
 def test_elastic_blocks_fit_text_conditioned_unets(schedule, noise, tmp_path):
     torch.manual_seed(0)
     model = text_unet().eval().requires_grad_(False)
-    space, given, t = diffnas.FormSpace((1, 3), (0.5, 1.0)), texts(0), torch.tensor([10, 500, 900])
+    space, given, t = diffnas.FormSpace((1, 3), (1.0, 1.5)), texts(0), torch.tensor([10, 500, 900])
     supernet = diffnas.supernet(model, space)
     torch.testing.assert_close(supernet(noise, t, **given).sample, model(noise, t, **given).sample)
     seen, _ = diffnas.observe(model, noise, t, **given)
