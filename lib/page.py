@@ -19,7 +19,7 @@ STYLE = """
 :root { color-scheme: light; }
 body { font: 1rem/1.5 system-ui, sans-serif; max-width: 54rem; margin: 0 auto; padding: 1rem; color: #222; }
 h1, h2, h3 { line-height: 1.25; } h2 { border-top: 2px solid #ddd; padding-top: 1.5rem; margin-top: 3rem; }
-nav ol { columns: 2 18rem; padding-left: 1.2rem; } nav li { break-inside: avoid; margin-bottom: .5rem; }
+nav ol { columns: 2 18rem; padding-left: 1.8rem; } nav li { break-inside: avoid; margin-bottom: .5rem; }
 nav ul { list-style: none; padding-left: 1.2rem; } nav summary { font-size: 1rem; }
 figure { margin: 1.5rem 0; } figure img { max-width: 100%; height: auto; display: block; margin: 0 auto; }
 figcaption { font-size: .85rem; color: #555; text-align: center; }
