@@ -18,7 +18,7 @@ env: $(BIN)/.ready  ## make the virtual environment
 $(BIN)/.ready: requirements.lock pyproject.toml
 	@echo "Making the environment in .venv: about two minutes and 2 GB, the first time only."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --no-compile --requirement requirements.lock
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 

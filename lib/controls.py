@@ -7,6 +7,7 @@ it and the score is interpolated on the log.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 import pandas as pd
 
@@ -120,7 +121,7 @@ class Table:
         parts = [(self.features(plan), weight) for plan, weight in control.plans]
         macs = sum(weight * self.macs(plan) for plan, weight in control.plans)
         reference = self.features(self.reference)
-        further = [self.judge.further(one) | {"paired": imitation(one, reference, "paired")} for one, _ in parts]
+        further = [self._further(one) | {"paired": imitation(one, reference, "paired")} for one, _ in parts]
         return {"name": control.name, "kind": kind, "extractor": self.judge.extractor, "n": len(parts[0][0]),
                 "steps": "-".join(str(plan.steps) for plan, _ in control.plans), "macs": macs,
                 "macs_ratio": self.macs(self.reference) / macs,
@@ -128,6 +129,11 @@ class Table:
                 **_columns("ratio", self.judge.compare(parts, [(reference, 1.0)])),
                 **_columns("ddim_ratio", self.judge.compare(parts, [(self.features(self.ddim), 1.0)])),
                 **{name: sum(weight * one[name] for one, (_, weight) in zip(further, parts)) for name in further[0]}}
+
+    @cached_property
+    def _further(self) -> Callable:
+        """`Judge.further`, once for each plan's features: one plan may stand in many rows."""
+        return cache(self.judge.further)
 
     def rows(self, plans: Mapping[str, Plan], kind: str) -> pd.DataFrame:
         """Score several plans, in their order."""

@@ -1,6 +1,9 @@
 """Controls cost what the plan costs."""
 
+from dataclasses import replace
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -85,6 +88,22 @@ def test_verdicts_say_who_is_better(table, teacher):
     assert rows.loc["between", "macs"] == rows.loc["between", "plan_macs"] == 5
     four, six = (distance(table.features(few(teacher, steps)), table.judge.real) for steps in (4, 6))
     assert rows.loc["between", "score"] == pytest.approx(np.sqrt(four * six))
+
+
+def test_features_in_many_rows_are_judged_once_each(table, teacher, monkeypatch):
+    seen = {steps: table.features(few(teacher, steps)) for steps in (4, teacher.steps)}
+    judged = []
+
+    def further(_, features):
+        judged.append(features)
+        return {"recall": float(features[0, 0])}
+
+    monkeypatch.setattr(Judge, "further", further)
+    kept = replace(table, features=lambda plan: seen[plan.steps])
+    rows = kept.beside("mine", table.ddim, [Control(name, ((few(teacher, 4), 1.0),)) for name in ("one", "two")])
+    rows = pd.concat([rows, kept.rows({"mine": table.ddim}, "control")])
+    assert rows["recall"].tolist() == [float(seen[steps][0, 0]) for steps in (4, 4, teacher.steps)]
+    assert len(judged) == 2
 
 
 def test_the_best_solver_is_the_one_with_the_lower_score(table):
