@@ -16,6 +16,9 @@ KEPT = ("metrics.json", "timings.json", "meta.json", "figures/*.png", "figures/*
 PLANNING = ("04_schedule_search", "05_pruner_training", "06_comparison")
 """The notebooks whose results are plans."""
 
+FASTER = ["times faster", "low", "high"]
+"""A measured ratio of times and its interval, as `lib.cost.speed_ups` names them."""
+
 
 def publish(study: str) -> Path:
     """Copy what a study found (numbers, tables, figures, plans; no weights) to its reports folder."""
@@ -40,7 +43,7 @@ def write_page(study: str) -> Path:
     """Write what a study found as one page, beside its published numbers."""
     target = paths.REPORTS / study / "index.html"
     tables = {"Every way to sample": results_table(study), "Beside their controls": controls_table(study),
-              "Every way to sample the transformer": transformer_table(study)}
+              "Every way to sample the transformer": transformer_table(study), "The students": students_table(study)}
     target.write_text(page(study, tables))
     return target
 
@@ -55,12 +58,27 @@ def transformer_table(study: str) -> str:
     return _ways(pd.read_csv(paths.REPORTS / study / "07_transformer" / "tables" / "front.csv"))
 
 
+def students_table(study: str) -> str:
+    """Give as Markdown what block search gives, beside the teacher that was trained on and a thin network."""
+    tables = paths.REPORTS / study / "02_block_search" / "tables"
+    seconds = pd.read_csv(tables / "seconds.csv")[["name", *FASTER]]
+    table = pd.read_csv(tables / "students.csv").merge(seconds, on="name")
+    shown = pd.DataFrame({
+        "network": table["name"].where(~table["name"].str.startswith("DiffNAS"), "**" + table["name"] + "**"),
+        "trainings": table["trainings"].astype(str), "times fewer MACs": table["macs_ratio"].map("{:.2f}".format),
+        "times fewer parameters": table["parameters_ratio"].map("{:.2f}".format),
+        "times faster [95 %]": _intervals(table, *FASTER), "score [95 %]": _intervals(table, "score"),
+        "over the teacher's, trained on [95 %]": _intervals(table, "ratio"),
+        "least and greatest of the trainings": [f"{row.least:.3g}, {row.greatest:.3g}" for row in table.itertuples()]})
+    return _markdown(shown, table)
+
+
 def _ways(table: pd.DataFrame) -> str:
     columns = {"M MACs an image": table["macs"].map(lambda macs: f"{macs / 1e6:.0f}"),
                "times fewer": table["macs_ratio"].map("{:.2f}".format),
                "k parameters": table.get("parameters", pd.Series(dtype=float)).map(lambda count: f"{count / 1e3:.0f}"),
                "ms an image": table["ms an image"].map("{:.2f}".format),
-               "times faster [95 %]": _intervals(table, "times faster", "low", "high"),
+               "times faster [95 %]": _intervals(table, *FASTER),
                "peak MB": table["peak MB"].map("{:.1f}".format), "score [95 %]": _intervals(table, "score"),
                "over the best teacher's [95 %]": _intervals(table, "ratio"),
                "over DDIM's at T steps [95 %]": _intervals(table, "ddim_ratio"),
@@ -68,6 +86,11 @@ def _ways(table: pd.DataFrame) -> str:
                "cost": table.get("cost", pd.Series(dtype=float)).map("{:.0f}".format)}
     shown = pd.DataFrame({"way to sample": table["name"].where(table["kind"] == "control", "**" + table["name"] + "**"),
                           **{title: cells for title, cells in columns.items() if len(cells)}})
+    return _markdown(shown, table)
+
+
+def _markdown(shown: pd.DataFrame, table: pd.DataFrame) -> str:
+    """Write cells of text as a table, and below it on how many images and by whose features it was scored."""
     lines = [shown.columns, ["---"] * len(shown.columns), *shown.replace(r".*\bnan\b.*", "-", regex=True).to_numpy()]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"{text}\n\nn = {table['n'].iloc[0]:,} images a row; features of {table['extractor'].iloc[0]}."
@@ -88,7 +111,8 @@ def controls_table(study: str) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"results": results_table, "controls": controls_table, "transformer": transformer_table}
+TABLES = {"results": results_table, "controls": controls_table, "transformer": transformer_table,
+          "students": students_table}
 
 
 def filled(text: str) -> str:

@@ -70,6 +70,25 @@ def test_the_one_table_has_every_column_and_a_dash_for_what_was_not_measured(tmp
     assert report.transformer_table("mine").splitlines()[2] == few.replace(" | 267", "").removesuffix(" - |")
 
 
+def test_the_students_table_says_how_small_how_fast_and_how_good(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "REPORTS", tmp_path)
+    tables = tmp_path / "mine" / "02_block_search" / "tables"
+    tables.mkdir(parents=True)
+    row = {"trainings": 3, "extractor": "a classifier", "n": 5000, "macs_ratio": 2.25, "parameters_ratio": 2.0,
+           "score": 0.5, "score_low": 0.4, "score_high": 0.6, "ratio": 1.2, "ratio_low": 1.1, "ratio_high": 1.3,
+           "least": 1.15, "greatest": 1.25}
+    students = pd.DataFrame([row | {"name": "DiffNAS, 50%"}, row | {"name": "thin, 50%"}])
+    students.to_csv(tables / "students.csv", index=False)
+    pd.DataFrame([{"name": name, "times fewer MACs": 2.25, "times faster": faster, "low": 1.1, "high": 1.9}
+                  for name, faster in {"thin, 50%": 1.5, "teacher": 1.0, "DiffNAS, 50%": 1.4}.items()]
+                 ).to_csv(tables / "seconds.csv", index=False)
+    _, _, mine, thin, _, below = report.students_table("mine").splitlines()
+    rest = "0.5 [0.4, 0.6] | 1.2 [1.1, 1.3] | 1.15, 1.25 |"
+    assert mine == f"| **DiffNAS, 50%** | 3 | 2.25 | 2.00 | 1.4 [1.1, 1.9] | {rest}"
+    assert thin == f"| thin, 50% | 3 | 2.25 | 2.00 | 1.5 [1.1, 1.9] | {rest}"
+    assert below == "n = 5,000 images a row; features of a classifier."
+
+
 def test_publishing_copies_numbers_and_no_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "DATA", tmp_path / "data")
     monkeypatch.setattr(paths, "REPORTS", tmp_path / "reports")
