@@ -17,7 +17,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 from torch import Tensor, nn
 
-from lib import cost, paths, sampling, teachers
+from lib import cost, graphs, paths, sampling, teachers
 from lib.data import to_uint8
 from lib.engine import Engine
 from lib.plan import NoiseSchedule, Plan, PlanError
@@ -49,7 +49,7 @@ class Planned:
         if model is None:
             raise PlanError(f"a {type(pipe).__name__} has neither unet nor transformer: no plan fits it.")
         self.pipe, self._own = pipe, pipe.scheduler
-        self._engine = Engine(model, plan, NoiseSchedule.of(pipe.scheduler))
+        self._engine = graphs.engine(model, plan, NoiseSchedule.of(pipe.scheduler))
         self._walk = _Walk(self._engine, pipe.scheduler)
 
     def enable(self) -> None:

@@ -25,8 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from lib import blocks as _blocks
-from lib import sampling
-from lib.engine import Engine
+from lib import graphs, sampling
 from lib.plan import NoiseSchedule, Plan
 
 ATTENTION = ("scaled_dot_product", "bmm")  # operators that only attention uses in these networks
@@ -225,7 +224,7 @@ def measure(model: nn.Module, schedule: SchedulerMixin, plans: Iterable[Plan], n
     repeats : int, walks of each plan, after one that does not count
     conditions : Conditions of the B images, where the network reads any
     """
-    engines = [Engine(model, plan, NoiseSchedule.of(schedule)) for plan in plans]
+    engines = [graphs.engine(model, plan, NoiseSchedule.of(schedule)) for plan in plans]
     seconds: dict[str, list[float]] = {_pattern(row): [] for engine in engines for row in engine.live}
     with torch.inference_mode(), sampling.autocast(noise.device, precision):
         for turn in tqdm(range(repeats + 1), desc="latency of columns", unit="round"):
@@ -292,7 +291,7 @@ def peak_memory(run: Callable[[], object]) -> int:
     Every operator's outputs are watched until their storage is freed, so the count is exact and repeats; what a kernel
     uses inside itself is not seen.
     """
-    with _Watch() as watch:
+    with _Watch() as watch, graphs.unrecorded():
         run()
     return watch.peak
 

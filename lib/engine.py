@@ -98,11 +98,12 @@ class Engine:
         prediction : Tensor, (B, C, H, W), without a learned variance
         """
         self.branch = branch
-        output = self.model(x_t, torch.as_tensor(t, device=x_t.device).expand(len(x_t)), **conditions)
+        t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+        output = self.model(x_t.to(self.model.dtype), t, **conditions)
         return output.sample[:, :x_t.shape[1]]
 
-    def step(self, call: Callable[[], Any]) -> Any:
-        """Go one step on in the current branch: give what the network's `call` gives, or what it gave last."""
+    def step(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        """Go one step on in the current branch: give what the network's `forward` gives, or what it gave last."""
         self._now = now = self._passes.setdefault(self.branch, _Pass())
         now.step += 1
         if now.step >= self.plan.steps:
@@ -110,10 +111,14 @@ class Engine:
                             "next batch.")
         if not self._calls[now.step]:
             return now.output
-        output = call()
+        output = self.call(forward, args, kwargs)
         if now.step in self._keeps:
             now.output = output
         return output
+
+    def call(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        """Run the network at the current step."""
+        return forward(*args, **kwargs)
 
     def runs(self, place: int) -> bool:
         """Say whether the cell of block `place` at the current step computes."""
@@ -148,7 +153,7 @@ class _ModelHook(ModelHook):
         self.engine = engine
 
     def new_forward(self, module: nn.Module, *args, **kwargs) -> Any:
-        return self.engine.step(lambda: self.fn_ref.original_forward(*args, **kwargs))
+        return self.engine.step(self.fn_ref.original_forward, args, kwargs)
 
 
 class _LayerHook(ModelHook):

@@ -23,7 +23,7 @@ from lib.plan import Plan
 
 @torch.inference_mode()
 def deepcache(model: nn.Module, schedule: SchedulerMixin, teacher: Plan, interval: int, branch: int, noise: Tensor, *,
-              precision: str = "fp32") -> Tensor:
+              precision: str = "fp32", **conditions) -> Tensor:
     """Sample with the `DeepCache` package (Ma et al. 2023), uniformly, over a full plan's steps and solver.
 
     Parameters
@@ -31,6 +31,7 @@ def deepcache(model: nn.Module, schedule: SchedulerMixin, teacher: Plan, interva
     model : a UNet with two residual blocks, or one and a sampler, a level
     interval, branch : int, the package's cache_interval and cache_branch_id
     noise : Tensor, (n, C, H, W)
+    conditions : what else the network reads
     """
     from DeepCache import DeepCacheSDHelper
 
@@ -42,7 +43,8 @@ def deepcache(model: nn.Module, schedule: SchedulerMixin, teacher: Plan, interva
     try:
         with sampling.autocast(x_t.device, precision):
             for t in scheduler.timesteps:
-                x_t = scheduler.step(model(x_t, t).sample.float(), t, x_t).prev_sample
+                predicted = model(x_t.to(model.dtype), t, **conditions).sample
+                x_t = scheduler.step(predicted.float(), t, x_t).prev_sample
     finally:
         helper.disable()
     return x_t.cpu()

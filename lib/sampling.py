@@ -13,6 +13,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lib import graphs
 from lib.blocks import example_conditions
 from lib.engine import Engine
 from lib.plan import NoiseSchedule, Plan
@@ -134,7 +135,7 @@ def sample(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: Tensor
     device = next(model.parameters()).device
     images = []
     bar = tqdm(total=len(noise), desc=title, unit="image", disable=title is None, leave=False)
-    with Engine(model, plan, NoiseSchedule.of(schedule)) as engine, autocast(device, precision):
+    with graphs.engine(model, plan, NoiseSchedule.of(schedule)) as engine, autocast(device, precision):
         for first in range(0, len(noise), batch_size):
             batch = noise[first:first + batch_size]
             own = conditions and conditions.rows(first, len(batch))

@@ -41,6 +41,7 @@ class Stage:
         self.out = paths.writable(paths.DATA / values.study / notebook)
         self.work = paths.writable(paths.DATA / values.study / ".resume" / f"{notebook}-{self._digest()}")
         torch.set_num_threads(values.threads)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, on CUDA too
 
     def _digest(self) -> str:
         """Hash all that a half-done result may hang on: parameters and code up to this stage, and its modules."""

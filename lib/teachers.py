@@ -143,7 +143,8 @@ def fit(p: TeacherTraining, images: Tensor, work: Path) -> tuple[UNet2DModel, li
     model = unet(tuple(images.shape[1:]), p.widths, p.layers, p.norm_groups).to(p.device)
     loss = denoising_loss(images, noise_schedule(), p.batch_size)
     return model, train(model, loss, steps=p.training_steps, lr=p.learning_rate, ema_decay=p.ema_decay, seed=p.seed,
-                        device=p.device, precision=p.precision, work=work, save_every=p.save_every, title="teacher")
+                        device=p.device, precision=p.precision, work=work, save_every=p.save_every, compiled=True,
+                        title="teacher")
 
 
 def check_draws(model: ModelMixin, shape: tuple[int, int, int]) -> None:
@@ -205,4 +206,7 @@ def load(source: Path | str, device: str = "cpu") -> tuple[ModelMixin, DDIMSched
                          "loaded here.")
     model = getattr(import_module(library), kind).from_pretrained(name, subfolder=part, use_safetensors=True)
     schedule = DDIMScheduler.from_pretrained(name, subfolder="scheduler")
-    return model.eval().requires_grad_(False).to(device), schedule
+    model.eval().requires_grad_(False).to(device)
+    if model.device.type == "cuda":
+        model.to(memory_format=torch.channels_last)
+    return model, schedule

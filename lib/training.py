@@ -38,8 +38,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator, float], Tensor], *, steps: int, lr: float,
           ema_decay: float, seed: int, device: str, precision: str, work: Path, save_every: int = 200,
-          warmup: int = 50, weight_decay: float = 0.0, clip: float = 1.0, title: str = "training") -> list[dict]:
+          warmup: int = 50, weight_decay: float = 0.0, clip: float = 1.0, compiled: bool = False,
+          title: str = "training") -> list[dict]:
     """Train `model` in place with AdamW and leave the exponential moving average of its weights in it.
+
+    On CUDA its convolutions lie channels-last and the optimiser is fused.
 
     Parameters
     ----------
@@ -55,6 +58,7 @@ def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator, float], 
     work : Path
         Folder of the training state. If it holds a state, training goes on from there.
     weight_decay, clip : float, AdamW's decay; largest norm of the gradient
+    compiled : bool, on CUDA; for networks that run the same at every step (a supernet's paths do not)
 
     Returns
     -------
@@ -67,10 +71,14 @@ def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator, float], 
         If the loss or its gradient is NaN or infinite. The last good state stays in `work`.
     """
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if precision == "bf16" else "no")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    on_cuda = accelerator.device.type == "cuda"
+    if on_cuda:
+        model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=on_cuda)
     model.train()
     # Not wrapped for several processes (evaluation_mode): their gradients are averaged below, whatever a loss calls.
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    network = torch.compile(prepared) if compiled and on_cuda else prepared
     optimizer = accelerator.prepare_optimizer(optimizer)
     ema = EMAModel(model.parameters(), decay=ema_decay)
     ema.to(accelerator.device)
@@ -82,7 +90,7 @@ def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator, float], 
         for group in optimizer.param_groups:
             group["lr"] = rate
         with accelerator.autocast():
-            value = loss(prepared, step_generator(seed, step), step / steps)
+            value = loss(network, step_generator(seed, step), step / steps)
         recent.append(accelerator.reduce(value.detach(), "mean").item())
         accelerator.backward(value)
         if accelerator.num_processes > 1:

@@ -3,8 +3,10 @@
 import hypothesis
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from lib import blocks, teachers
+from lib import blocks, graphs, teachers
 from lib.plan import NoiseSchedule, Plan, trailing
 
 SHAPE = (1, 16, 16)
@@ -44,3 +46,38 @@ def teacher(described, schedule):
 @pytest.fixture(scope="session")
 def noise():
     return torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph's stand-in on the CPU: the operators that ran run again, on the very tensors that they had."""
+
+    def __init__(self):
+        super().__init__()
+        self.ran = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        self.ran.append((func, args, kwargs or {}, output))
+        return output
+
+    def replay(self):
+        for func, args, kwargs, output in self.ran:
+            for old, fresh in zip(tree_leaves(output), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != fresh.data_ptr():
+                    old.copy_(fresh)
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    """Let all sampling record its steps, on tapes; gives the list of them."""
+    made = []
+
+    def record(run, pool):
+        with Tape() as tape:
+            output = run()
+        made.append(tape)
+        return tape.replay, output
+
+    monkeypatch.setattr(graphs, "engine", graphs.GraphedEngine)
+    monkeypatch.setattr(graphs, "cuda_graph", record)
+    return made

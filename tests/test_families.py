@@ -79,6 +79,19 @@ def by_replacing(model, described, schedule, plan, noise, conditions):
     return x_t
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+def test_recorded_steps_give_what_unrecorded_ones_give(family, full, schedule, noise, passes, request):
+    model, _, conditions = family
+    guided = Conditions(conditions.given, conditions.null, conditions.scale, passes)
+    plans = [Plan.random(share, 0, full) for share in (0.3, 0.7)]
+    wanted = [sampling.sample(model, schedule, plan, noise, guided) for plan in plans]
+    tapes = request.getfixturevalue("tapes")
+    for _ in range(3):
+        for plan, images in zip(plans, wanted, strict=True):
+            assert torch.equal(sampling.sample(model, schedule, plan, noise, guided), images)
+    assert tapes
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_any_plan_gives_what_replacing_gives_guided_in_one_pass_or_two(family, full, schedule, noise, seed):
     model, described, conditions = family

@@ -21,7 +21,8 @@ def write(tmp_path, monkeypatch):
     return write
 
 
-def test_all_studies_have_the_same_keys_in_the_same_order_and_load():
+def test_all_studies_have_the_same_keys_in_the_same_order_and_load(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     keys = {}
     for study in params.studies():
         content = YAML(typ="safe", pure=True).load((paths.PARAMS / f"{study}.yaml").read_text())

@@ -1,0 +1,103 @@
+"""Recorded steps, on tapes instead of CUDA graphs (conftest): when they are made, reused, dropped, and given up."""
+
+import copy
+
+import pytest
+import torch
+
+from lib import graphs, sampling
+from lib.plan import NoiseSchedule, Plan
+
+
+@pytest.fixture
+def own(unet):
+    """A network that no other test has recorded."""
+    return copy.deepcopy(unet)
+
+
+@pytest.fixture
+def deepcache(teacher, described):
+    return Plan.deepcache(5, described.branch(1), teacher)
+
+
+@pytest.fixture
+def plain(unet, schedule, deepcache, noise):
+    """The images without recordings; to be asked for before `tapes`."""
+    return sampling.sample(unet, schedule, deepcache, noise)
+
+
+@pytest.fixture
+def calls(own):
+    """How often the network's Python runs: a replay runs none of it."""
+    made = []
+    own.conv_in.register_forward_hook(lambda *_: made.append(1))
+    return made
+
+
+def test_a_kind_of_step_is_recorded_once_and_then_no_python_runs(plain, own, schedule, deepcache, noise, tapes, calls):
+    for _ in range(2):
+        assert torch.equal(sampling.sample(own, schedule, deepcache, noise), plain)
+    assert len(tapes) == 2  # the full step, which keeps a feature, and the partial one
+    calls.clear()
+    assert torch.equal(sampling.sample(own, schedule, deepcache, noise), plain)
+    assert not calls
+
+
+def test_every_batch_size_has_recordings_of_its_own(own, schedule, deepcache, noise, tapes):
+    for _ in range(3):
+        for count in (3, 1, 2):
+            alone = sampling.sample(own, schedule, deepcache, noise, batch_size=count)
+            torch.testing.assert_close(alone, sampling.sample(own, schedule, deepcache, noise), rtol=1e-4, atol=1e-4)
+    assert len(tapes) == 6
+
+
+def test_plans_share_recordings(own, schedule, teacher, deepcache, noise, tapes):
+    for _ in range(2):
+        sampling.sample(own, schedule, deepcache, noise)
+    made = len(tapes)
+    sampling.sample(own, schedule, deepcache.with_cells(deepcache.cells, method="another"), noise)
+    assert len(tapes) == made
+
+
+def test_weights_trained_on_are_read_anew_and_moved_ones_recorded_anew(own, schedule, deepcache, noise, tapes):
+    for _ in range(2):
+        before = sampling.sample(own, schedule, deepcache, noise)
+    made = len(tapes)
+    with torch.no_grad():
+        own.conv_out.weight.mul_(0.5)
+    other = sampling.sample(own, schedule, deepcache, noise)
+    assert len(tapes) == made and not torch.equal(other, before)
+    own.double().float()  # elsewhere in memory
+    for _ in range(2):
+        assert torch.equal(sampling.sample(own, schedule, deepcache, noise), other)
+    assert len(tapes) == 2 * made
+
+
+def test_a_step_that_cannot_be_recorded_runs_as_it_is_with_a_message(plain, own, schedule, deepcache, noise, tapes,
+                                                                     monkeypatch):
+    def refuse(run, pool):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "cuda_graph", refuse)
+    with pytest.warns(UserWarning, match="runs without: operation not permitted"):
+        assert torch.equal(sampling.sample(own, schedule, deepcache, noise), plain)
+    assert torch.equal(sampling.sample(own, schedule, deepcache, noise), plain)
+
+
+def test_gradients_flow_where_they_are_asked_for(own, schedule, teacher, noise, tapes):
+    x_t = noise.clone().requires_grad_()
+    with graphs.engine(own, teacher, NoiseSchedule.of(schedule)) as engine:
+        for t in teacher.timesteps:
+            predicted = engine(x_t, t)
+    predicted.sum().backward()
+    assert x_t.grad.abs().sum() > 0 and not tapes
+
+
+def test_an_exception_in_a_run_leaves_nothing_behind(own, schedule, deepcache, noise, tapes):
+    wanted = [sampling.sample(own, schedule, deepcache, noise) for _ in range(3)][-1]
+    engine = graphs.engine(own, deepcache, NoiseSchedule.of(schedule))
+    with pytest.raises(KeyboardInterrupt), torch.inference_mode(), engine:
+        for number, _ in enumerate(sampling.walk(engine, schedule, noise)):
+            if number == 3:
+                raise KeyboardInterrupt
+    assert torch.equal(sampling.sample(own, schedule, deepcache, noise), wanted)
