@@ -59,8 +59,8 @@ class Engine:
         self._now, self.branch = _Pass(), ""
 
     def __enter__(self) -> Self:
-        device = next(self.model.parameters()).device
-        self._unread = torch.empty(0, device=device)
+        self._weight = next(self.model.parameters())
+        self._unread = torch.empty(0, device=self._weight.device)
         self._hook("", _ModelHook(self))
         for level, members in self.blocks.levels.items():
             if len(members) > 1:
@@ -99,7 +99,7 @@ class Engine:
         """
         self.branch = branch
         t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
-        output = self.model(x_t.to(self.model.dtype), t, **conditions)
+        output = self.model(x_t.to(self._weight.dtype), t, **conditions)
         return output.sample[:, :x_t.shape[1]]
 
     def step(self, forward: Callable, args: tuple, kwargs: dict) -> Any:

@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -79,27 +79,43 @@ def distance(a: Tensor | Statistics, b: Tensor | Statistics) -> float:
     return fid_statistics_to_metric(a, b, False)[KEY_METRIC_FID]
 
 
-def jackknife(value: Callable[..., float], samples: Sequence[Tensor], groups: int = GROUPS) -> Estimate:
-    """Estimate a positive statistic of paired samples, with the interval of a delete-a-group jackknife on its log.
+def jackknife(value: Callable[[Tensor], float], sample: Tensor, groups: int = GROUPS) -> np.ndarray:
+    """Give the log of a positive statistic of a sample, then the same with one block of rows after another left out.
+
+    Paired samples (row i of all of them comes from the same noise) have paired logs: their differences are the logs of
+    ratios.
 
     Parameters
     ----------
-    value : callable(*samples) -> float, > 0
-    samples : tensors with n rows each; row i of all of them comes from the same noise
-    groups : int, blocks of rows left out in turn
+    value : callable(sample) -> float, > 0
+    sample : Tensor, n rows
+    groups : int, G blocks
+
+    Returns
+    -------
+    logs : (1 + G,), float
+    """
+    n = len(sample)
+    edges = np.linspace(0, n, groups + 1).astype(int)
+    return np.log([value(sample), *(value(sample[np.r_[0:a, b:n]]) for a, b in pairwise(edges))])
+
+
+def interval(logs: np.ndarray) -> Estimate:
+    """Give what a jackknife's logs estimate.
+
+    Parameters
+    ----------
+    logs : (1 + G,), float, from `jackknife`, or weighted sums of such
 
     Returns
     -------
     estimate : Estimate
         exp(log value +- t s), s^2 = (G - 1) / G * sum of squared deviations (Efron and Tibshirani 1993, chapter 11)
     """
-    n = len(samples[0])
-    edges = np.linspace(0, n, groups + 1).astype(int)
-    keep = [np.r_[0:a, b:n] for a, b in pairwise(edges)]
-    left = np.array([np.log(value(*(sample[rows] for sample in samples))) for rows in keep])
+    whole, left, groups = logs[0], logs[1:], len(logs) - 1
     error = np.sqrt((groups - 1) / groups * np.sum((left - left.mean()) ** 2))
-    whole, reach = value(*samples), stats.t.ppf(0.975, groups - 1) * error
-    return Estimate(float(whole), float(whole * np.exp(-reach)), float(whole * np.exp(reach)))
+    reach = stats.t.ppf(0.975, groups - 1) * error
+    return Estimate(*(float(np.exp(whole + side)) for side in (0, -reach, reach)))
 
 
 @dataclass(frozen=True)
@@ -122,9 +138,14 @@ class Judge:
         """Mean and covariance of the data set's features."""
         return statistics(self.real)
 
+    @cached_property
+    def _logs(self) -> Callable[[Tensor], np.ndarray]:
+        """Give the jackknife of features' score, worked out once: one plan stands in many comparisons."""
+        return cache(lambda generated: jackknife(lambda part: distance(part, self.statistics), generated))
+
     def score(self, generated: Tensor) -> Estimate:
         """Give the distance to the data set, with its interval."""
-        return jackknife(lambda g: distance(g, self.statistics), [generated])
+        return self.compare([(generated, 1.0)], [])
 
     def ratio(self, generated: Tensor, teacher: Tensor) -> Estimate:
         """Give the score over the teacher's score from the same noise, with the interval of the pair."""
@@ -136,12 +157,7 @@ class Judge:
         A control that brackets a cost is [(cheaper, w), (dearer, 1 - w)]: its score is interpolated on the log.
         """
         parts = [*a, *((features, -weight) for features, weight in b)]
-
-        def value(*samples: Tensor) -> float:
-            logs = [weight * np.log(distance(s, self.statistics)) for s, (_, weight) in zip(samples, parts)]
-            return float(np.exp(sum(logs)))
-
-        return jackknife(value, [features for features, _ in parts])
+        return interval(sum(weight * self._logs(features) for features, weight in parts))
 
     def trainings(self, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> dict[str, float]:
         """Compare two kinds of model, each trained several times (or once, for all of the other's).
@@ -180,12 +196,11 @@ class Bank:
     precision : "fp32" or "bf16"
     work : Path
         Folder that keeps the features of each plan as they come, so that an interrupted run goes on.
-    known : Path, optional
-        A file of features that `save` wrote, of the same bank.
+    known : Path of files of features that `save` wrote; those of the same bank are taken
     """
 
     def __init__(self, name: str, model: nn.Module, schedule: SchedulerMixin, classifier: extractor.Classifier, *,
-                 count: int, seed: int, precision: str, work: Path, known: Path | None = None):
+                 count: int, seed: int, precision: str, work: Path, known: Iterable[Path] = ()):
         self.name, self.model, self.schedule, self.classifier = name, model, schedule, classifier
         self.count, self.seed, self.precision = count, seed, precision
         self.key = hashlib.sha256(f"{digest(model)} {classifier.name} {name} {seed} {count} {precision}".encode()
@@ -193,8 +208,8 @@ class Bank:
         self.work = work / f"{name}-{self.key}"
         self.work.mkdir(parents=True, exist_ok=True)
         self._features: dict[str, Tensor] = {}
-        if known is not None:
-            for name_, tensor in load_file(known).items():
+        for path in known:
+            for name_, tensor in load_file(path).items():
                 key, _, plan = name_.partition("/")
                 if key == self.key:
                     self._features[plan] = tensor

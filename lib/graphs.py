@@ -55,7 +55,7 @@ class GraphedEngine(Engine):
     """
 
     def __enter__(self) -> Self:
-        self._shelf, self._device = _shelf(self.model), next(self.model.parameters()).device
+        self._shelf = _shelf(self.model)
         self._reads: dict[int, Tensor] = {}
         return super().__enter__()
 
@@ -64,7 +64,7 @@ class GraphedEngine(Engine):
         if torch.is_grad_enabled() or not _recording:
             return forward(*args, **kwargs)
         leaves, tree = tree_flatten((args, kwargs))
-        leaves = [leaf.to(self._device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        leaves = [leaf.to(self._weight.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(leaves, tree)
         kind = self._kind(leaves, str(tree))
         shelf = self._shelf
@@ -105,7 +105,7 @@ class GraphedEngine(Engine):
         """Give all that a recording hangs on, save the weights."""
         inputs = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
         live, stored = self._rows()
-        kind = self._device.type
+        kind = self._weight.device.type
         lowered = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return self.branch, live.tobytes(), stored.tobytes(), tree, inputs, lowered
 

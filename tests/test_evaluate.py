@@ -6,7 +6,7 @@ import torch
 import torch_fidelity
 
 from lib import data, evaluate, extractor
-from lib.evaluate import Bank, Judge, distance, jackknife
+from lib.evaluate import Bank, Judge, distance, interval, jackknife
 from lib.plan import Plan
 
 
@@ -55,7 +55,7 @@ def test_the_distance_of_two_gaussians_is_the_formulas():
 
 def test_the_jackknifes_interval_of_a_mean_is_the_textbooks():
     sample = torch.from_numpy(np.random.default_rng(1).gamma(9.0, 1.0, (2000, 1)))
-    estimate = jackknife(lambda s: float(s.mean()), [sample])
+    estimate = interval(jackknife(lambda s: float(s.mean()), sample))
     half = 2.093 * float(sample.std()) / np.sqrt(2000)  # t with 19 degrees of freedom
     assert estimate.value == pytest.approx(float(sample.mean()))
     assert (estimate.high - estimate.low) / 2 == pytest.approx(half, rel=0.4)
@@ -108,9 +108,9 @@ def test_a_bank_samples_once_and_keeps_features(unet, schedule, teacher, classif
     assert torch.equal(bank().features(plan), features), "from the work folder"
     for file in tmp_path.glob("report-*/*"):
         file.unlink()
-    assert torch.equal(bank(known=tmp_path / "features.safetensors").features(plan), features), "from an earlier stage"
-    other = Bank("report", unet, schedule, classifier, count=5, seed=1, precision="fp32", work=tmp_path,
-                 known=tmp_path / "features.safetensors")
+    known = [tmp_path / "features.safetensors"]
+    assert torch.equal(bank(known=known).features(plan), features), "from an earlier stage"
+    other = Bank("report", unet, schedule, classifier, count=5, seed=1, precision="fp32", work=tmp_path, known=known)
     with pytest.raises(pytest.fail.Exception, match="sampled again"):
         other.features(plan)
 
