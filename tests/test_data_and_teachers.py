@@ -56,7 +56,7 @@ def encoded(folder):
 def test_a_folder_of_images_is_cut_resized_and_labelled_by_its_subfolders(folder):
     found = data.load(str(folder), 8, 0.25, 0)
     assert found.images.shape == (12, 3, 8, 8) and -1 <= found.images.min() < found.images.max() <= 1
-    assert torch.bincount(found.labels).tolist() == [6, 6]
+    assert torch.bincount(found.labels).tolist() == [6, 6] and found.images.is_contiguous()
     first = Image.open(folder / "cats" / "00.png").resize((8, 8), Image.Resampling.BICUBIC, box=(4, 0, 16, 12))
     gap = (data.to_uint8(found.images[0]).permute(1, 2, 0).int() - torch.from_numpy(np.array(first)).int()).abs().max()
     assert gap <= 1
