@@ -85,7 +85,7 @@ def count(model: nn.Module) -> Costs:
     config = model.config
     # Parameters, which want gradients: of tensors that do not, the counter misses what attention multiplies.
     weightless = {id(tensor): nn.Parameter(tensor.detach().to("meta")) for tensor in model.parameters()}
-    twin = copy.deepcopy(model, weightless).to("meta")
+    twin = copy.deepcopy(model, weightless).to("meta").float()
     size = config.sample_size
     shape = (size, size) if isinstance(size, int) else tuple(size)
     x_t = torch.empty(1, config.in_channels, *shape, device="meta")

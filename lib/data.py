@@ -112,8 +112,8 @@ def _read(source: str, resolution: int) -> tuple[Tensor, Tensor]:
         labels.append(label or 0)
     if len(pixels) < 10:
         raise ValueError(f"{source} holds {len(pixels)} images; that is too few to learn from.")
-    # Laid out channel by channel: with channels last, torch's group norm crashes on the CPU where its input, as in a level
-    # that is distilled, wants no gradient.
+    # Laid out channel by channel: with channels last, torch's group norm crashes on the CPU where its input wants no
+    # gradient, as in a level that is distilled.
     return torch.stack(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1, torch.tensor(labels)
 
 

@@ -30,7 +30,7 @@ from lib.plan import Plan
 GROUPS = 20
 """Blocks of noise indices that the jackknife leaves out one by one."""
 PRC_IMAGES = 5_000
-"""Precision and recall compare all pairs: at most so many generated images."""
+"""Precision and recall compare all pairs: of so many generated images at most, and as many real ones."""
 
 KINDS = ("rfid", "rfid, shrunk", "paired")
 """Ways to measure how far images lie from the teacher's: see `Imitation`."""
@@ -178,7 +178,8 @@ class Judge:
         """Give kernel distance (x 1000), precision and recall (k = 3) as torch-fidelity computes them."""
         size = min(1000, len(generated), len(self.real))
         kid = kid_features_to_metric(generated, self.real, kid_subsets=20, kid_subset_size=size, verbose=False)
-        prc = prc_features_to_metric(generated[:PRC_IMAGES], self.real, verbose=False)
+        some = self.real[::-(-len(self.real) // PRC_IMAGES)]
+        prc = prc_features_to_metric(generated[:PRC_IMAGES], some, verbose=False)
         return {"kid_x1e3": 1e3 * kid[KEY_METRIC_KID_MEAN], "precision": prc[KEY_METRIC_PRECISION],
                 "recall": prc[KEY_METRIC_RECALL]}
 

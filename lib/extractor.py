@@ -96,7 +96,8 @@ def read(classifier: Classifier, images: Tensor) -> Tensor:
 def save(folder: Path, classifier: Classifier) -> None:
     """Write weights and shape."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(classifier.state_dict(), folder / "classifier.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in classifier.state_dict().items()},
+              folder / "classifier.safetensors")
     (folder / "classifier.json").write_text(json.dumps(classifier.shape))
 
 

@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from lib.engine import Engine
 from lib.plan import NoiseSchedule, Plan
 
+LIMIT = 500
+"""So many recordings are kept of a network; then they are made anew. (A search may try thousands of kinds of steps.)"""
 _recording = True
 
 
@@ -26,11 +28,11 @@ _recording = True
 def unrecorded() -> Iterator[None]:
     """Inside, every step runs as it is, so that what it does can be watched."""
     global _recording
-    _recording = False
+    before, _recording = _recording, False
     try:
         yield
     finally:
-        _recording = True
+        _recording = before
 
 
 def engine(model: nn.Module, plan: Plan, schedule: NoiseSchedule) -> Engine:
@@ -41,17 +43,20 @@ def engine(model: nn.Module, plan: Plan, schedule: NoiseSchedule) -> Engine:
 
 def cuda_graph(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
     """Record what `run` launches: give what replays it, and its output, which each replay writes anew."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        output = run()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            output = run()
+    finally:
+        torch.cuda.set_stream(stream)  # a failed recording leaves its own behind
     return graph.replay, output
 
 
 class GraphedEngine(Engine):
     """An `Engine` that records each kind of step when it comes again, and replays it from then on.
 
-    (Searches try many plans: what comes once is not worth a recording.) Where gradients are asked for, and where a step
-    cannot be recorded (which a warning says), it runs as it is. Predictions are the plain engine's, to rounding.
+    (Searches try many plans: what comes once is not worth a recording.) Where gradients are asked for, and once a step
+    could not be recorded (which a warning says), all run as they are. Predictions are the plain engine's, to rounding.
     """
 
     def __enter__(self) -> Self:
@@ -61,6 +66,7 @@ class GraphedEngine(Engine):
 
     def call(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
         """Run the network at the current step, recorded if this kind of step has come before."""
+        global _recording
         if torch.is_grad_enabled() or not _recording:
             return forward(*args, **kwargs)
         leaves, tree = tree_flatten((args, kwargs))
@@ -71,11 +77,16 @@ class GraphedEngine(Engine):
         if kind not in shelf.seen:
             shelf.seen.add(kind)
             return forward(*args, **kwargs)
-        if kind not in shelf.recordings:
-            shelf.recordings[kind] = self._record(forward, leaves, tree)
-        recording = shelf.recordings[kind]
-        cache = self._now.cache
-        if recording is None or any(cache.get(place) is not buffer for place, buffer in recording.reads.items()):
+        if len(shelf.recordings) >= LIMIT:
+            shelf.recordings.clear()
+        try:
+            recording = shelf.recordings[kind] = shelf.recordings.get(kind) or self._record(forward, leaves, tree)
+        except RuntimeError as error:  # what a device does after a failed recording is not sure: no second try
+            warnings.warn(f"a step could not be recorded as a CUDA graph; all run without from here: {error}",
+                          stacklevel=2)
+            _recording = False
+            return forward(*args, **kwargs)
+        if any(self._now.cache.get(place) is not buffer for place, buffer in recording.reads.items()):
             return forward(*args, **kwargs)
         _fill(recording.inputs, leaves)
         recording.replay()
@@ -85,6 +96,9 @@ class GraphedEngine(Engine):
 
     def put(self, place: int, given: Callable[[], Tensor]) -> None:
         """Take what a block gave: into the buffer of its place, if a later step reads it."""
+        if torch.is_grad_enabled() or not _recording:
+            super().put(place, given)
+            return
         buffer = None
         if self.stored[self._now.step, place]:
             value = given()
@@ -123,7 +137,7 @@ class GraphedEngine(Engine):
                 self._shelf.buffers[key] = torch.empty_like(like, memory_format=torch.preserve_format)
         return self._shelf.buffers[key]
 
-    def _record(self, forward: Callable, leaves: list, tree: Any) -> "_Recording | None":
+    def _record(self, forward: Callable, leaves: list, tree: Any) -> "_Recording":
         inputs = [self._buffer(("input", i), leaf) if isinstance(leaf, Tensor) else leaf
                   for i, leaf in enumerate(leaves)]
         _fill(inputs, leaves)
@@ -135,10 +149,7 @@ class GraphedEngine(Engine):
             replay, output = cuda_graph(lambda: forward(*args, **kwargs), self._shelf.pool)
             live, stored = self._rows()
             writes = {int(place): self._now.cache[place] for place in (live & stored).nonzero()[0]}
-            return _Recording(replay, inputs, self._reads, writes, output)
-        except RuntimeError as error:
-            warnings.warn(f"a step could not be recorded as a CUDA graph and runs without: {error}", stacklevel=2)
-            return None
+            return _Recording(replay, inputs, dict(self._reads), writes, output)
         finally:
             torch.set_autocast_cache_enabled(cached)
             self._now.cache = before
@@ -168,7 +179,7 @@ class _Shelf:
     weights: tuple[int, ...]
     pool: Any
     seen: set[tuple] = field(default_factory=set)
-    recordings: dict[tuple, _Recording | None] = field(default_factory=dict)
+    recordings: dict[tuple, _Recording] = field(default_factory=dict)
     buffers: dict[tuple, Tensor] = field(default_factory=dict)
 
 

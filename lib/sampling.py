@@ -110,8 +110,8 @@ def walk(engine: Engine, schedule: SchedulerMixin, x_t: Tensor, conditions: Cond
     scheduler = solver(engine.plan, schedule)
     conditions = conditions or Conditions.drawn(engine.model, x_t)
     predict = partial(conditions.predict, engine) if conditions else engine
-    for t in scheduler.timesteps:
-        x_t = scheduler.step(predict(x_t, t).float(), t, x_t).prev_sample
+    for t, there in zip(scheduler.timesteps, scheduler.timesteps.to(x_t.device)):
+        x_t = scheduler.step(predict(x_t, there).float(), t, x_t).prev_sample
         yield x_t
 
 

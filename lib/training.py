@@ -175,5 +175,9 @@ def _resume(work: Path, model: nn.Module, ema: EMAModel, optimizer) -> tuple[int
         i, slot = name.split("/")
         slots.setdefault(int(i), {})[slot] = tensor
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+    for weight, slots in optimizer.state.items():  # laid out as the weight is, which the fused optimiser asks for
+        for name, tensor in slots.items():
+            if tensor.shape == weight.shape:
+                slots[name] = torch.empty_like(weight).copy_(tensor)
     tqdm.write(f"resuming from step {state['step']} ({work})")
     return state["step"], state["history"], state["recent"]

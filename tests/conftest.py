@@ -80,4 +80,5 @@ def tapes(monkeypatch):
 
     monkeypatch.setattr(graphs, "engine", graphs.GraphedEngine)
     monkeypatch.setattr(graphs, "cuda_graph", record)
+    monkeypatch.setattr(graphs, "_recording", True)
     return made

@@ -129,16 +129,17 @@ def supernet(teacher: UNet, space: FormSpace) -> UNet:
     norm, with a norm of its own. In the teacher's forms it gives what the teacher gives.
     """
     model = copy.deepcopy(teacher)
-    for block in residuals(model).values():
-        own = form_of(block)
-        choices = {*space.of(block), own}
-        first, second = {form.kernel_1 for form in choices}, {form.kernel_2 for form in choices}
-        block.choice = choice = _Choice(block, {form.width for form in choices})
-        widest = max(choice.places)
-        block.conv1 = _Conv(choice, block.conv1, first, block.in_channels, widest, first=True)
-        block.conv2 = _Conv(choice, block.conv2, second, widest, block.conv2.out_channels, first=False)
-        block.time_emb_proj, block.norm2 = _Linear(choice, block.time_emb_proj, widest), _Norm(choice, block.norm2)
-    return model.requires_grad_(True).to(teacher.device)
+    with torch.device(teacher.device):
+        for block in residuals(model).values():
+            own = form_of(block)
+            choices = {*space.of(block), own}
+            first, second = {form.kernel_1 for form in choices}, {form.kernel_2 for form in choices}
+            block.choice = choice = _Choice(block, {form.width for form in choices})
+            widest = max(choice.places)
+            block.conv1 = _Conv(choice, block.conv1, first, block.in_channels, widest, first=True)
+            block.conv2 = _Conv(choice, block.conv2, second, widest, block.conv2.out_channels, first=False)
+            block.time_emb_proj, block.norm2 = _Linear(choice, block.time_emb_proj, widest), _Norm(choice, block.norm2)
+    return model.requires_grad_(True)
 
 
 def choose(model: UNet, architecture: Architecture) -> None:

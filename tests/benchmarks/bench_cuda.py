@@ -59,7 +59,7 @@ class Case:
 
     def ours(self, plan):
         conditions = sampling.Conditions(self.given) if self.given else None
-        return sampling.sample(self.model, self.schedule, plan, self.noise, conditions)
+        return sampling.sample(self.model, self.schedule, plan, self.noise, conditions, batch_size=len(self.noise))
 
     def unrecorded(self, plan):
         with graphs.unrecorded():
