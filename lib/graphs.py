@@ -77,7 +77,7 @@ class GraphedEngine(Engine):
         if kind not in shelf.seen:
             shelf.seen.add(kind)
             return forward(*args, **kwargs)
-        if len(shelf.recordings) >= LIMIT:
+        if kind not in shelf.recordings and len(shelf.recordings) >= LIMIT:
             shelf.recordings.clear()
         try:
             recording = shelf.recordings[kind] = shelf.recordings.get(kind) or self._record(forward, leaves, tree)

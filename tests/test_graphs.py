@@ -59,6 +59,13 @@ def test_plans_share_recordings(own, schedule, teacher, deepcache, noise, tapes)
     assert len(tapes) == made
 
 
+def test_no_more_recordings_are_kept_than_the_limit(plain, own, schedule, deepcache, noise, tapes, monkeypatch):
+    monkeypatch.setattr(graphs, "LIMIT", 1)
+    for _ in range(3):
+        assert torch.equal(sampling.sample(own, schedule, deepcache, noise), plain)
+        assert len(graphs._shelves[own].recordings) == 1 < len(tapes)
+
+
 def test_weights_trained_on_are_read_anew_and_moved_ones_recorded_anew(own, schedule, deepcache, noise, tapes):
     for _ in range(2):
         before = sampling.sample(own, schedule, deepcache, noise)
