@@ -1,5 +1,7 @@
 """MACs counted by hand, and those that papers print."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,10 @@ def test_blocks_cost_what_a_hand_count_says(unet):
     assert costs.rest == 2 * conv(1, 8, 16) + 8 * 32 + 32 * 32
     assert costs.call - costs.call_without_attention == costs.attention["mid"]
     assert sum(costs.parameters.values()) + costs.rest_parameters == unet.num_parameters()
+
+
+def test_precision_changes_no_count(unet):
+    assert cost.count(copy.deepcopy(unet).bfloat16()) == cost.count(unet)
 
 
 def test_the_cifar10_ddpm_costs_what_papers_print():

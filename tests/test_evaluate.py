@@ -1,5 +1,7 @@
 """Scores: torch-fidelity's numbers, and intervals that mean what they say."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -116,7 +118,8 @@ def test_a_bank_samples_once_and_keeps_features(unet, schedule, teacher, classif
 
 
 def test_the_extractor_comes_back_from_its_folder_and_rounds_to_pixels(classifier, digits, tmp_path):
-    extractor.save(tmp_path, classifier)
+    trained_on_cuda = copy.deepcopy(classifier).to(memory_format=torch.channels_last)
+    extractor.save(tmp_path, trained_on_cuda)
     again = extractor.load(tmp_path)
     assert again.name == classifier.name
     images = digits.images[:50]

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from torch import nn
 
 from lib import training
@@ -63,6 +64,23 @@ def fit(model, loss, work, **options):
     settings = {"steps": 20, "lr": 0.1, "ema_decay": 0.5, "seed": 0, "device": "cpu", "precision": "fp32", "work": work,
                 "save_every": 4, "warmup": 1}
     return train(model, loss, **settings | options)
+
+
+def test_a_resumed_optimisers_moments_lie_as_the_weights_do(tmp_path):
+    """The fused optimiser, on CUDA, refuses any other layout."""
+    def model():
+        return nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+
+    def loss(some, generator, _):
+        return some(torch.randn(2, 3, 8, 8, generator=generator)).square().mean()
+
+    train(model(), loss, steps=2, lr=1e-3, ema_decay=0.9, seed=0, device="cpu", precision="fp32", work=tmp_path)
+    resumed = model()
+    optimizer = torch.optim.AdamW(resumed.parameters())
+    assert training._resume(tmp_path, resumed, EMAModel(resumed.parameters()), optimizer)[0] == 2
+    moments = optimizer.state[resumed.weight]
+    assert moments["exp_avg"].abs().sum() > 0
+    assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == resumed.weight.stride()
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(tmp_path):
