@@ -43,7 +43,8 @@ def write_page(study: str) -> Path:
     """Write what a study found as one page, beside its published numbers."""
     target = paths.REPORTS / study / "index.html"
     tables = {"Every way to sample": results_table(study), "Beside their controls": controls_table(study),
-              "Every way to sample the transformer": transformer_table(study), "The students": students_table(study)}
+              "What the papers claim": claims_table(study), "The students": students_table(study),
+              "Every way to sample the transformer": transformer_table(study)}
     target.write_text(page(study, tables))
     return target
 
@@ -70,7 +71,13 @@ def students_table(study: str) -> str:
         "times faster [95 %]": _intervals(table, *FASTER), "score [95 %]": _intervals(table, "score"),
         "over the teacher's, trained on [95 %]": _intervals(table, "ratio"),
         "least and greatest of the trainings": [f"{row.least:.3g}, {row.greatest:.3g}" for row in table.itertuples()]})
-    return _markdown(shown, table)
+    return _scored(shown, table)
+
+
+def claims_table(study: str) -> str:
+    """Give as Markdown what the papers claim, and whether it holds here."""
+    claims = pd.read_csv(paths.REPORTS / study / "06_comparison" / "tables" / "claims.csv")
+    return _markdown(claims.rename(columns={"measured": "measured here", "holds": "holds?"}))
 
 
 def _ways(table: pd.DataFrame) -> str:
@@ -86,14 +93,18 @@ def _ways(table: pd.DataFrame) -> str:
                "cost": table.get("cost", pd.Series(dtype=float)).map("{:.0f}".format)}
     shown = pd.DataFrame({"way to sample": table["name"].where(table["kind"] == "control", "**" + table["name"] + "**"),
                           **{title: cells for title, cells in columns.items() if len(cells)}})
-    return _markdown(shown, table)
+    return _scored(shown, table)
 
 
-def _markdown(shown: pd.DataFrame, table: pd.DataFrame) -> str:
+def _scored(shown: pd.DataFrame, table: pd.DataFrame) -> str:
     """Write cells of text as a table, and below it on how many images and by whose features it was scored."""
-    lines = [shown.columns, ["---"] * len(shown.columns), *shown.replace(r".*\bnan\b.*", "-", regex=True).to_numpy()]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = _markdown(shown.replace(r".*\bnan\b.*", "-", regex=True))
     return f"{text}\n\nn = {table['n'].iloc[0]:,} images a row; features of {table['extractor'].iloc[0]}."
+
+
+def _markdown(shown: pd.DataFrame) -> str:
+    lines = [shown.columns, ["---"] * len(shown.columns), *shown.to_numpy()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def controls_table(study: str) -> str:
@@ -101,18 +112,19 @@ def controls_table(study: str) -> str:
     reports = paths.REPORTS / study
     table = pd.concat([pd.read_csv(reports / notebook / "tables" / "controls.csv") for notebook in PLANNING],
                       ignore_index=True)
-    lines = ["| plan | its strongest control | score over that control's [95 %] | controls that it beats | ties with | "
-             "loses to |", "|---|---|---|---|---|---|"]
+    shown = []
     for plan, rows in table.groupby("plan", sort=False):
         strongest = rows.loc[rows["plan_over_control"].idxmax()]
         ratio = _intervals(rows, "plan_over_control")[strongest.name]
-        counts = [str((rows["better"] == verdict).sum()) for verdict in ("plan", "tie", "control")]
-        lines.append("| " + " | ".join([plan, strongest["name"], ratio, *counts]) + " |")
-    return "\n".join(lines)
+        counts = {title: str((rows["better"] == verdict).sum()) for title, verdict in
+                  {"controls that it beats": "plan", "ties with": "tie", "loses to": "control"}.items()}
+        shown.append({"plan": plan, "its strongest control": strongest["name"],
+                      "score over that control's [95 %]": ratio} | counts)
+    return _markdown(pd.DataFrame(shown))
 
 
 TABLES = {"results": results_table, "controls": controls_table, "transformer": transformer_table,
-          "students": students_table}
+          "students": students_table, "claims": claims_table}
 
 
 def filled(text: str) -> str:

@@ -89,6 +89,15 @@ def test_the_students_table_says_how_small_how_fast_and_how_good(tmp_path, monke
     assert below == "n = 5,000 images a row; features of a classifier."
 
 
+def test_the_claims_stand_as_notebook_06_wrote_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "REPORTS", tmp_path)
+    tables = tmp_path / "mine" / "06_comparison" / "tables"
+    tables.mkdir(parents=True)
+    (tables / "claims.csv").write_text('paper,claimed,measured,holds\nA,"twice, at least",1.5 times,no\nall,more,-,-\n')
+    assert report.claims_table("mine").splitlines()[2:] == ["| A | twice, at least | 1.5 times | no |",
+                                                            "| all | more | - | - |"]
+
+
 def test_publishing_copies_numbers_and_no_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "DATA", tmp_path / "data")
     monkeypatch.setattr(paths, "REPORTS", tmp_path / "reports")
