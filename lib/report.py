@@ -16,6 +16,9 @@ KEPT = ("metrics.json", "timings.json", "meta.json", "figures/*.png", "figures/*
 PLANNING = ("04_schedule_search", "05_pruner_training", "06_comparison")
 """The notebooks whose results are plans."""
 
+METHODS = ("DiffNAS", "Flexiffusion", "DiP-GO", "student")
+"""How the names of what is studied begin; all else is a control."""
+
 FASTER = ["times faster", "low", "high"]
 """A measured ratio of times and its interval, as `lib.cost.speed_ups` names them."""
 
@@ -65,7 +68,7 @@ def students_table(study: str) -> str:
     seconds = pd.read_csv(tables / "seconds.csv")[["name", *FASTER]]
     table = pd.read_csv(tables / "students.csv").merge(seconds, on="name")
     shown = pd.DataFrame({
-        "network": table["name"].where(~table["name"].str.startswith("DiffNAS"), "**" + table["name"] + "**"),
+        "network": _marked(table["name"]),
         "trainings": table["trainings"].astype(str), "times fewer MACs": table["macs_ratio"].map("{:.2f}".format),
         "times fewer parameters": table["parameters_ratio"].map("{:.2f}".format),
         "times faster [95 %]": _intervals(table, *FASTER), "score [95 %]": _intervals(table, "score"),
@@ -91,9 +94,14 @@ def _ways(table: pd.DataFrame) -> str:
                "over DDIM's at T steps [95 %]": _intervals(table, "ddim_ratio"),
                **{name: table[name].map("{:.2f}".format) for name in ("precision", "recall", "paired")},
                "cost": table.get("cost", pd.Series(dtype=float)).map("{:.0f}".format)}
-    shown = pd.DataFrame({"way to sample": table["name"].where(table["kind"] == "control", "**" + table["name"] + "**"),
+    shown = pd.DataFrame({"way to sample": _marked(table["name"]),
                           **{title: cells for title, cells in columns.items() if len(cells)}})
     return _scored(shown, table)
+
+
+def _marked(names: pd.Series) -> pd.Series:
+    """Set the methods among names in bold."""
+    return names.where(~names.str.startswith(METHODS), "**" + names + "**")
 
 
 def _scored(shown: pd.DataFrame, table: pd.DataFrame) -> str:

@@ -12,6 +12,7 @@ README = (paths.ROOT / "README.md").read_text()
 
 def test_its_tables_are_what_the_reports_say():
     assert report.filled(README) == README, "run: python -m lib.report readme"
+    assert sorted(re.findall(r"<!-- (\w+):", README)) == sorted(report.TABLES), "each of them stands there once"
 
 
 @pytest.mark.parametrize("folder", ["", "notebooks/"])
@@ -51,12 +52,12 @@ def test_a_table_is_filled_from_a_studys_files(tmp_path, monkeypatch):
 
 def test_the_one_table_has_every_column_and_a_dash_for_what_was_not_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "REPORTS", tmp_path)
-    row = {"kind": "control", "macs": 30e6, "macs_ratio": 2.5, "n": 2000, "extractor": "a classifier", "precision": 0.9,
+    row = {"macs": 30e6, "macs_ratio": 2.5, "n": 2000, "extractor": "a classifier", "precision": 0.9,
            "recall": 0.8, "paired": 1.25, "parameters": 267313, "ms an image": 3.14159, "times faster": 2.4, "low": 2.3,
            "high": 2.5, "peak MB": 7.77} | {f"{name}{end}": 1.0 for name in ("score", "ratio", "ddim_ratio")
                                             for end in ("", "_low", "_high")}
     rows = pd.DataFrame([row | {"name": "few", "cost": None},
-                         row | {"name": "mine", "kind": "plan", "times faster": None, "cost": 12.3}])
+                         row | {"name": "DiP-GO, 22%", "times faster": None, "cost": 12.3}])
     for notebook, name, table in (("06_comparison", "everything", rows),
                                   ("07_transformer", "front", rows.drop(columns=["parameters", "cost"]))):
         folder = tmp_path / "mine" / notebook / "tables"
@@ -65,7 +66,7 @@ def test_the_one_table_has_every_column_and_a_dash_for_what_was_not_measured(tmp
     head, _, few, mine, *_ = report.results_table("mine").splitlines()
     scores = 3 * " 1 [1, 1] |"
     assert few == f"| few | 30 | 2.50 | 267 | 3.14 | 2.4 [2.3, 2.5] | 7.8 |{scores} 0.90 | 0.80 | 1.25 | - |"
-    assert mine.startswith("| **mine** | 30 | 2.50 | 267 | 3.14 | - |") and mine.endswith("| 12 |")
+    assert mine.startswith("| **DiP-GO, 22%** | 30 | 2.50 | 267 | 3.14 | - |") and mine.endswith("| 12 |")
     assert head.count("|") == few.count("|") == mine.count("|")
     assert report.transformer_table("mine").splitlines()[2] == few.replace(" | 267", "").removesuffix(" - |")
 
