@@ -25,13 +25,17 @@ figure { margin: 1.5rem 0; } figure img { max-width: 100%; height: auto; display
 figcaption { font-size: .85rem; color: #555; text-align: center; }
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .5rem; border-bottom: 1px solid #e5e5e5; text-align: right; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #999; vertical-align: bottom; }
+th, td { padding: .2rem .35rem; border-bottom: 1px solid #e5e5e5; text-align: right; }
+td { white-space: nowrap; } th:first-child, td:first-child { text-align: left; white-space: normal; }
+thead th { border-bottom: 2px solid #999; vertical-align: bottom; }
 pre { background: #f6f6f6; padding: .6rem; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 code { font-size: .9em; background: #f6f6f6; } math[display=block] { overflow-x: auto; overflow-y: hidden; }
 details { font-size: .85rem; color: #555; }
 @media print { body { max-width: none; font-size: 10pt; } nav, details { display: none; } .wide { overflow: visible; }
-  figure, tr { break-inside: avoid; } h2 { break-before: page; border: 0; } table { font-size: 7pt; } }
+  figure, tr { break-inside: avoid; } h2 { break-before: page; border: 0; } table { font-size: 7pt; }
+  td { white-space: normal; } }
+@media screen and (min-width: 60rem) { .wide { margin-inline: calc(50% - min(50vw - 2rem, 44rem)); }
+  table { margin-inline: auto; } }
 @media (max-width: 40rem) { body { padding: .6rem; } h1 { font-size: 1.5rem; } h2 { font-size: 1.25rem; } }
 """
 
