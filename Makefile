@@ -25,7 +25,7 @@ $(BIN)/.ready: requirements.lock pyproject.toml
 	@touch $@
 
 study: env  ## run the pipeline (STUDY=digits): every number and figure
-	$(BIN)/python -m lib.run study $(STUDY)
+	$(BIN)/python -m lib.study.run study $(STUDY)
 
 test: env  ## check the style, run the tests, and step through all notebooks
 	$(BIN)/ruff check .

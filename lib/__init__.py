@@ -2,7 +2,7 @@
 
 Sampling walks steps, the network at each step is a list of blocks: a grid of cells, and each cell either computes its
 block or reuses what the block gave last. A *model* and a *plan* (which cells compute) are all there is; see
-``lib.plan``.
+``lib.grid.plan``.
 """
 
 import warnings

@@ -17,10 +17,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 from torch import Tensor, nn
 
-from lib import cost, graphs, paths, sampling, teachers
-from lib.data import to_uint8
-from lib.engine import Engine
-from lib.plan import NoiseSchedule, Plan, PlanError
+from lib.grid import cost, graphs, sampling
+from lib.grid.engine import Engine
+from lib.grid.plan import NoiseSchedule, Plan, PlanError
+from lib.study import paths
+from lib.teachers import networks
+from lib.teachers.data import to_uint8
 
 COMPARED = 16
 """So many images are sampled at all steps too, to say what the plan saves and changes."""
@@ -111,12 +113,12 @@ def images(model: str, plan: Path, out: Path, *, count: int, seed: int, device: 
 
     Parameters
     ----------
-    model : what `lib.teachers.load` takes
+    model : what `lib.teachers.networks.load` takes
     count : int, images of all processes together
     seed : int, of the noise: image number i of a seed is the same whoever makes it
     """
     state = PartialState(cpu=device == "cpu")
-    network, schedule = teachers.load(model, str(state.device))
+    network, schedule = networks.load(model, str(state.device))
     walk = Plan.load(plan)
     if count < state.num_processes:
         raise ValueError(f"{count} images for {state.num_processes} processes: ask for more images, or start fewer")

@@ -6,8 +6,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lib import blocks, graphs, teachers
-from lib.plan import NoiseSchedule, Plan, trailing
+from lib.grid import blocks, graphs
+from lib.grid.plan import NoiseSchedule, Plan, trailing
+from lib.teachers import networks
 
 SHAPE = (1, 16, 16)
 
@@ -23,12 +24,12 @@ def _threads():
 @pytest.fixture(scope="session")
 def unet():
     torch.manual_seed(0)
-    return teachers.unet(SHAPE, [8, 8, 16], 1, 4).eval().requires_grad_(False)
+    return networks.unet(SHAPE, [8, 8, 16], 1, 4).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="session")
 def schedule():
-    return teachers.noise_schedule()
+    return networks.noise_schedule()
 
 
 @pytest.fixture(scope="session")

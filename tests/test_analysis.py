@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from lib import analysis, cost, sampling
-from lib.plan import Plan
+from lib.grid import cost, sampling
+from lib.grid.plan import Plan
+from lib.judging import analysis
 
 
 def test_similarity_is_the_cosine_of_neighbouring_outputs(unet, schedule, teacher, noise, described):

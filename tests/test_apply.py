@@ -23,9 +23,9 @@ from diffusers import (
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from lib import blocks
 from lib.apply import Planned
-from lib.plan import NoiseSchedule, Plan, PlanError, trailing
+from lib.grid import blocks
+from lib.grid.plan import NoiseSchedule, Plan, PlanError, trailing
 
 STEPS = 10
 NOISE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}

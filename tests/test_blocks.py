@@ -6,7 +6,7 @@ from diffusers import AutoencoderKL, UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import blocks
+from lib.grid import blocks
 
 
 def test_blocks_read_what_the_unet_wires(described):

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
-from lib import compose, controls, cost, diffnas
-from lib.compose import Way
-from lib.flexiffusion import FreeSpace
-from lib.plan import Plan
+from lib.grid import cost
+from lib.grid.plan import Plan
+from lib.judging import controls
+from lib.methods import compose, diffnas
+from lib.methods.compose import Way
+from lib.methods.flexiffusion import FreeSpace
 
 
 @pytest.fixture

@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import controls, cost
-from lib.controls import Control
-from lib.evaluate import Judge, distance
-from lib.plan import Plan
+from lib.grid import cost
+from lib.grid.plan import Plan
+from lib.judging import controls
+from lib.judging.controls import Control
+from lib.judging.evaluate import Judge, distance
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from lib import cost
-from lib.plan import Plan
+from lib.grid import cost
+from lib.grid.plan import Plan
 
 
 def conv(given, made, size, kernel=3):

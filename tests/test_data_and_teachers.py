@@ -10,8 +10,11 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from lib import analysis, blocks, cost, data, paths, sampling, teachers
-from lib.plan import NoiseSchedule, Plan, trailing
+from lib.grid import blocks, cost, sampling
+from lib.grid.plan import NoiseSchedule, Plan, trailing
+from lib.judging import analysis
+from lib.study import paths
+from lib.teachers import data, networks
 
 
 def test_digits_keep_their_pixels_at_their_own_resolution():
@@ -98,13 +101,13 @@ def test_what_is_no_data_set_is_refused_by_name(folder, tmp_path):
 
 
 def test_a_teacher_comes_back_from_its_folder(unet, schedule, teacher, noise, tmp_path):
-    teachers.save(tmp_path, unet, schedule)
+    networks.save(tmp_path, unet, schedule)
     assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.pkl"))
-    model, again = teachers.load(tmp_path)
+    model, again = networks.load(tmp_path)
     plan = Plan.random(0.5, 0, teacher)
     assert torch.equal(sampling.sample(model, again, plan, noise), sampling.sample(unet, schedule, plan, noise))
     with pytest.raises(FileNotFoundError, match="no teacher in .* 00_teacher_training makes it"):
-        teachers.load(tmp_path / "none")
+        networks.load(tmp_path / "none")
 
 
 def test_the_loss_is_zero_for_a_model_that_knows_the_noise(schedule):
@@ -121,7 +124,7 @@ def test_the_loss_is_zero_for_a_model_that_knows_the_noise(schedule):
             return type("Output", (), {"sample": x_t / scale})
 
     oracle = Oracle()
-    loss = teachers.denoising_loss(images, schedule, 7)(oracle, torch.Generator().manual_seed(0), 0.0)
+    loss = networks.denoising_loss(images, schedule, 7)(oracle, torch.Generator().manual_seed(0), 0.0)
     assert loss < 1e-8
     assert (oracle.t[:3] + oracle.t[4:]).tolist() == [999] * 3, "timesteps come in antithetic pairs"
 
@@ -142,7 +145,7 @@ def test_other_peoples_pipelines_are_loaded(tmp_path, schedule, noise):
                         down_block_types=("AttnDownBlock2D", "DownBlock2D"),
                         up_block_types=("UpBlock2D", "AttnUpBlock2D"))
     DDPMPipeline(model, DDPMScheduler(clip_sample=False)).save_pretrained(tmp_path / "ddpm")
-    loaded, found = teachers.load(tmp_path / "ddpm")
+    loaded, found = networks.load(tmp_path / "ddpm")
     described, fits = blocks.describe(loaded), NoiseSchedule.of(found)
     teacher = Plan.full(trailing(8, fits.train_timesteps), fits, described.names)
     noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -158,4 +161,4 @@ def test_pipelines_of_other_things_are_refused(tmp_path):
                            ({"unet": ["os", "system"]}, "its unet is a system of os; only models of diffusers")):
         (tmp_path / "model_index.json").write_text(json.dumps(parts))
         with pytest.raises(ValueError, match=message):
-            teachers.load(tmp_path)
+            networks.load(tmp_path)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from diffusers import DDIMPipeline
 
-from lib import blocks, cost, diffnas, sampling, teachers
-from lib.diffnas import Form, FormSpace, Student
-from lib.plan import Plan
+from lib.grid import blocks, cost, sampling
+from lib.grid.plan import Plan
+from lib.methods import diffnas
+from lib.methods.diffnas import Form, FormSpace, Student
+from lib.teachers import networks
 
 SPACE = FormSpace((1, 3, 5), (0.5, 0.8, 1.0, 1.2))
 
@@ -72,8 +74,8 @@ def test_a_student_survives_saving(unet, supernet, batch, tmp_path):
 
 def test_a_student_is_sampled_like_a_teacher(unet, supernet, schedule, teacher, noise, tmp_path):
     made = diffnas.student(supernet, drawn(unet, 3)).eval()
-    teachers.save(tmp_path, made, schedule)
-    again, found = teachers.load(tmp_path)
+    networks.save(tmp_path, made, schedule)
+    again, found = networks.load(tmp_path)
     assert isinstance(again, Student) and diffnas.forms(again) == diffnas.forms(made)
     assert isinstance(DDIMPipeline.from_pretrained(tmp_path, use_safetensors=True).unet, Student)
     plan = Plan.random(0.5, 0, teacher)  # the teacher's plan: a student has the same blocks
@@ -274,7 +276,7 @@ def test_retraining_changes_its_loss_on_the_way(unet, supernet, schedule):
     made = diffnas.student(supernet, drawn(unet, 1))
     images = torch.randn(20, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     loss = diffnas.retraining_loss(unet, images, schedule, 4, diffnas.BETAS["linear"])
-    x_t, t, noise, _ = teachers.noisy_batch(images, schedule, 4, torch.Generator().manual_seed(0), made.device)
+    x_t, t, noise, _ = networks.noisy_batch(images, schedule, 4, torch.Generator().manual_seed(0), made.device)
     for way, beta in ((0.0, 0.0), (0.25, 0.5), (0.8, 1.0)):
         expected = diffnas.joint_loss(made, unet, x_t, t, noise, beta)
         torch.testing.assert_close(loss(made, torch.Generator().manual_seed(0), way), expected)

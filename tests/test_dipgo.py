@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from lib import cost, dipgo, sampling
-from lib.plan import NoiseSchedule, Plan, trailing
+from lib.grid import cost, sampling
+from lib.grid.plan import NoiseSchedule, Plan, trailing
+from lib.methods import dipgo
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from lib import blocks, sampling, teachers
-from lib.engine import Engine
-from lib.plan import NoiseSchedule, Plan, PlanError, trailing
+from lib.grid import blocks, sampling
+from lib.grid.engine import Engine
+from lib.grid.plan import NoiseSchedule, Plan, PlanError, trailing
+from lib.teachers import networks
 
 
 def sample(unet, schedule, plan, noise, **options):
@@ -71,7 +72,7 @@ def test_a_reused_column_is_a_dropped_step_under_order_1(unet, schedule, teacher
 
 @pytest.mark.parametrize(("order", "prediction"), [(2, "epsilon"), (1, "v_prediction")])
 def test_and_is_not_under_a_multistep_solver_or_another_prediction(unet, noise, described, order, prediction):
-    schedule = DDIMScheduler.from_config(teachers.noise_schedule().config, prediction_type=prediction)
+    schedule = DDIMScheduler.from_config(networks.noise_schedule().config, prediction_type=prediction)
     teacher = Plan.full(trailing(10, 1000), NoiseSchedule.of(schedule), described.names, order)
     dropped = Plan.full(teacher.timesteps[::2], teacher.schedule, teacher.blocks, order)
     reused = teacher.with_cells(whole_columns(teacher, [True, False] * 5))
@@ -148,7 +149,7 @@ def test_the_batch_does_not_change_an_image(unet, schedule, teacher, noise):
 
 
 def test_a_student_with_the_teachers_shape_and_weights_is_the_teacher(unet, schedule, teacher, noise):
-    student = teachers.unet((1, 16, 16), [8, 8, 16], 1, 4).eval()
+    student = networks.unet((1, 16, 16), [8, 8, 16], 1, 4).eval()
     student.load_state_dict(unet.state_dict())
     plan = Plan.random(0.5, 7, teacher)
     assert torch.equal(sample(student, schedule, plan, noise), sample(unet, schedule, plan, noise))
@@ -156,9 +157,9 @@ def test_a_student_with_the_teachers_shape_and_weights_is_the_teacher(unet, sche
 
 def test_a_student_with_the_same_blocks_fits_the_plan_and_others_do_not(schedule, teacher, noise):
     plan = Plan.random(0.5, 2, teacher)
-    thinner = teachers.unet((1, 16, 16), [4, 8, 8], 1, 4).eval()
+    thinner = networks.unet((1, 16, 16), [4, 8, 8], 1, 4).eval()
     assert sample(thinner, schedule, plan, noise).shape == noise.shape
-    deeper = teachers.unet((1, 16, 16), [8, 8], 2, 4).eval()
+    deeper = networks.unet((1, 16, 16), [8, 8], 2, 4).eval()
     with pytest.raises(PlanError, match="another network"):
         sample(deeper, schedule, plan, noise)
     with pytest.raises(PlanError, match="another noise schedule: beta_schedule is linear, the model's is scaled"):

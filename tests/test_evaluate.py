@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch_fidelity
 
-from lib import data, evaluate, extractor
-from lib.evaluate import Bank, Judge, distance, interval, jackknife
-from lib.plan import Plan
+from lib.grid.plan import Plan
+from lib.judging import evaluate, extractor
+from lib.judging.evaluate import Bank, Judge, distance, interval, jackknife
+from lib.teachers import data
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,12 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 
-from lib import analysis, blocks, cost, diffnas, dipgo, sampling, teachers
-from lib.plan import NoiseSchedule, Plan, trailing
-from lib.sampling import Conditions
+from lib.grid import blocks, cost, sampling
+from lib.grid.plan import NoiseSchedule, Plan, trailing
+from lib.grid.sampling import Conditions
+from lib.judging import analysis
+from lib.methods import diffnas, dipgo
+from lib.teachers import networks
 
 COUNT = 3
 
@@ -165,8 +168,8 @@ def test_elastic_blocks_fit_text_conditioned_unets(schedule, noise, tmp_path):
     small = diffnas.student(supernet, diffnas.forms(model) | table.sort_values("macs")["forms"].iloc[0])
     assert cost.count(small).call < cost.count(model).call
     assert diffnas.joint_loss(small, model, noise, t, noise, 0.5, **given) > 0
-    teachers.save(tmp_path / "student", small, schedule)
-    again, _ = teachers.load(tmp_path / "student")
+    networks.save(tmp_path / "student", small, schedule)
+    again, _ = networks.load(tmp_path / "student")
     assert isinstance(again, diffnas.ConditionStudent)
     assert torch.equal(again(noise, t, **given).sample, small(noise, t, **given).sample)
 
@@ -192,7 +195,7 @@ def test_the_papers_models_cost_what_papers_print():
 
 def test_a_class_conditional_network_draws_its_labels_from_the_noise(schedule):
     torch.manual_seed(0)
-    model = teachers.transformer((1, 16, 16), 16, 3, 2, 4, 10).eval().requires_grad_(False)
+    model = networks.transformer((1, 16, 16), 16, 3, 2, 4, 10).eval().requires_grad_(False)
     noise = sampling.noise("report", 0, 0, 2000, (1, 16, 16))
     labels = Conditions.drawn(model, noise).given["class_labels"]
     shares = torch.bincount(labels, minlength=10) / len(labels)
@@ -209,10 +212,10 @@ def test_a_class_conditional_network_draws_its_labels_from_the_noise(schedule):
 
 def test_a_transformer_learns_with_one_label_in_ten_unsaid(schedule):
     torch.manual_seed(0)
-    model = teachers.transformer((1, 16, 16), 16, 2, 2, 4, 10)
+    model = networks.transformer((1, 16, 16), 16, 2, 2, 4, 10)
     images, labels, seen = torch.randn(50, 1, 16, 16), torch.arange(50) % 10, []
     model.register_forward_pre_hook(lambda _, __, given: seen.append(given["class_labels"]), with_kwargs=True)
-    loss = teachers.denoising_loss(images, schedule, 400, labels)
+    loss = networks.denoising_loss(images, schedule, 400, labels)
     loss(model, torch.Generator().manual_seed(0), 0.0).backward()
     unsaid = seen[0] == 10
     assert 0.05 < unsaid.float().mean() < 0.15

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from lib import graphs, sampling
-from lib.plan import NoiseSchedule, Plan
+from lib.grid import graphs, sampling
+from lib.grid.plan import NoiseSchedule, Plan
 
 
 @pytest.fixture

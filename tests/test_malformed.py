@@ -10,9 +10,10 @@ import json
 import pytest
 from ruamel.yaml import YAML
 
-from lib import params, paths, teachers
-from lib.params import ParamsError
-from lib.plan import NoiseSchedule, Plan, PlanError, trailing
+from lib.grid.plan import NoiseSchedule, Plan, PlanError, trailing
+from lib.study import params, paths
+from lib.study.params import ParamsError
+from lib.teachers import networks
 
 WRONG = {int: [None, "many", 0.5, -1, [1], {}], float: [None, "much", [0.1], {}, float("nan")],
          str: [None, 5, ["one"], {}, "nonsense"], list: [None, 3, "all", {}, [None], [{}]]}
@@ -43,7 +44,7 @@ def spoilt(content, place):
 
 def plans(path):
     """Give malformed plan files: (what was done, the text, what must be named)."""
-    fits = NoiseSchedule.of(teachers.noise_schedule())
+    fits = NoiseSchedule.of(networks.noise_schedule())
     Plan.full(trailing(6, 1000), fits, ("a", "b", "c")).save(path)
     content, text = json.loads(path.read_text()), path.read_text()
     free = ("provenance", "grid", "version", "cache", "final_sigma", "solver")  # a plan without them may be one

@@ -6,7 +6,7 @@ import nbformat
 import papermill
 import pytest
 
-from lib import params, paths
+from lib.study import params, paths
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
 

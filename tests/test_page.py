@@ -7,7 +7,7 @@ import re
 import nbformat
 import pytest
 
-from lib import page, params, paths
+from lib.study import page, params, paths
 
 PIXEL = base64.b64encode(b"no real picture").decode()
 PROSE = """# 04 - A title

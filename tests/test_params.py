@@ -4,8 +4,8 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from lib import params, paths
-from lib.params import ParamsError, TeacherTraining
+from lib.study import params, paths
+from lib.study.params import ParamsError, TeacherTraining
 
 SMOKE = (paths.PARAMS / "smoke.yaml").read_text()
 

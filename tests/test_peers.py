@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from lib import blocks, cost, peers, sampling, teachers
-from lib.plan import NoiseSchedule, Plan, trailing
+from lib.grid import blocks, cost, sampling
+from lib.grid.plan import NoiseSchedule, Plan, trailing
+from lib.methods import peers
+from lib.teachers import networks
 
 
 def test_a_pruned_network_costs_less_and_is_sampled_like_the_teacher(unet, schedule, teacher, noise):
@@ -33,7 +35,7 @@ def test_deepcache_gives_the_images_of_our_plan(unet, schedule, teacher, noise, 
 @pytest.mark.parametrize("cached", [peers.first_block_caching, peers.dbcache])
 def test_what_a_transformers_cache_ran_is_a_plan_of_the_same_images(cached, schedule):
     torch.manual_seed(0)
-    model = teachers.transformer((1, 16, 16), 16, 4, 2, 4, 10).eval().requires_grad_(False)
+    model = networks.transformer((1, 16, 16), 16, 4, 2, 4, 10).eval().requires_grad_(False)
     for weight in model.parameters():  # blocks that begin as the identity have nothing to reuse
         if not weight.any():
             weight.normal_(std=0.05)

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 from ruamel.yaml import YAML
 
-from lib import params, paths, run, stage
+from lib.study import params, paths, run, stage
 
 STAGES = list(params.NOTEBOOKS)
 
@@ -47,7 +47,7 @@ def needed(notebook):
     seen = set()
     while todo:
         name = todo.pop()
-        if name not in seen | {"lib/__init__.py", "lib/run.py", "lib/paths.py", "lib/params.py"}:
+        if name not in seen | {"lib/__init__.py", "lib/study/run.py", "lib/study/paths.py", "lib/study/params.py"}:
             seen.add(name)
             todo |= imports((paths.ROOT / name).read_text())
     return seen
@@ -214,7 +214,7 @@ def test_a_bare_repro_runs_digits_alone():
 def test_unknown_names_are_refused_before_any_work():
     with pytest.raises(params.ParamsError, match="unknown notebook '07'.* There are: 00_teacher_training"):
         run.notebook("07", "smoke")
-    done = subprocess.run([sys.executable, "-m", "lib.run", "study", "nope"], cwd=paths.ROOT, capture_output=True,
+    done = subprocess.run([sys.executable, "-m", "lib.study.run", "study", "nope"], cwd=paths.ROOT, capture_output=True,
                           text=True)
     assert done.returncode == 1 and "error: unknown study 'nope'" in done.stderr and "Traceback" not in done.stderr
 
@@ -276,8 +276,8 @@ def test_half_done_work_hangs_on_what_came_before_and_on_its_own_modules_alone(t
     def key():
         return stage.Stage("01_teacher_analysis", params.load("digits")["01_teacher_analysis"]).work.name
 
-    begun, other, own = key(), "# another line\n", {"lib/plan.py", "lib/analysis.py"}
-    for name in ("lib/search.py", "lib/params.py", "lib/plan.py", "lib/analysis.py"):
+    begun, other, own = key(), "# another line\n", {"lib/grid/plan.py", "lib/judging/analysis.py"}
+    for name in ("lib/methods/search.py", "lib/study/params.py", "lib/grid/plan.py", "lib/judging/analysis.py"):
         text = (tmp_path / name).read_text()
         (tmp_path / name).write_text(text + other)
         assert (key() != begun) == (name in own), name

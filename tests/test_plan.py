@@ -10,8 +10,8 @@ from diffusers import DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib import teachers
-from lib.plan import SPACINGS, NoiseSchedule, Plan, PlanError, trailing
+from lib.grid.plan import SPACINGS, NoiseSchedule, Plan, PlanError, trailing
+from lib.teachers import networks
 
 SCHEDULE = NoiseSchedule(train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
                          prediction="epsilon")
@@ -66,7 +66,7 @@ def test_trailing_spacing_is_that_of_diffusers():
 @pytest.mark.parametrize("option", [{"clip_sample": True}, {"trained_betas": [0.1] * 1000},
                                     {"rescale_betas_zero_snr": True}, {"thresholding": True}])
 def test_a_schedule_that_a_plan_cannot_describe_is_refused(option):
-    scheduler = DDIMScheduler.from_config(teachers.noise_schedule().config, **option)
+    scheduler = DDIMScheduler.from_config(networks.noise_schedule().config, **option)
     with pytest.raises(PlanError, match=f"the noise schedule has {next(iter(option))}=.* which plans do not know"):
         NoiseSchedule.of(scheduler)
 

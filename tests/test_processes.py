@@ -10,21 +10,22 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lib import sampling, teachers
-from lib.data import to_uint8
-from lib.plan import Plan
+from lib.grid import sampling
+from lib.grid.plan import Plan
+from lib.teachers import networks
+from lib.teachers.data import to_uint8
 
 TRAINING = """
 import sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from lib import data, teachers, training
+from lib.teachers import data, networks, training
 torch.set_num_threads(1)
 digits = data.load("digits", 16, 0.25, 0)
 torch.manual_seed(0)
-model = teachers.unet(digits.shape, [8, 8], 1, 4)
-training.train(model, teachers.denoising_loss(digits.images, teachers.noise_schedule(), 8), steps=12, lr=1e-3,
+model = networks.unet(digits.shape, [8, 8], 1, 4)
+training.train(model, networks.denoising_loss(digits.images, networks.noise_schedule(), 8), steps=12, lr=1e-3,
                ema_decay=0.5, seed=0, device="cpu", precision="fp32", work=Path(sys.argv[1]) / "work", save_every=5,
                warmup=5)
 save_file(model.state_dict(), Path(sys.argv[1]) / "weights.safetensors")
@@ -54,14 +55,14 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path):
         assert all(f"share {share}" in said for share in shares), "each makes its part, not the whole"
     one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two"))
     torch.manual_seed(0)
-    start = teachers.unet((1, 16, 16), [8, 8], 1, 4).state_dict()
+    start = networks.unet((1, 16, 16), [8, 8], 1, 4).state_dict()
     moved = max(float((one[key] - start[key]).abs().max()) for key in one)
     assert max(float((one[key] - two[key]).abs().max()) for key in one) < 0.02 * moved
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_two_processes_sample_the_images_of_one(tmp_path, unet, schedule, teacher, described, processes):
-    teachers.save(tmp_path / "model", unet, schedule)
+    networks.save(tmp_path / "model", unet, schedule)
     plan = Plan.deepcache(2, described.branch(0), teacher)
     plan.save(tmp_path / "plan.json")
     said = launch(processes, "-m", "lib.apply", "--model", tmp_path / "model", "--plan", tmp_path / "plan.json",
@@ -76,7 +77,7 @@ def test_two_processes_sample_the_images_of_one(tmp_path, unet, schedule, teache
 
 
 def test_what_cannot_be_sampled_is_refused(tmp_path, unet, schedule):
-    teachers.save(tmp_path / "model", unet, schedule)
+    networks.save(tmp_path / "model", unet, schedule)
     for model, plan, message in ((tmp_path / "none", tmp_path / "plan.json", "no teacher in"),
                                  (tmp_path / "model", tmp_path / "plan.json", "no such file")):
         done = subprocess.run([sys.executable, "-m", "lib.apply", "--model", model, "--plan", plan, "--out",

@@ -5,13 +5,14 @@ import re
 import pandas as pd
 import pytest
 
-from lib import params, paths, report, teachers
+from lib.study import params, paths, report
+from lib.teachers import networks
 
 README = (paths.ROOT / "README.md").read_text()
 
 
 def test_its_tables_are_what_the_reports_say():
-    assert report.filled(README) == README, "run: python -m lib.report readme"
+    assert report.filled(README) == README, "run: python -m lib.study.report readme"
     assert sorted(re.findall(r"<!-- (\w+):", README)) == sorted(report.TABLES), "each of them stands there once"
 
 
@@ -28,7 +29,7 @@ def test_every_module_is_in_its_tree():
 
 
 def test_its_example_runs(tmp_path, monkeypatch, unet, schedule, capsys):
-    teachers.save(tmp_path / "my-ddim-pipeline", unet, schedule)
+    networks.save(tmp_path / "my-ddim-pipeline", unet, schedule)
     monkeypatch.chdir(tmp_path)
     example, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(example.splitlines()) <= 20

@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, IntDistribution
 
-from lib import blocks, cost, teachers
-from lib.flexiffusion import FreeSpace, SegmentSpace
-from lib.plan import NoiseSchedule, Plan, trailing
-from lib.search import Found, pareto, search
+from lib.grid import blocks, cost
+from lib.grid.plan import NoiseSchedule, Plan, trailing
+from lib.methods.flexiffusion import FreeSpace, SegmentSpace
+from lib.methods.search import Found, pareto, search
+from lib.teachers import networks
 
 
 class Toy:
@@ -126,10 +127,11 @@ from pathlib import Path
 import sys
 sys.path.insert(0, {tests!r})
 from test_search import run_logged
-from lib import blocks, teachers
-from lib.plan import NoiseSchedule, Plan, trailing
-unet = teachers.unet((1, 16, 16), [8, 8, 16], 1, 4)
-teacher = Plan.full(trailing(10, 1000), NoiseSchedule.of(teachers.noise_schedule()), blocks.describe(unet).names)
+from lib.grid import blocks
+from lib.teachers import networks
+from lib.grid.plan import NoiseSchedule, Plan, trailing
+unet = networks.unet((1, 16, 16), [8, 8, 16], 1, 4)
+teacher = Plan.full(trailing(10, 1000), NoiseSchedule.of(networks.noise_schedule()), blocks.describe(unet).names)
 run_logged(teacher, Path({journal!r}), {log!r}, trials=40)
 """
 
@@ -235,9 +237,9 @@ def test_the_free_space_holds_both_solvers_uniform_steps_and_caching(free, teach
 
 @given(st.data())
 def test_every_genome_of_the_free_space_is_a_plan(data):
-    unet = teachers.unet((1, 16, 16), [8, 8, 16], 1, 4)
+    unet = networks.unet((1, 16, 16), [8, 8, 16], 1, 4)
     described = blocks.describe(unet)
-    fits = NoiseSchedule.of(teachers.noise_schedule())
+    fits = NoiseSchedule.of(networks.noise_schedule())
     teacher = Plan.full(trailing(10, 1000), fits, described.names)
     space = FreeSpace(teacher, described, (2, 40), (0, 1), partials=data.draw(st.integers(0, 3)))
     genome = {}

@@ -11,21 +11,21 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from lib import training
-from lib.training import TrainingDiverged, step_generator, train
+from lib.teachers import training
+from lib.teachers.training import TrainingDiverged, step_generator, train
 
 SCRIPT = """
 import sys, time
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from lib import data, teachers, training
+from lib.teachers import data, networks, training
 torch.set_num_threads(1)
 work, out, pause = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 digits = data.load("digits", 16, 0.25, 0)
 torch.manual_seed(0)
-model = teachers.unet(digits.shape, [8, 8], 1, 4)
-inner = teachers.denoising_loss(digits.images, teachers.noise_schedule(), 8)
+model = networks.unet(digits.shape, [8, 8], 1, 4)
+inner = networks.denoising_loss(digits.images, networks.noise_schedule(), 8)
 def loss(model, generator, way):
     time.sleep(pause)
     return inner(model, generator, way)

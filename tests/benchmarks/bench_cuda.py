@@ -12,8 +12,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
-from lib import blocks, cost, dipgo, graphs, params, paths, peers, sampling, teachers
-from lib.plan import NoiseSchedule, Plan, trailing
+from lib.grid import blocks, cost, graphs, sampling
+from lib.grid.plan import NoiseSchedule, Plan, trailing
+from lib.methods import dipgo, peers
+from lib.study import params, paths
+from lib.teachers import networks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICE, STEPS, ROUNDS = "cuda", 50, 21
@@ -30,7 +33,7 @@ def dit_xl():
 
 def cifar_teacher():
     p = params.load("cifar10")["00_teacher_training"]
-    return teachers.unet((3, p.resolution, p.resolution), p.widths, p.layers, p.norm_groups)
+    return networks.unet((3, p.resolution, p.resolution), p.widths, p.layers, p.norm_groups)
 
 
 @dataclass
@@ -41,7 +44,7 @@ class Case:
     noise: torch.Tensor
 
     def __post_init__(self):
-        self.schedule, self.described = teachers.noise_schedule(), blocks.describe(self.model)
+        self.schedule, self.described = networks.noise_schedule(), blocks.describe(self.model)
         fits = NoiseSchedule.of(self.schedule)
         self.full = Plan.full(trailing(STEPS, fits.train_timesteps), fits, self.described.names,
                               cache=self.described.cache)

@@ -8,8 +8,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from lib import blocks, cost, diffnas, params, peers, sampling, teachers
-from lib.plan import NoiseSchedule, Plan, trailing
+from lib.grid import blocks, cost, sampling
+from lib.grid.plan import NoiseSchedule, Plan, trailing
+from lib.methods import diffnas, peers
+from lib.study import params
+from lib.teachers import networks
 
 PAIRS = 48
 BATCH = 64
@@ -21,8 +24,8 @@ def setting(request):
     p = params.load("digits")["00_teacher_training"]
     torch.set_num_threads(p.threads)
     torch.manual_seed(0)
-    unet = teachers.unet((1, p.resolution, p.resolution), p.widths, p.layers, p.norm_groups).eval()
-    schedule = teachers.noise_schedule()
+    unet = networks.unet((1, p.resolution, p.resolution), p.widths, p.layers, p.norm_groups).eval()
+    schedule = networks.noise_schedule()
     fits, described = NoiseSchedule.of(schedule), blocks.describe(unet)
     teacher = Plan.full(trailing(p.teacher_steps, fits.train_timesteps), fits, described.names)
     noise = sampling.noise("analysis", 0, 0, BATCH, (1, p.resolution, p.resolution))
@@ -95,7 +98,7 @@ def test_half_width_students_measured_speed_up_over_that_of_macs(times_wider):
     p = params.load("digits")["00_teacher_training"]
     torch.set_num_threads(p.threads)
     torch.manual_seed(0)
-    unet = teachers.unet((1, p.resolution, p.resolution), [times_wider * width for width in p.widths], p.layers,
+    unet = networks.unet((1, p.resolution, p.resolution), [times_wider * width for width in p.widths], p.layers,
                          p.norm_groups).eval().requires_grad_(False)
     halves = {path: replace(form, width=form.width // 2) for path, form in diffnas.forms(unet).items()}
     student = diffnas.student(diffnas.supernet(unet, diffnas.FormSpace((3,), (0.5, 1.0))), halves).eval()

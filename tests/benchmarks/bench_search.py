@@ -6,10 +6,13 @@ from statistics import median
 
 import torch
 
-from lib import blocks, cost, evaluate, extractor, params, teachers
-from lib.flexiffusion import SegmentSpace
-from lib.plan import NoiseSchedule, Plan, trailing
-from lib.search import search
+from lib.grid import blocks, cost
+from lib.grid.plan import NoiseSchedule, Plan, trailing
+from lib.judging import evaluate, extractor
+from lib.methods.flexiffusion import SegmentSpace
+from lib.methods.search import search
+from lib.study import params
+from lib.teachers import networks
 
 TRIALS, TURNS = 300, 2
 
@@ -19,8 +22,8 @@ def test_two_workers_against_one(tmp_path):
     p = params.load("digits")
     training, searching = p["00_teacher_training"], p["04_schedule_search"]
     torch.manual_seed(0)
-    unet = teachers.unet((1, 16, 16), training.widths, training.layers, training.norm_groups).eval()
-    schedule, classifier = teachers.noise_schedule(), extractor.Classifier(1, 16, 10).eval().requires_grad_(False)
+    unet = networks.unet((1, 16, 16), training.widths, training.layers, training.norm_groups).eval()
+    schedule, classifier = networks.noise_schedule(), extractor.Classifier(1, 16, 10).eval().requires_grad_(False)
     fits, described = NoiseSchedule.of(schedule), blocks.describe(unet)
     teacher = Plan.full(trailing(searching.teacher_steps, fits.train_timesteps), fits, described.names)
     space = SegmentSpace(teacher, described, tuple(searching.segment_counts), tuple(searching.branches))

@@ -1,0 +1,333 @@
+"""What a model under a plan costs: multiply-accumulates (MACs) executed, parameters, measured time.
+
+MACs are counted by torch's `FlopCounterMode` on the meta device. Convolutions and matrix products count; norms,
+activations and additions do not. The products inside attention are kept apart, because papers on UNets leave them out
+and papers on transformers do not.
+"""
+
+import copy
+import json
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pandas as pd
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from lib.grid import blocks as _blocks
+from lib.grid import graphs, sampling
+from lib.grid.plan import NoiseSchedule, Plan
+
+ATTENTION = ("scaled_dot_product", "bmm")  # operators that only attention uses in these networks
+
+
+@dataclass(frozen=True)
+class Costs:
+    """MACs of one image's pass through each block, and parameters.
+
+    Attributes
+    ----------
+    blocks : dict of block name to MACs, attention products included
+    attention : dict of block name to MACs, its attention products alone
+    parameters : dict of block name to number of parameters
+    rest, rest_parameters : MACs and parameters of stem and head, which run at every network call
+    """
+
+    blocks: dict[str, int]
+    attention: dict[str, int]
+    parameters: dict[str, int]
+    rest: int
+    rest_parameters: int
+
+    @property
+    def call(self) -> int:
+        """MACs of one full network call."""
+        return sum(self.blocks.values()) + self.rest
+
+    @property
+    def call_without_attention(self) -> int:
+        """The same without attention's products, as published for UNets."""
+        return self.call - sum(self.attention.values())
+
+    def per_step(self, plan: Plan, live: np.ndarray) -> np.ndarray:
+        """Give the MACs executed at each of the plan's steps, (S,), int.
+
+        Parameters
+        ----------
+        live : (S, N), bool, from `lib.grid.blocks.Blocks.liveness`
+        """
+        macs = np.array([self.blocks[name] for name in plan.blocks], dtype=np.int64)
+        calls = live.any(axis=1) | (plan.cache == "residual")
+        return live @ macs + calls * self.rest
+
+    def save(self, path: Path) -> None:
+        """Write the costs as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote."""
+        return cls(**json.loads(path.read_text()))
+
+
+def count(model: nn.Module) -> Costs:
+    """Count MACs and parameters of a model's blocks for one image of the model's sample size."""
+    config = model.config
+    # Parameters, which want gradients: of tensors that do not, the counter misses what attention multiplies.
+    weightless = {id(tensor): nn.Parameter(tensor.detach().to("meta")) for tensor in model.parameters()}
+    twin = copy.deepcopy(model, weightless).to("meta").float()
+    size = config.sample_size
+    shape = (size, size) if isinstance(size, int) else tuple(size)
+    x_t = torch.empty(1, config.in_channels, *shape, device="meta")
+    with FlopCounterMode(display=False, depth=None) as counter:
+        twin(x_t, torch.zeros(1, device="meta", dtype=torch.long), **_blocks.example_conditions(model, 1, "meta"))
+    root = type(model).__name__
+    flops = {path.removeprefix(f"{root}."): {str(operator): n for operator, n in operators.items()}
+             for path, operators in counter.get_flop_counts().items()}
+    macs, attention, parameters = {}, {}, {}
+    for block in _blocks.describe(model):
+        operators = [item for path in block.modules for item in flops.get(path, {}).items()]
+        macs[block.name] = sum(n for _, n in operators) // 2
+        attention[block.name] = sum(n for name, n in operators if any(word in name for word in ATTENTION)) // 2
+        parameters[block.name] = sum(p.numel() for path in block.modules
+                                     for p in model.get_submodule(path).parameters())
+    total = sum(p.numel() for p in model.parameters())
+    return Costs(macs, attention, parameters, counter.get_total_flops() // 2 - sum(macs.values()),
+                 total - sum(parameters.values()))
+
+
+def executed(model: nn.Module, costs: Costs, plan: Plan) -> int:
+    """Give the MACs that one image costs under a plan: live cells, stem and head of every network call."""
+    live, _ = _blocks.describe(model).liveness(plan.cells)
+    return int(costs.per_step(plan, live).sum())
+
+
+def interleave(runs: dict[str, Callable[[], object]], repeats: int, warmup: int = 2, title: str = "timing"
+               ) -> dict[str, list[float]]:
+    """Time several functions in turn, A B C A B C ..., so that a machine's drift meets all alike.
+
+    Returns
+    -------
+    seconds : dict of name to list of float, (repeats,)
+    """
+    def timed(run: Callable[[], object]) -> float:
+        start = _now()
+        run()
+        return _now() - start
+
+    for run in list(runs.values()) * warmup:
+        timed(run)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in tqdm(range(repeats), desc=title, unit="round"):
+        for name, run in runs.items():
+            seconds[name].append(timed(run))
+    return seconds
+
+
+def median_ratio(a: list[float], b: list[float], seed: int = 0) -> tuple[float, float, float]:
+    """Give the ratio of the medians of paired times a / b with its 95 % bootstrap interval: (ratio, low, high)."""
+    pairs = np.stack([a, b])
+    draws = np.random.default_rng(seed).integers(0, len(a), (2000, len(a)))
+    ratios = np.median(pairs[0][draws], axis=1) / np.median(pairs[1][draws], axis=1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(np.median(a) / np.median(b)), float(low), float(high)
+
+
+def speed_ups(runs: Mapping[str, Callable[[], object]], macs: Mapping[str, float], images: int, repeats: int
+              ) -> pd.DataFrame:
+    """Time sampling runs in turn, beside what their MACs promise, and see what memory they take.
+
+    Parameters
+    ----------
+    runs : dict of name to what samples one batch; the first is what the others are compared with
+    macs : dict of name to executed MACs
+    images : int, of the batch
+    repeats : int, rounds
+
+    Returns
+    -------
+    table : columns name, times fewer MACs, times faster, low, high (95 %), measured / MACs, ms an image (median),
+        peak MB (`peak_memory`, of the whole batch)
+    """
+    measured, first, rows = interleave(dict(runs), repeats), next(iter(runs)), []
+    for name, run in runs.items():
+        ratio, low, high = median_ratio(measured[first], measured[name])
+        fewer = macs[first] / macs[name]
+        rows.append({"name": name, "times fewer MACs": fewer, "times faster": ratio, "low": low, "high": high,
+                     "measured / MACs": ratio / fewer, "ms an image": 1e3 * float(np.median(measured[name])) / images,
+                     "peak MB": peak_memory(run) / 1e6})
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Measured seconds of one step (network call and solver) for each pattern of live cells in a column.
+
+    Attributes
+    ----------
+    seconds : dict of pattern to float; a pattern is a string of 1 (runs) and 0, a character a block
+    batch : int, images a step
+    precision : str
+    """
+
+    seconds: dict[str, float]
+    batch: int
+    precision: str
+
+    def of(self, live: np.ndarray) -> float:
+        """Give the seconds that a batch takes under a plan.
+
+        Parameters
+        ----------
+        live : (S, N), bool, the plan's live cells, from `lib.grid.blocks.Blocks.liveness`
+
+        Raises
+        ------
+        KeyError
+            If a column's pattern was not measured.
+        """
+        patterns = [_pattern(row) for row in live]
+        strange = set(patterns) - set(self.seconds)
+        if strange:
+            raise KeyError(f"the latency table has no column {sorted(strange)[0]}: measure a plan that holds it")
+        return sum(self.seconds[pattern] for pattern in patterns)
+
+    def save(self, path: Path) -> None:
+        """Write the table as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote."""
+        return cls(**json.loads(path.read_text()))
+
+
+def measure(model: nn.Module, schedule: SchedulerMixin, plans: Iterable[Plan], noise: torch.Tensor, *, precision: str,
+            repeats: int, conditions: sampling.Conditions | None = None) -> Latency:
+    """Measure the median time of each column pattern while walking some plans in turn.
+
+    Parameters
+    ----------
+    plans : Plan
+        A few steps of each kind are enough, such as DeepCache over ten steps at each branch.
+    noise : Tensor, (B, C, H, W)
+    repeats : int, walks of each plan, after one that does not count
+    conditions : Conditions of the B images, where the network reads any
+    """
+    engines = [graphs.engine(model, plan, NoiseSchedule.of(schedule)) for plan in plans]
+    seconds: dict[str, list[float]] = {_pattern(row): [] for engine in engines for row in engine.live}
+    with torch.inference_mode(), sampling.autocast(noise.device, precision):
+        for turn in tqdm(range(repeats + 1), desc="latency of columns", unit="round"):
+            for engine in engines:
+                with engine:
+                    start = _now()
+                    for row, _ in zip(engine.live, sampling.walk(engine, schedule, noise, conditions), strict=True):
+                        if turn:
+                            seconds[_pattern(row)].append(_now() - start)
+                        start = _now()
+    return Latency({pattern: float(np.median(times)) for pattern, times in seconds.items()}, len(noise), precision)
+
+
+def _pattern(row: np.ndarray) -> str:
+    return "".join("01"[int(runs)] for runs in row)
+
+
+def block_seconds(model: nn.Module, x_t: torch.Tensor, repeats: int,
+                  conditions: Mapping[str, torch.Tensor] | None = None) -> dict[str, float]:
+    """Measure the median time of each block in a plain network call.
+
+    Parameters
+    ----------
+    x_t : Tensor, (B, C, H, W)
+    conditions : what else the network reads; nothing (zeros), if it is not given
+
+    Returns
+    -------
+    seconds : dict of block name to float, and of "stem and head"
+    """
+    described = _blocks.describe(model)
+    conditions = conditions or _blocks.example_conditions(model, len(x_t), x_t.device)
+    owner = {path: block.name for block in described for path in block.modules}
+    spent: dict[str, float] = {}
+    starts: dict[str, float] = {}
+
+    def before(path):
+        return lambda *_: starts.__setitem__(path, _now())
+
+    def after(path):
+        def add(*_):
+            spent[owner[path]] = spent.get(owner[path], 0.0) + _now() - starts[path]
+        return add
+
+    handles = []
+    for path in owner:
+        module = model.get_submodule(path)
+        handles += [module.register_forward_pre_hook(before(path)), module.register_forward_hook(after(path))]
+    rounds = []
+    with torch.inference_mode():
+        for _ in range(repeats + 1):
+            spent.clear()
+            start = _now()
+            model(x_t, torch.full((len(x_t),), 500, device=x_t.device), **conditions)
+            rounds.append(dict(spent) | {"stem and head": _now() - start - sum(spent.values())})
+    for handle in handles:
+        handle.remove()
+    return {name: float(np.median([r[name] for r in rounds[1:]])) for name in rounds[0]}
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """Give the bytes that the tensors made by `run` hold at most at one time; what was there before is not counted.
+
+    Every operator's outputs are watched until their storage is freed, so the count is exact and repeats; what a kernel
+    uses inside itself is not seen.
+    """
+    with _Watch() as watch, graphs.unrecorded():
+        run()
+    return watch.peak
+
+
+class _Watch(TorchDispatchMode):
+    """Sees what operators give, forward and backward, and when its memory goes."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = self.peak = 0
+        self._seen: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        for leaf in tree_leaves(outputs):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if id(storage) not in given and id(storage) not in self._seen:
+                    self._take(storage)
+        return outputs
+
+    def _take(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+
+        def free(_: weakref.ref) -> None:
+            self.held -= size
+            del self._seen[key]
+
+        self._seen[key] = weakref.ref(storage, free)
+        self.held += size
+        self.peak = max(self.peak, self.held)
+
+
+def _now() -> float:
+    """Give the time once all that was asked of a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

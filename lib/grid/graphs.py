@@ -1,0 +1,195 @@
+"""The engine on CUDA: steps of the same kind become one recorded graph, which one launch replays.
+
+A small network's step is many short kernels, and what they wait for is Python. A step's kind is which cells run, which
+outputs are kept for later, and the inputs' shapes; a plan has few kinds. What a step keeps lies in buffers of fixed
+places, so that a recorded step reads what any other left there. Recordings belong to the network: plans share them.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Self
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from lib.grid.engine import Engine
+from lib.grid.plan import NoiseSchedule, Plan
+
+LIMIT = 500
+"""So many recordings are kept of a network; then they are made anew. (A search may try thousands of kinds of steps.)"""
+_recording = True
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Inside, every step runs as it is, so that what it does can be watched."""
+    global _recording
+    before, _recording = _recording, False
+    try:
+        yield
+    finally:
+        _recording = before
+
+
+def engine(model: nn.Module, plan: Plan, schedule: NoiseSchedule) -> Engine:
+    """Give the engine that suits where the model lies: with recorded graphs on CUDA, the plain one elsewhere."""
+    kind = GraphedEngine if next(model.parameters()).is_cuda else Engine
+    return kind(model, plan, schedule)
+
+
+def cuda_graph(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
+    """Record what `run` launches: give what replays it, and its output, which each replay writes anew."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            output = run()
+    finally:
+        torch.cuda.set_stream(stream)  # a failed recording leaves its own behind
+    return graph.replay, output
+
+
+class GraphedEngine(Engine):
+    """An `Engine` that records each kind of step when it comes again, and replays it from then on.
+
+    (Searches try many plans: what comes once is not worth a recording.) Where gradients are asked for, and once a step
+    could not be recorded (which a warning says), all run as they are. Predictions are the plain engine's, to rounding.
+    """
+
+    def __enter__(self) -> Self:
+        self._shelf = _shelf(self.model)
+        self._reads: dict[int, Tensor] = {}
+        return super().__enter__()
+
+    def call(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        """Run the network at the current step, recorded if this kind of step has come before."""
+        global _recording
+        if torch.is_grad_enabled() or not _recording:
+            return forward(*args, **kwargs)
+        leaves, tree = tree_flatten((args, kwargs))
+        leaves = [leaf.to(self._weight.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs = tree_unflatten(leaves, tree)
+        kind = self._kind(leaves, str(tree))
+        shelf = self._shelf
+        if kind not in shelf.seen:
+            shelf.seen.add(kind)
+            return forward(*args, **kwargs)
+        if kind not in shelf.recordings and len(shelf.recordings) >= LIMIT:
+            shelf.recordings.clear()
+        try:
+            recording = shelf.recordings[kind] = shelf.recordings.get(kind) or self._record(forward, leaves, tree)
+        except RuntimeError as error:  # what a device does after a failed recording is not sure: no second try
+            warnings.warn(f"a step could not be recorded as a CUDA graph; all run without from here: {error}",
+                          stacklevel=2)
+            _recording = False
+            return forward(*args, **kwargs)
+        if any(self._now.cache.get(place) is not buffer for place, buffer in recording.reads.items()):
+            return forward(*args, **kwargs)
+        _fill(recording.inputs, leaves)
+        recording.replay()
+        for place in self._rows()[0].nonzero()[0]:
+            self._keep(int(place), recording.writes.get(int(place)))
+        return tree_map_only(Tensor, Tensor.clone, recording.output)
+
+    def put(self, place: int, given: Callable[[], Tensor]) -> None:
+        """Take what a block gave: into the buffer of its place, if a later step reads it."""
+        if torch.is_grad_enabled() or not _recording:
+            super().put(place, given)
+            return
+        buffer = None
+        if self.stored[self._now.step, place]:
+            value = given()
+            buffer = self._buffer((self.branch, place), value)
+            buffer.copy_(value)
+        self._keep(place, buffer)
+
+    def get(self, place: int) -> Tensor:
+        """Give what a skipped block gave last, and note for a recording that it was read."""
+        if place in self._now.cache:
+            self._reads[place] = self._now.cache[place]
+        return super().get(place)
+
+    def _rows(self):
+        return self.live[self._now.step], self.stored[self._now.step]
+
+    def _kind(self, leaves: list, tree: str) -> tuple:
+        """Give all that a recording hangs on, save the weights."""
+        inputs = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+        live, stored = self._rows()
+        kind = self._weight.device.type
+        lowered = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return self.branch, live.tobytes(), stored.tobytes(), tree, inputs, lowered
+
+    def _keep(self, place: int, buffer: Tensor | None) -> None:
+        if buffer is None:
+            self._now.cache.pop(place, None)
+        else:
+            self._now.cache[place] = buffer
+
+    def _buffer(self, name: tuple, like: Tensor) -> Tensor:
+        """Give the buffer of a name and shape; it stays where it is for as long as the model lives."""
+        key = (name, like.shape, like.dtype)
+        if key not in self._shelf.buffers:
+            with torch.inference_mode(False):  # one that every kind of context may write
+                self._shelf.buffers[key] = torch.empty_like(like, memory_format=torch.preserve_format)
+        return self._shelf.buffers[key]
+
+    def _record(self, forward: Callable, leaves: list, tree: Any) -> "_Recording":
+        inputs = [self._buffer(("input", i), leaf) if isinstance(leaf, Tensor) else leaf
+                  for i, leaf in enumerate(leaves)]
+        _fill(inputs, leaves)
+        args, kwargs = tree_unflatten(inputs, tree)
+        before, self._reads = dict(self._now.cache), {}
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # a recording must not read lowered weights that are freed after it
+        try:
+            replay, output = cuda_graph(lambda: forward(*args, **kwargs), self._shelf.pool)
+            live, stored = self._rows()
+            writes = {int(place): self._now.cache[place] for place in (live & stored).nonzero()[0]}
+            return _Recording(replay, inputs, dict(self._reads), writes, output)
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+            self._now.cache = before
+
+
+def _fill(inputs: list, leaves: list) -> None:
+    for buffer, leaf in zip(inputs, leaves, strict=True):
+        if isinstance(buffer, Tensor):
+            buffer.copy_(leaf)
+
+
+@dataclass
+class _Recording:
+    """A step that can be replayed: from where it reads, and where it writes."""
+
+    replay: Callable[[], None]
+    inputs: list
+    reads: dict[int, Tensor]
+    writes: dict[int, Tensor]
+    output: Any
+
+
+@dataclass
+class _Shelf:
+    """What was recorded of one network, for as long as its weights stay where they are."""
+
+    weights: tuple[int, ...]
+    pool: Any
+    seen: set[tuple] = field(default_factory=set)
+    recordings: dict[tuple, _Recording] = field(default_factory=dict)
+    buffers: dict[tuple, Tensor] = field(default_factory=dict)
+
+
+_shelves: WeakKeyDictionary[nn.Module, _Shelf] = WeakKeyDictionary()
+
+
+def _shelf(model: nn.Module) -> _Shelf:
+    """Give a network's recordings; none, once its weights have been moved or put into another precision."""
+    weights = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+    if model not in _shelves or _shelves[model].weights != weights:
+        pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+        _shelves[model] = _Shelf(weights, pool)
+    return _shelves[model]

@@ -1,0 +1,151 @@
+"""Noise to images under a plan: the same noise gives the same image, whatever the batch."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Self
+
+import numpy as np
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lib.grid import graphs
+from lib.grid.blocks import example_conditions
+from lib.grid.engine import Engine
+from lib.grid.plan import NoiseSchedule, Plan
+
+BANKS = {"search": 1, "select": 2, "report": 3, "analysis": 4}
+"""Banks of noise that share no image: searching, choosing among the found, reporting, looking."""
+
+
+def noise(bank: str, seed: int, first: int, count: int, shape: tuple[int, int, int]) -> Tensor:
+    """Give images `first` .. `first + count - 1` of a noise bank.
+
+    Each image's noise depends on (seed, bank, number) alone, so batches and processes may split a bank as they like.
+
+    Parameters
+    ----------
+    bank : str, a key of `BANKS`
+    shape : (C, H, W)
+
+    Returns
+    -------
+    noise : Tensor, (count, C, H, W), float32, standard normal
+    """
+    draws = [np.random.default_rng((seed, BANKS[bank], number)).standard_normal(shape, dtype=np.float32)
+             for number in range(first, first + count)]
+    return torch.from_numpy(np.stack(draws))
+
+
+def solver(plan: Plan, schedule: SchedulerMixin) -> DPMSolverMultistepScheduler:
+    """Build the plan's solver over the plan's own timesteps (order 1 = DDIM with eta 0)."""
+    scheduler = DPMSolverMultistepScheduler.from_config(
+        schedule.config, algorithm_type=plan.solver, solver_order=plan.order, final_sigmas_type=plan.final_sigma,
+        lower_order_final=True, thresholding=False)
+    scheduler.set_timesteps(timesteps=list(plan.timesteps))
+    return scheduler
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a network reads besides image and timestep, and how strongly it is guided by it.
+
+    Attributes
+    ----------
+    given : dict of the network's argument to Tensor, (n, ...), a row an image
+    null : the same without a condition, for classifier-free guidance; None for none
+    scale : float, of the guidance: null + scale * (given - null)
+    passes : 1 (both in one batch) or 2 (one network call after the other)
+    """
+
+    given: Mapping[str, Tensor]
+    null: Mapping[str, Tensor] | None = None
+    scale: float = 1.0
+    passes: int = 1
+
+    @classmethod
+    def drawn(cls, model: nn.Module, noise: Tensor) -> Self | None:
+        """Draw each image's label from its own noise, where a network reads labels and nothing else; else give None.
+
+        So one noise gives one image, whatever the batch, for class-conditional networks too.
+        """
+        if set(example_conditions(model, 0, "cpu")) != {"class_labels"}:
+            return None
+        classes = model.config.get("num_embeds_ada_norm") or model.config.num_class_embeds
+        shares = torch.special.ndtr(noise[:, 0, 0, 0].double())  # of a standard normal: even over 0..1
+        return cls({"class_labels": (shares * classes).long().clamp(max=classes - 1)})
+
+    def rows(self, first: int, count: int) -> Self:
+        """Give the conditions of some images."""
+        def part(all_rows: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+            return all_rows and {name: rows[first:first + count] for name, rows in all_rows.items()}
+
+        return replace(self, given=part(self.given), null=part(self.null))
+
+    def predict(self, engine: Engine, x_t: Tensor, t: Tensor) -> Tensor:
+        """Predict at an engine's next step, guided (Ho and Salimans 2022)."""
+        given = {name: rows.to(x_t.device) for name, rows in self.given.items()}
+        if self.null is None:
+            return engine(x_t, t, **given)
+        null = {name: rows.to(x_t.device) for name, rows in self.null.items()}
+        if self.passes == 2:
+            without, along = engine(x_t, t, "null", **null), engine(x_t, t, "given", **given)
+        else:
+            both = {name: torch.cat([null[name], given[name]]) for name in given}
+            without, along = engine(torch.cat([x_t, x_t]), t, **both).chunk(2)
+        return without + self.scale * (along - without)
+
+
+def walk(engine: Engine, schedule: SchedulerMixin, x_t: Tensor, conditions: Conditions | None = None
+         ) -> Iterator[Tensor]:
+    """Walk an engine's plan from `x_t`, from the start, and yield x_t after each step; the last one is the image.
+
+    Without conditions, those of class-conditional networks are drawn from `x_t`, which is noise (`Conditions.drawn`).
+    """
+    engine.reset()
+    scheduler = solver(engine.plan, schedule)
+    conditions = conditions or Conditions.drawn(engine.model, x_t)
+    predict = partial(conditions.predict, engine) if conditions else engine
+    for t, there in zip(scheduler.timesteps, scheduler.timesteps.to(x_t.device)):
+        x_t = scheduler.step(predict(x_t, there).float(), t, x_t).prev_sample
+        yield x_t
+
+
+@torch.inference_mode()
+def sample(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: Tensor, conditions: Conditions | None = None,
+           *, precision: str = "fp32", batch_size: int = 250, title: str | None = None) -> Tensor:
+    """Sample images under a plan.
+
+    Parameters
+    ----------
+    model, schedule : a teacher or student and its noise schedule, as `lib.teachers.networks.load` gives them
+    noise : Tensor, (n, C, H, W)
+    conditions : Conditions of the n images, where the network reads any
+    precision : "fp32" or "bf16" (autocast in the network; the solver stays in fp32)
+    title : of a progress bar; None for none
+
+    Returns
+    -------
+    images : Tensor, (n, C, H, W), float32, about [-1, 1], on the CPU
+    """
+    device = next(model.parameters()).device
+    images = []
+    bar = tqdm(total=len(noise), desc=title, unit="image", disable=title is None, leave=False)
+    with graphs.engine(model, plan, NoiseSchedule.of(schedule)) as engine, autocast(device, precision):
+        for first in range(0, len(noise), batch_size):
+            batch = noise[first:first + batch_size]
+            own = conditions and conditions.rows(first, len(batch))
+            *_, x_0 = walk(engine, schedule, batch.to(device), own)
+            images.append(x_0.cpu())
+            bar.update(len(batch))
+    bar.close()
+    return torch.cat(images)
+
+
+def autocast(device: torch.device, precision: str):
+    """Give the context in which the network computes: bf16 autocast, or none."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()

@@ -1,0 +1,138 @@
+"""What a teacher's blocks do from step to step, what reusing one costs, and what the papers' models cost."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import torch
+from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DConditionModel, UNet2DModel
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lib.grid import blocks as _blocks
+from lib.grid import cost
+from lib.grid.engine import Engine
+from lib.grid.plan import NoiseSchedule, Plan
+from lib.grid.sampling import Conditions, walk
+
+
+@torch.inference_mode()
+def similarity(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: Tensor,
+               conditions: Conditions | None = None) -> np.ndarray:
+    """Measure how alike each block's outputs are at neighbouring steps of a full plan.
+
+    Parameters
+    ----------
+    plan : Plan, (T, N), all cells computing
+    noise : Tensor, (n, C, H, W)
+    conditions : Conditions of the n images, where the network reads any
+
+    Returns
+    -------
+    similarity : (T, N), cosine similarity with the step before, mean over images; NaN at the first step
+    """
+    described = _blocks.describe(model)
+    now: dict[int, Tensor] = {}
+    handles = [model.get_submodule(block.modules[-1]).register_forward_hook(
+        lambda module, inputs, output, place=place: now.__setitem__(
+            place, (output[0] if isinstance(output, tuple) else output).flatten(1)))
+        for place, block in enumerate(described)]
+    values, before = np.full((plan.steps, len(described)), np.nan), {}
+    try:
+        with Engine(model, plan, NoiseSchedule.of(schedule)) as engine:
+            for step, _ in enumerate(walk(engine, schedule, noise, conditions)):
+                for place, output in now.items():
+                    if step:
+                        alike = torch.cosine_similarity(output, before[place], dim=1)
+                        values[step, place] = float(alike.mean())
+                before = dict(now)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return values
+
+
+@torch.inference_mode()
+def sensitivity(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: Tensor, steps: list[int],
+                conditions: Conditions | None = None) -> np.ndarray:
+    """Measure the damage to the final image when one block is reused at one step.
+
+    Under order 1 a run has no memory but its image and its cache: so each run starts one step before the reused cell,
+    from the teacher's own x_t, which halves the price.
+
+    Parameters
+    ----------
+    plan : Plan, (T, N), order 1, all cells computing
+    noise : Tensor, (n, C, H, W)
+    steps : steps to try, each in 1..T-1
+
+    Returns
+    -------
+    damage : (len(steps), N), mean squared difference from the teacher's image over the teacher images' variance
+    """
+    if plan.order != 1 or not plan.cells.all():
+        raise ValueError("sensitivity needs a full plan of order 1")
+    fits, conditions = NoiseSchedule.of(schedule), conditions or Conditions.drawn(model, noise)
+    with Engine(model, plan, fits) as engine:
+        states = [noise, *walk(engine, schedule, noise, conditions)]  # states[s]: x_t before step s
+    images = states[-1]
+    damage = np.zeros((len(steps), len(plan.blocks)))
+    cells = [(i, place) for i in range(len(steps)) for place in range(len(plan.blocks))]
+    for i, place in tqdm(cells, desc="sensitivity", unit="cell"):
+        first = steps[i] - 1
+        tail = Plan.full(plan.timesteps[first:], plan.schedule, plan.blocks, cache=plan.cache)
+        compute = tail.cells
+        compute[1, place] = False
+        with Engine(model, tail.with_cells(compute), fits) as engine:
+            *_, changed = walk(engine, schedule, states[first], conditions)
+        damage[i, place] = float((changed - images).square().mean() / images.var(dim=0).mean())
+    return damage
+
+
+def cifar10_ddpm() -> UNet2DModel:
+    """Build the UNet of google/ddpm-cifar10-32, with fresh weights."""
+    return UNet2DModel(sample_size=32, layers_per_block=2, block_out_channels=(128, 256, 256, 256),
+                       down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+                       up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"))
+
+
+def stable_diffusion() -> UNet2DConditionModel:
+    """Build the UNet of Stable Diffusion 1.5, with fresh weights."""
+    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+
+
+def dit_xl() -> DiTTransformer2DModel:
+    """Build the transformer of facebook/DiT-XL-2-256, with fresh weights."""
+    return DiTTransformer2DModel(num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8,
+                                 num_layers=28, sample_size=32, patch_size=2, num_embeds_ada_norm=1000)
+
+
+PUBLISHED: dict[str, tuple[Callable[[], ModelMixin], float, str]] = {
+    "CIFAR-10 DDPM": (cifar10_ddpm, 6.1, "without"), "Stable Diffusion 1.5": (stable_diffusion, 338.8, "without"),
+    "DiT-XL/2": (dit_xl, 118.6, "with")}
+"""The papers' models: how to build one, the G MACs that papers print, and whether attention's products are in them."""
+
+
+def published_costs() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Count the papers' models, without weights.
+
+    Returns
+    -------
+    models : columns model, parameters_millions, gmacs_without, gmacs_with (attention's products), published, of;
+        partial_0 to partial_3: a partial step's share of a full one's MACs at that branch
+    blocks : columns model, block, gmacs, parameters
+    """
+    models, rows = [], []
+    for name, (make, published, of) in PUBLISHED.items():
+        with torch.device("meta"):
+            model = make()
+        costs, described = cost.count(model), _blocks.describe(model)
+        shares = [(described.branch(branch) @ np.array(list(costs.blocks.values())) + costs.rest) / costs.call
+                  for branch in range(4)]
+        models.append({"model": name, "parameters_millions": model.num_parameters() / 1e6,
+                       "gmacs_without": costs.call_without_attention / 1e9, "gmacs_with": costs.call / 1e9,
+                       "published": published, "of": of} | {f"partial_{i}": share for i, share in enumerate(shares)})
+        rows += [{"model": name, "block": block, "gmacs": macs / 1e9, "parameters": costs.parameters[block]}
+                 for block, macs in costs.blocks.items()]
+    return pd.DataFrame(models), pd.DataFrame(rows)

@@ -1,0 +1,165 @@
+"""Peers, run for real: what others' published code makes of the same teacher. ``pip install .[peers]`` brings them."""
+
+import copy
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import CacheMixin, DDIMScheduler, FirstBlockCacheConfig, ModelMixin, UNet2DModel
+from diffusers.hooks import apply_first_block_cache
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.upsampling import Upsample2D
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lib.grid import blocks, cost, sampling
+from lib.grid.plan import Plan
+
+
+@torch.inference_mode()
+def deepcache(model: nn.Module, schedule: SchedulerMixin, teacher: Plan, interval: int, branch: int, noise: Tensor, *,
+              precision: str = "fp32", **conditions) -> Tensor:
+    """Sample with the `DeepCache` package (Ma et al. 2023), uniformly, over a full plan's steps and solver.
+
+    Parameters
+    ----------
+    model : a UNet with two residual blocks, or one and a sampler, a level
+    interval, branch : int, the package's cache_interval and cache_branch_id
+    noise : Tensor, (n, C, H, W)
+    conditions : what else the network reads
+    """
+    from DeepCache import DeepCacheSDHelper
+
+    scheduler = sampling.solver(teacher, schedule)
+    helper = DeepCacheSDHelper(pipe=SimpleNamespace(unet=model, scheduler=scheduler))
+    helper.set_params(cache_interval=interval, cache_branch_id=branch)
+    helper.enable()
+    x_t = noise.to(model.device)
+    try:
+        with sampling.autocast(x_t.device, precision):
+            for t in scheduler.timesteps:
+                predicted = model(x_t.to(model.dtype), t, **conditions).sample
+                x_t = scheduler.step(predicted.float(), t, x_t).prev_sample
+    finally:
+        helper.disable()
+    return x_t.cpu()
+
+
+def first_block_caching(model: ModelMixin, schedule: SchedulerMixin, teacher: Plan, threshold: float, noise: Tensor
+                        ) -> tuple[Plan, Tensor]:
+    """Sample with diffusers' first-block cache over a full plan's steps and solver.
+
+    It decides at each step, by one number of the whole batch, whether the blocks behind the first run.
+
+    Parameters
+    ----------
+    model : a transformer; it stays as it is
+    threshold : float, relative change of the first block's residual below which the others are reused
+    noise : Tensor, (n, C, H, W)
+
+    Returns
+    -------
+    plan, images : what it ran, as a plan; the images, (n, C, H, W), on the CPU
+    """
+    def enable(cached: ModelMixin) -> None:
+        apply_first_block_cache(cached, FirstBlockCacheConfig(threshold))
+
+    return _executed(model, schedule, teacher, noise, enable, method="first-block caching", threshold=threshold)
+
+
+def dbcache(model: ModelMixin, schedule: SchedulerMixin, teacher: Plan, threshold: float, noise: Tensor
+            ) -> tuple[Plan, Tensor]:
+    """Sample with the `cache-dit` package (DBCache, one block computed first) as `first_block_caching` does."""
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # read when it is imported
+    import cache_dit
+
+    def enable(cached: ModelMixin) -> None:
+        config = cache_dit.DBCacheConfig(num_inference_steps=teacher.steps, residual_diff_threshold=threshold,
+                                         Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=1)
+        cache_dit.enable_cache(cached, cache_config=config)
+
+    return _executed(model, schedule, teacher, noise, enable, method="cache-dit", threshold=threshold)
+
+
+@torch.inference_mode()
+def _executed(model: ModelMixin, schedule: SchedulerMixin, teacher: Plan, noise: Tensor,
+              enable: Callable[[ModelMixin], None], **provenance) -> tuple[Plan, Tensor]:
+    """Sample with another's cache on a copy of a transformer, and note which blocks ran at which step."""
+    cached, described, cells = copy.deepcopy(model), blocks.describe(model), np.zeros_like(teacher.cells)
+    for place, block in enumerate(described):
+        def note(*_, place: int = place) -> None:
+            cells[step, place] = True
+        next(cached.get_submodule(block.modules[0]).children()).register_forward_pre_hook(note)
+    enable(cached)
+    scheduler, x_t = sampling.solver(teacher, schedule), noise.to(model.device)
+    given = {}
+    if conditions := sampling.Conditions.drawn(model, x_t):
+        given = {name: rows.to(x_t.device) for name, rows in conditions.given.items()}
+    with CacheMixin.cache_context(cached, "given"):
+        for step, t in enumerate(scheduler.timesteps):  # noqa: B007 (`note` reads it)
+            predicted = cached(x_t, t.to(x_t.device).expand(len(x_t)), **given).sample[:, :x_t.shape[1]]
+            x_t = scheduler.step(predicted, t, x_t).prev_sample
+    return teacher.with_cells(cells, **provenance), x_t.cpu()
+
+
+def diff_pruning(model: UNet2DModel, images: Tensor, schedule: DDIMScheduler, share: float, *, seed: int,
+                 batch_size: int = 64, threshold: float = 0.05) -> UNet2DModel:
+    """Prune a UNet's channels by `torch-pruning` with the criterion of Diff-Pruning (Fang et al. 2023).
+
+    The gradient of the loss is summed over the timesteps 0, 1, 2, ... up to where the loss has fallen to `threshold` of
+    its greatest; channels go in groups by the first Taylor term, the same share of each layer, down to the budget.
+
+    Parameters
+    ----------
+    model : a teacher; it stays as it is
+    images : Tensor, (n, C, H, W), training images
+    share : float, of the teacher's MACs, in (0, 1)
+    seed : int, of images and noise
+
+    Returns
+    -------
+    pruned : a UNet2DModel whose layers are thinner than its configuration says; it still has to be trained
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If torch-pruning is not installed.
+    ValueError
+        If no pruning is so small.
+    """
+    try:
+        import torch_pruning
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("torch-pruning is not installed: run\n    pip install .[peers]") from None
+    graded = copy.deepcopy(model).requires_grad_(True)
+    generator, greatest = torch.Generator().manual_seed(seed), 0.0
+    x_0 = images[torch.randint(len(images), (batch_size,), generator=generator)].to(model.device)
+    noise = torch.randn(x_0.shape, generator=generator).to(model.device)
+    for t in tqdm(range(schedule.config.num_train_timesteps), desc="gradients for pruning", unit="timestep"):
+        steps = torch.full((batch_size,), t, device=model.device)
+        loss = F.mse_loss(graded(schedule.add_noise(x_0, noise, steps), steps).sample, noise)
+        greatest = max(greatest, loss.item())
+        if loss.item() < threshold * greatest:
+            break
+        loss.backward()
+    for percent in range(5, 100, 5):
+        pruned = copy.deepcopy(graded)
+        for part, whole in zip(pruned.parameters(), graded.parameters()):
+            part.grad = whole.grad.clone()
+        queries = [layer for part in pruned.modules() if isinstance(part, Attention)
+                   for layer in (part.to_q, part.to_k, part.to_v)]  # the heads keep their size
+        torch_pruning.pruner.MetaPruner(
+            pruned, {"sample": x_0[:1], "timestep": steps[:1]}, importance=torch_pruning.importance.TaylorImportance(),
+            pruning_ratio=percent / 100, ignored_layers=[pruned.conv_out, *queries]).step()
+        for part in pruned.modules():
+            if isinstance(part, Downsample2D | Upsample2D):  # they check what they are given
+                part.channels, part.out_channels = part.conv.in_channels, part.conv.out_channels
+        if cost.count(pruned).call <= share * cost.count(model).call:
+            pruned.zero_grad()
+            return pruned
+    raise ValueError(f"torch-pruning finds no network of {share:.0%} of the MACs: raise the share")

@@ -1,0 +1,245 @@
+"""Search for plans over any genome that decodes to one: evolutionary (NSGA-II) or random, on Optuna.
+
+Two objectives are minimised, an error and the executed MACs. Candidates are asked and told one by one and every trial
+goes into a storage, a journal file or a database, so that a search resumes after a kill, and that several processes, or
+several machines, work on one.
+"""
+
+import json
+import multiprocessing
+import secrets
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import optuna
+import torch
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import NSGAIISampler, RandomSampler
+from optuna.samplers.nsgaii import PolynomialMutation
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import TrialState
+from tqdm import tqdm
+
+from lib.grid.plan import Plan
+
+REDRAWS = 500
+"""Genomes over the budget, or known, one after another, at which the search ends."""
+MUTATIONS = 4
+"""Genes that a child changes, on average: of a long genome many mean nothing at its number of segments."""
+
+
+class Space(Protocol):
+    """A genome of fixed length, and what it means."""
+
+    def distributions(self) -> Mapping[str, BaseDistribution]:
+        """Give each gene's range."""
+
+    def decode(self, genome: Mapping) -> Plan:
+        """Make a plan of a genome."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """An evaluated plan, and the genome that gave it."""
+
+    plan: Plan
+    error: float
+    macs: int
+    genome: Mapping
+
+
+def search(space: Space, error: Callable[[Plan], float], macs: Callable[[Plan], int], *, trials: int, population: int,
+           seed: int, storage: Path | str, budget: int | None = None, start: Iterable[Mapping] = (),
+           method: str = "nsga2", workers: int = 1, title: str = "search") -> list[Found]:
+    """Evaluate `trials` different plans (fewer, if the space has no more) and give them in the order of evaluation.
+
+    Parameters
+    ----------
+    space : Space
+    error, macs : callable(plan), both minimised
+        With several workers they, and the space, are sent to other processes: no lambdas.
+    population : int, of NSGA-II; the start genomes should not outnumber it
+    storage : Path or str
+        A journal file, or the URL of a database (``sqlite:///...``, ``postgresql://...``) that several machines share.
+        If it holds trials of this title, the search goes on from them. One worker on a journal repeats exactly; where
+        several workers or machines share the work, the order in which they come to the storage is chance.
+    budget : int, MACs; dearer genomes are drawn again before they cost an evaluation
+    start : genomes to begin with (known schedules)
+    method : "nsga2" or "random"
+    workers : int
+        Processes that share the storage, each with its part of torch's threads.
+
+    Raises
+    ------
+    ValueError
+        If the space has next to nothing within the budget.
+    RuntimeError
+        If a worker failed; what the others found is kept.
+    """
+    if isinstance(storage, str):
+        seed = secrets.randbelow(2**31)  # two machines that begin together must not draw the same
+    job = _Job(space, error, macs, trials, population, seed, storage, budget, method, title)
+    study = job.open()
+    for genome in start:
+        study.enqueue_trial(dict(genome), skip_if_exists=True)
+    if isinstance(storage, Path):  # what runs there is what a killed search lost; in a database it may be another's
+        for trial in study.get_trials(states=[TrialState.RUNNING]):
+            study.tell(trial.number, state=TrialState.FAIL)
+            if genome := trial.system_attrs.get("fixed_params"):
+                study.enqueue_trial(genome)
+    with tqdm(total=trials, initial=len(job.look(study)), desc=title, unit="plan") as bar:
+        if workers == 1:
+            job.work(study, bar)
+        else:
+            _share(job, study, workers, bar)
+    return list(job.look(study).values())[:trials]
+
+
+def pareto(found: Iterable[Found]) -> list[Found]:
+    """Give those that no other beats in both error and MACs, cheapest first."""
+    front: list[Found] = []
+    for one in sorted(found, key=lambda one: (one.macs, one.error)):
+        if not front or one.error < front[-1].error:
+            front.append(one)
+    return front
+
+
+class _Journal(JournalFileBackend):
+    """Optuna's journal without waiting for the disk: a trial is a record a gene, and hundreds of waits took most of it.
+
+    What a killed process has written is kept all the same; a power cut may lose the last trials.
+    """
+
+    def __init__(self, path: str):
+        self._path, self._writing = path, JournalFileOpenLock(path)
+        super().__init__(path, self._writing)
+
+    def append_logs(self, logs: list[dict]) -> None:
+        self._writing.acquire()
+        try:
+            with open(self._path, "a") as file:
+                file.writelines(json.dumps(log) + "\n" for log in logs)
+        finally:
+            self._writing.release()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that a worker needs to know, and what it has seen of the storage."""
+
+    space: Space
+    error: Callable[[Plan], float]
+    macs: Callable[[Plan], int]
+    trials: int
+    population: int
+    seed: int
+    storage: Path | str
+    budget: int | None
+    method: str
+    title: str
+    found: dict[str, Found] = field(default_factory=dict)
+    seen: set[int] = field(default_factory=set)
+
+    def open(self) -> optuna.Study:
+        """Open the storage, with a sampler that does not repeat what a killed one or another worker drew."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        storage = self.storage
+        if isinstance(storage, Path):
+            storage = JournalStorage(_Journal(str(storage)))
+        study = optuna.create_study(storage=storage, study_name=self.title, load_if_exists=True,
+                                    directions=["minimize"] * 2)
+        seed = self.seed + len(study.trials)
+        if self.method == "random":
+            study.sampler = RandomSampler(seed=seed)
+        else:
+            genes = len(self.space.distributions())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)  # PolynomialMutation
+                study.sampler = NSGAIISampler(population_size=self.population, seed=seed, mutation=PolynomialMutation(),
+                                              mutation_prob=min(1.0, MUTATIONS / genes))
+        return study
+
+    def look(self, study: optuna.Study) -> dict[str, Found]:
+        """Take what all workers told the storage: one entry for each different plan."""
+        for trial in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
+            if trial.number not in self.seen:
+                self.seen.add(trial.number)
+                plan = self.space.decode(trial.params)
+                self.found.setdefault(plan.key, Found(plan, trial.values[0], int(trial.values[1]), trial.params))
+        return self.found
+
+    def work(self, study: optuna.Study, bar: tqdm | None = None) -> None:
+        """Ask, evaluate and tell until there are enough plans."""
+        distributions, repeats = dict(self.space.distributions()), 0
+        while len(found := self.look(study)) < self.trials:
+            trial, plan, cost = self._ask(study, distributions)
+            before = len(found)
+            if plan.key in found:  # a copy would only crowd the population
+                study.tell(trial, state=TrialState.FAIL)
+                repeats += 1
+            else:
+                error = self.error(plan)
+                study.tell(trial, [error, cost])
+                self.seen.add(trial.number)  # no need to decode it again
+                self.found.setdefault(plan.key, Found(plan, error, cost, trial.params))
+                repeats = 0
+            if repeats == REDRAWS:
+                tqdm.write(f"{self.title}: {REDRAWS} genomes in a row gave plans that were known: the space is "
+                           "searched through")
+                return
+            if bar is not None:
+                _show(bar, self.look(study), before)
+
+    def _ask(self, study: optuna.Study, distributions: dict[str, BaseDistribution]) -> tuple[optuna.Trial, Plan, int]:
+        """Ask for a genome within the budget; dearer ones are told as failed: the sampler learns nothing of them."""
+        for _ in range(REDRAWS):
+            trial = study.ask(distributions)
+            _ = trial.relative_params  # where all genes were given: else NSGA-II takes the trial into no population
+            plan = self.space.decode(trial.params)
+            cost = self.macs(plan)
+            if self.budget is None or cost <= self.budget:
+                return trial, plan, cost
+            study.tell(trial, state=TrialState.FAIL)
+        raise ValueError(f"none of {REDRAWS} genomes cost at most {self.budget} MACs: raise the budget, or widen the "
+                         "space by cheaper choices.")
+
+
+def _share(job: _Job, study: optuna.Study, workers: int, bar: tqdm) -> None:
+    """Let several processes work on one storage, and show how they get on."""
+    threads = max(1, torch.get_num_threads() // workers)
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=_worker, args=(replace(job, seed=secrets.randbelow(2**31)), threads), daemon=True)
+                 for _ in range(workers)]
+    for process in processes:
+        process.start()
+    try:
+        while any(process.is_alive() for process in processes):
+            time.sleep(0.5)
+            before = len(job.found)
+            _show(bar, job.look(study), before)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+    failed = [process.exitcode for process in processes if process.exitcode]
+    if failed and len(job.look(study)) < job.trials:
+        raise RuntimeError(f"{job.title}: {len(failed)} of {workers} workers failed (their own errors stand above). "
+                           "What they found is kept: run it again to go on.")
+
+
+def _worker(job: _Job, threads: int) -> None:
+    torch.set_num_threads(threads)
+    job.work(job.open())
+
+
+def _show(bar: tqdm, found: Mapping[str, Found], before: int) -> None:
+    if len(found) > before:
+        best = min(found.values(), key=lambda one: one.error)
+        bar.set_postfix(best=f"{best.error:.3g}", macs=f"{best.macs / 1e6:.0f}M", refresh=False)
+        bar.update(len(found) - before)

@@ -1,0 +1,267 @@
+"""Every figure, in one style, from numbers that are already there; each PNG has its numbers as CSV beside it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axis import Axis
+from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from lib.grid.plan import Plan
+
+NARROW, WIDE = 3.3, 6.9  # inches
+
+PALETTE = sns.color_palette("colorblind")
+COLOURS = {"teacher": "0.3", "Flexiffusion": PALETTE[0], "DiP-GO": PALETTE[1], "DiffNAS": PALETTE[2],
+           "student": PALETTE[4]}
+"""One colour a method in every figure; controls are grey."""
+VARIANTS = "*PXdh"
+"""Markers of a method's variants, in the order in which they come; their names begin with the method's and a comma."""
+CONTROLS = {"DDIM, uniform": ("0.45", "o", "-"), "DDIM, quadratic": ("0.6", "s", ":"),
+            "DPM-Solver++, uniform": ("0.0", "D", "-"), "DPM-Solver++, quadratic": ("0.25", "P", ":"),
+            "DeepCache, branch 0": ("0.4", "^", "--"), "DeepCache, branch 1": ("0.7", "v", "--"),
+            "random cells": ("0.75", "x", ":"), "searched steps, DDIM": ("0.45", "<", ""),
+            "searched steps": ("0.0", ">", ""), "random search": ("0.7", "1", ""),
+            "random search, extended": ("0.7", "2", ""), "genetic search": ("0.55", "3", ""),
+            "genetic search, columns": ("0.35", "4", ""), "columns (whole steps)": ("0.25", "|", ""),
+            "annealed columns (whole steps)": ("0.5", "_", ""), "searched steps (teacher)": ("0.0", ">", ""),
+            "searched steps (student)": ("0.35", ">", ""), "thin": ("0.5", "p", ""), "random": ("0.7", "x", ""),
+            "global, raw": ("0.4", "2", ""), "global, relative": ("0.6", "1", ""), "torch-pruning": ("0.3", "H", ""),
+            "first-block caching": ("0.35", "^", "--"), "cache-dit": ("0.6", "v", ":")}
+OTHER = ("0.6", "v", "--")
+"""Grey, marker and line of each control, and of one that has none of its own."""
+KINDS = {"null": "white", "partial": sns.color_palette("pastel")[0], "full": PALETTE[0]}
+
+
+def style() -> None:
+    """Set the one style; call it once a notebook."""
+    sns.set_theme(context="paper", style="ticks", palette="colorblind",
+                  rc={"figure.dpi": 110, "savefig.dpi": 200, "savefig.bbox": "tight", "axes.spines.top": False,
+                      "axes.spines.right": False, "legend.frameon": False, "figure.constrained_layout.use": True})
+
+
+def save(figure: Figure, numbers: pd.DataFrame, folder: Path, name: str) -> None:
+    """Write ``<name>.png`` and ``<name>.csv``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    numbers.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+
+
+def grid(images: np.ndarray, rows: Sequence[str], columns: Sequence[str] = (), cell: float = 0.42) -> Figure:
+    """Show images row by row.
+
+    Parameters
+    ----------
+    images : (rows, columns, C, H, W), float, in [-1, 1]
+    rows, columns : labels
+    cell : inches a side
+    """
+    count, wide, channels, height, width = images.shape
+    canvas = np.ones((count, wide, height + 1, width + 1, channels))  # a white line between images
+    canvas[:, :, :height, :width] = np.clip((images + 1) / 2, 0, 1).transpose(0, 1, 3, 4, 2)
+    canvas = canvas.transpose(0, 2, 1, 3, 4).reshape(count * (height + 1), wide * (width + 1), channels)
+    left = 0.075 * max(len(row) for row in rows)
+    figure, axes = plt.subplots(figsize=(wide * cell + left, count * cell + 0.2 * bool(columns)))
+    axes.imshow(canvas.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    axes.set_yticks((np.arange(count) + 0.5) * (height + 1) - 1, rows, fontsize=7)
+    axes.set_xticks((np.arange(wide) + 0.5) * (width + 1) - 1 if columns else [], columns, fontsize=7)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    sns.despine(ax=axes, left=True, bottom=True)
+    return figure
+
+
+def plain_logarithm(axis: Axis) -> None:
+    """Label a logarithmic axis with plain numbers, more of them where it spans little."""
+    low, high = axis.get_view_interval()
+    axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+    axis.set_minor_formatter(NullFormatter())
+    if high < 1.6 * low:
+        axis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
+        return
+    spans = {50: (1,), 8: (1, 2, 5), 0: (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)}
+    axis.set_major_locator(LogLocator(10, subs=next(subs for span, subs in spans.items() if high > span * low)))
+
+
+def training_curve(history: pd.DataFrame) -> Figure:
+    """Draw the loss over training steps (columns step, loss)."""
+    figure, axes = plt.subplots(figsize=(NARROW, 2.2))
+    axes.plot(history["step"], history["loss"], color="black", lw=1)
+    axes.set(xlabel="training step", ylabel="loss (MSE of epsilon)", yscale="log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""))
+    return figure
+
+
+def macs_and_seconds(table: pd.DataFrame) -> Figure:
+    """Draw each block's share of MACs beside its share of the measured time (columns block, macs, seconds)."""
+    shares = table.assign(MACs=table["macs"] / table["macs"].sum(), time=table["seconds"] / table["seconds"].sum())
+    figure, axes = plt.subplots(figsize=(WIDE, 2.3))
+    x = np.arange(len(shares))
+    axes.bar(x - 0.2, 100 * shares["MACs"], 0.4, label="MACs", color=PALETTE[0])
+    axes.bar(x + 0.2, 100 * shares["time"], 0.4, label="measured time", color="0.7")
+    axes.set_xticks(x, shares["block"], rotation=45, ha="right")
+    axes.set(ylabel="share of a network call (%)")
+    axes.legend()
+    return figure
+
+
+def heat_map(values: np.ndarray, blocks: Sequence[str], steps: Sequence[int], label: str, log: bool = False) -> Figure:
+    """Draw one value a cell, blocks up, steps across.
+
+    Parameters
+    ----------
+    values : (steps, blocks); NaN stays blank
+    label : of the colour bar, with the unit
+    """
+    figure, axes = plt.subplots(figsize=(WIDE, 0.17 * len(blocks) + 0.8))
+    drawn = np.ma.masked_invalid(values.T)
+    positive = values[np.isfinite(values) & (values > 0)]
+    norm = LogNorm(positive.min(), positive.max()) if log else None
+    mesh = axes.pcolormesh(np.arange(len(steps) + 1), np.arange(len(blocks) + 1), drawn, cmap="viridis", norm=norm)
+    every = max(1, len(steps) // 12)
+    axes.set_xticks(np.arange(0, len(steps), every) + 0.5, [str(step) for step in steps[::every]])
+    axes.set_yticks(np.arange(len(blocks)) + 0.5, blocks, fontsize=7)
+    axes.set(xlabel="step (noise to image)", ylabel="block")
+    figure.colorbar(mesh, ax=axes, label=label, pad=0.01)
+    return figure
+
+
+def plan_map(plan: Plan, live: np.ndarray) -> Figure:
+    """Draw a plan on the teacher's steps: computed cells, reused cells, null steps."""
+    full = np.zeros((len(plan.grid), len(plan.blocks)))
+    for row, column in zip(live, _columns(plan)):
+        full[column] = 1 + row
+    figure, axes = plt.subplots(figsize=(WIDE, 0.17 * len(plan.blocks) + 0.7))
+    colours = ListedColormap(["white", KINDS["partial"], KINDS["full"]])
+    axes.pcolormesh(*edges(full.T), full.T, cmap=colours, vmin=0, vmax=2, edgecolors="0.85", linewidth=0.3)
+    axes.set_yticks(np.arange(len(plan.blocks)) + 0.5, plan.blocks, fontsize=7)
+    axes.set(xlabel="step (noise to image)", ylabel="block")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    names = ("null step", "reuses", "computes")
+    axes.legend([plt.Rectangle((0, 0), 1, 1, fc=c, ec="0.6") for c in colours.colors], names, ncols=3,
+                loc="lower right", bbox_to_anchor=(1, 1), fontsize=7)
+    return figure
+
+
+def step_kinds(plans: Mapping[str, Plan]) -> Figure:
+    """Draw one strip a plan: full, partial and null steps over the teacher's steps."""
+    figure, axes = plt.subplots(figsize=(WIDE, 0.26 * len(plans) + 0.75))
+    colours = list(KINDS)
+    steps = len(next(iter(plans.values())).grid)
+    strips = np.zeros((len(plans), steps))
+    for i, plan in enumerate(plans.values()):
+        for row, column in zip(plan.cells, _columns(plan)):
+            strips[i, column] = 2 if row.all() else 1 if row.any() else 0
+    axes.pcolormesh(*edges(strips), strips, cmap=ListedColormap(list(KINDS.values())), vmin=0, vmax=2, edgecolors="0.8",
+                    linewidth=0.4)
+    axes.set_yticks(np.arange(len(plans)) + 0.5, list(plans), fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlabel="step (noise to image)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend([plt.Rectangle((0, 0), 1, 1, fc=KINDS[kind], ec="0.6") for kind in colours],
+                [f"{kind} step" for kind in colours], ncols=3, loc="lower right", bbox_to_anchor=(1, 1), fontsize=7)
+    return figure
+
+
+def edges(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Give the edges of a map's cells, steps across: step k is centred on k."""
+    return np.arange(cells.shape[1] + 1) - 0.5, np.arange(cells.shape[0] + 1)
+
+
+def _columns(plan: Plan) -> list[int]:
+    """Give for each of a plan's timesteps the nearest of the teacher's steps."""
+    return [int(np.abs(np.array(plan.grid) - t).argmin()) for t in plan.timesteps]
+
+
+def front(table: pd.DataFrame, ylabel: str, value: str = "ratio", mark: float | None = 1.05) -> Figure:
+    """Draw quality against cost with 95 % intervals.
+
+    Parameters
+    ----------
+    table : columns name, kind, macs_ratio, and `value` with _low and _high; rows of one family share `family`
+    mark : a line at this value ("at most 5 % worse"); None for none
+    """
+    figure, axes = plt.subplots(figsize=(WIDE, 4))
+    variants = [family for family in dict.fromkeys(table["family"]) if family.partition(",")[0] in COLOURS]
+    for family, rows in table.groupby("family", sort=False):
+        rows = rows.sort_values("macs_ratio")
+        own = family in variants
+        colour, marker, line = _own(family, variants) if own else CONTROLS.get(family, OTHER)
+        bars = [rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]]
+        axes.errorbar(rows["macs_ratio"], rows[value], bars, color=colour, marker=marker, ls=line,
+                      ms=9 if own else 5, lw=1, elinewidth=0.8, capsize=1.5, label=family, zorder=3 if own else 2)
+    if mark is not None:
+        axes.axhline(mark, color="0.8", lw=0.8, ls="--", zorder=0)
+        axes.annotate("5 % worse", (1, mark), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7,
+                      color="0.5")
+    axes.set(xscale="log", yscale="log", xlabel="times fewer executed MACs than the teacher", ylabel=ylabel)
+    plain_logarithm(axes.xaxis)
+    plain_logarithm(axes.yaxis)
+    axes.legend(fontsize=6, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+    return figure
+
+
+def _own(family: str, variants: Sequence[str]) -> tuple:
+    method = family.partition(",")[0]
+    alike = [one for one in variants if one.partition(",")[0] == method]
+    return COLOURS[method], VARIANTS[alike.index(family) % len(VARIANTS)], ""
+
+
+def beside_controls(table: pd.DataFrame) -> Figure:
+    """Draw each plan's score over its controls' at equal executed MACs, with intervals: left of 1 the plan wins."""
+    plans, order = (list(dict.fromkeys(table[column])) for column in ("plan", "name"))
+    wide = min(3, len(plans))
+    high = -(-len(plans) // wide)
+    figure, panels = plt.subplots(high, wide, figsize=(WIDE, high * (0.2 * len(order) + 1)), sharey=True, squeeze=False)
+    for axes in panels.flat[len(plans):]:
+        axes.set_axis_off()
+    for axes, plan in zip(panels.flat, plans):
+        rows = table[table["plan"] == plan]
+        value = rows["plan_over_control"]
+        bars = [value - rows["plan_over_control_low"], rows["plan_over_control_high"] - value]
+        axes.errorbar(value, [order.index(control) for control in rows["name"]], xerr=bars, fmt="o", color="0.3",
+                      ms=4, capsize=2, elinewidth=1)
+        axes.axvline(1, color="0.7", lw=1, zorder=0)
+        axes.set_xscale("log")
+        axes.set_title(plan, fontsize=7)
+        axes.tick_params(axis="y", labelsize=7)
+        plain_logarithm(axes.xaxis)
+    panels[0, 0].set_yticks(range(len(order)), order)
+    panels[0, 0].invert_yaxis()
+    figure.supxlabel("\u2190 plan better      plan's score / control's score      control better \u2192", fontsize=8)
+    return figure
+
+
+def ratios(table: pd.DataFrame, label: str, mark: float | None = None) -> Figure:
+    """Draw ratios of scores with their intervals, one a row, on a logarithmic axis: left of 1 is better.
+
+    Parameters
+    ----------
+    table : columns name, ratio, ratio_low, ratio_high; optionally part (a gap stands between parts), and least and
+        greatest (of single trainings: a grey band)
+    label : of the axis
+    mark : a second line, such as 1.05; None for none
+    """
+    parts = list(dict.fromkeys(table["part"])) if "part" in table else []
+    figure, axes = plt.subplots(figsize=(WIDE, 0.22 * len(table) + 0.7))
+    places = []
+    for row in table.itertuples():
+        places.append(len(places) + 0.6 * (parts.index(row.part) if parts else 0))
+        if "least" in table:
+            axes.plot([row.least, row.greatest], [places[-1]] * 2, color="0.88", lw=5, solid_capstyle="butt")
+        colour = COLOURS.get(row.name.partition(",")[0], "0.3")
+        axes.errorbar(row.ratio, places[-1], xerr=[[row.ratio - row.ratio_low], [row.ratio_high - row.ratio]], fmt="o",
+                      ms=4, capsize=2, elinewidth=1, color=colour)
+    axes.axvline(1, color="0.5", lw=0.8, zorder=0)
+    if mark is not None:
+        axes.axvline(mark, color="0.8", lw=0.8, ls="--", zorder=0)
+    axes.set_yticks(places, table["name"], fontsize=7)
+    axes.set_ylim(places[-1] + 0.6, -0.6)
+    axes.set(xlabel=f"\u2190 better      {label}      worse \u2192", xscale="log")
+    plain_logarithm(axes.xaxis)
+    return figure

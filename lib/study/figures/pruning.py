@@ -1,0 +1,100 @@
+"""Figures of the pruner's training (notebook 05)."""
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch
+from matplotlib.ticker import MaxNLocator
+
+from lib.grid.blocks import STEM, Blocks
+from lib.study.figures import COLOURS, NARROW, PALETTE, WIDE, edges
+
+TONES = {"DiP-GO": PALETTE[1], "columns": "0.45", "annealed": PALETTE[3], "annealed columns": "0.7",
+         "untrained": PALETTE[4]}
+"""One colour a pruner."""
+
+
+def connections(blocks: Blocks, columns: int = 3) -> Figure:
+    """Draw the SuperNet: what each block reads in its own column, and its backup, the same block one step before."""
+    figure, axes = plt.subplots(figsize=(WIDE, 0.24 * len(blocks) + 0.7))
+    own, backup = {"color": "0.55", "lw": 0.8}, {"color": COLOURS["DiP-GO"], "lw": 1, "ls": "--"}
+
+    def arrow(start: tuple, end: tuple, bend: float, **kind) -> None:
+        axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=6, shrinkA=5, shrinkB=5,
+                                       connectionstyle=f"arc3,rad={bend}", **kind))
+
+    for step in range(columns):
+        for place, block in enumerate(blocks):
+            axes.plot(step, place, "o", ms=7, color="white", mec="0.3", zorder=3)
+            for name in block.reads:
+                if name != STEM:
+                    reach = place - blocks.index[name]
+                    arrow((step, blocks.index[name]), (step, place), 0 if reach == 1 else -0.35 + 0.012 * reach, **own)
+            if step:
+                arrow((step - 1, place), (step, place), 0, **backup)
+    axes.set_yticks(range(len(blocks)), blocks.names, fontsize=7)
+    axes.set_xticks(range(columns), [f"step {step}" for step in range(columns)])
+    axes.set_xlim(-0.35, columns - 0.75)
+    axes.tick_params(length=0)
+    axes.legend([plt.Line2D([], [], **own), plt.Line2D([], [], **backup)], ["input", "backup"], fontsize=7, ncols=2,
+                loc="lower right", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def training(history: pd.DataFrame) -> Figure:
+    """Draw both losses and the kept fraction of the MACs over the updates, a line a pruner.
+
+    Parameters
+    ----------
+    history : columns pruner, update, consistency, sparsity, kept
+    """
+    figure, panels = plt.subplots(1, 3, figsize=(WIDE, 2.4))
+    labels = {"consistency": "consistency loss", "sparsity": "weighted share of open gates", "kept": "kept MACs (%)"}
+    for axes, (column, label) in zip(panels, labels.items()):
+        for name, rows in history.groupby("pruner", sort=False):
+            scale = 100 if column == "kept" else 1
+            axes.plot(rows["update"], scale * rows[column], lw=1.1, color=TONES[name], label=name)
+        axes.set(xlabel="update", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    panels[1].legend(fontsize=6, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+    return figure
+
+
+def maps(panels: Mapping[str, np.ndarray], rows: list[str], label: str) -> Figure:
+    """Draw several maps of one value a cell in [0, 1] above each other, steps across.
+
+    Parameters
+    ----------
+    panels : title to (T, groups), float or bool
+    rows : the groups' names
+    label : of the colour bar
+    """
+    figure, drawn = plt.subplots(len(panels), 1, figsize=(WIDE, len(panels) * (0.11 * len(rows) + 0.35) + 0.4),
+                                 sharex=True, squeeze=False)
+    for axes, (title, values) in zip(drawn[:, 0], panels.items()):
+        cells = np.asarray(values, dtype=float).T
+        mesh = axes.pcolormesh(*edges(cells), cells, cmap="cividis", vmin=0, vmax=1, edgecolors="white", linewidth=0.2)
+        axes.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=5 if len(rows) > 8 else 6)
+        axes.set_title(title, fontsize=7, loc="left", pad=2)
+    drawn[-1, 0].set(xlabel="step (noise to image)")
+    drawn[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(mesh, ax=drawn[:, 0], label=label, pad=0.01, aspect=12 * len(panels))
+    return figure
+
+
+def freedom(table: pd.DataFrame) -> Figure:
+    """Draw how much of what a plan reuses lies outside whole reused columns, over the kept fraction.
+
+    Parameters
+    ----------
+    table : columns pruner, keep, outside_macs (fraction of the reused MACs)
+    """
+    figure, axes = plt.subplots(figsize=(NARROW, 2.3))
+    for name, rows in table[~table["pruner"].str.contains("columns")].groupby("pruner", sort=False):  # those have none
+        axes.plot(100 * rows["keep"], 100 * rows["outside_macs"], marker="o", ms=3, lw=1, color=TONES[name], label=name)
+    axes.set(xlabel="kept MACs (%)", ylabel="reused MACs outside\nwhole columns (%)")
+    axes.legend(fontsize=6)
+    return figure

@@ -1,0 +1,111 @@
+"""Figures of the schedule search (notebook 04)."""
+
+from collections.abc import Sequence
+from itertools import cycle
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lib.study.figures import COLOURS, CONTROLS, OTHER, PALETTE, WIDE, plain_logarithm
+
+
+def search_progress(found: pd.DataFrame, budgets: Sequence[float], title: str) -> Figure:
+    """Draw all plans of one search by cost and error, and the best error so far under each budget.
+
+    Parameters
+    ----------
+    found : columns trial, macs_fraction, error, partial_steps, start (bool), in the order of evaluation
+    budgets : fractions of the teacher's MACs
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 2.8))
+    figure.suptitle(title, fontsize=9)
+    kinds = {"no partial steps": found["partial_steps"] == 0, "with partial steps": found["partial_steps"] > 0}
+    for (name, rows), colour in zip(kinds.items(), ("0.3", COLOURS["Flexiffusion"])):
+        left.scatter(100 * found["macs_fraction"][rows], found["error"][rows], s=10, color=colour, label=name)
+    begun = found[found["start"]]
+    left.scatter(100 * begun["macs_fraction"], begun["error"], s=40, fc="none", ec="0.5", lw=0.6, label="known before")
+    for budget in budgets:
+        left.axvline(100 * budget, color="0.7", lw=0.8, ls="--", zorder=0)
+    left.set(xlabel="executed MACs (% of the teacher's)", ylabel="rFID", yscale="log")
+    left.legend(fontsize=6, frameon=True)
+    for budget, tone in zip(budgets, np.linspace(0, 0.6, len(budgets))):
+        best = found["error"].where(found["macs_fraction"] <= budget).cummin()
+        right.step(found["trial"], best.ffill(), where="post", color=str(tone), label=f"\u2264 {100 * budget:.3g}%")
+    right.set(xlabel="candidates tried", ylabel="best rFID so far within\na budget of MACs", yscale="log")
+    right.legend(fontsize=6, ncols=len(budgets), loc="lower right", bbox_to_anchor=(1, 1))
+    for axes in (left, right):
+        plain_logarithm(axes.yaxis)
+    return figure
+
+
+def searches(found: pd.DataFrame, budget: float) -> Figure:
+    """Draw each search's best error so far within a budget, a panel for each teacher that searches imitate.
+
+    Parameters
+    ----------
+    found : columns as in `search_progress`, search and target
+    """
+    targets = list(dict.fromkeys(found["target"]))
+    figure, panels = plt.subplots(1, len(targets), figsize=(WIDE, 2.8), squeeze=False)
+    for axes, target in zip(panels[0], targets):
+        alike = found[found["target"] == target].groupby("search", sort=False)
+        for (name, rows), line in zip(alike, cycle(("-", "--", ":"))):
+            best = rows["error"].where(rows["macs_fraction"] <= budget).cummin().ffill()
+            own = name.partition(",")[0] in COLOURS
+            axes.step(rows["trial"], best, where="post", label=name, ls=line, lw=1.6 if own else 1,
+                      color=COLOURS[name.partition(",")[0]] if own else CONTROLS.get(name, OTHER)[0])
+        axes.set(xlabel="candidates tried", ylabel=f"best rFID within {100 * budget:.3g}%", yscale="log")
+        axes.set_title(f"imitating {target}", fontsize=8)
+        plain_logarithm(axes.yaxis)
+        axes.legend(fontsize=7)
+    return figure
+
+
+def rank_agreement(agreement: pd.DataFrame, many: int) -> Figure:
+    """Draw Kendall's tau with the final score against the images behind the cheap measure, one panel a space.
+
+    Parameters
+    ----------
+    agreement : columns space, kind, images, tau, tau_low, tau_high, plans
+    many : images behind the final score; a line marks a tenth of them
+    """
+    spaces = list(dict.fromkeys(agreement["space"]))
+    figure, panels = plt.subplots(1, len(spaces), figsize=(WIDE, 2.6), sharey=True, squeeze=False)
+    for axes, space in zip(panels[0], spaces):
+        rows = agreement[agreement["space"] == space]
+        for (kind, line), colour in zip(rows.groupby("kind", sort=False), (*PALETTE[:3], "0.5")):
+            axes.plot(line["images"], line["tau"], marker="o", ms=3, lw=1, color=colour, label=kind)
+            axes.fill_between(line["images"], line["tau_low"], line["tau_high"], color=colour, alpha=0.12, lw=0)
+        axes.axvline(many / 10, color="0.7", lw=0.8, ls="--")
+        axes.axhline(0.7, color="0.85", lw=0.8, ls="--")
+        axes.set(xscale="log", xlabel="images", title=f"{space}, {rows['plans'].iloc[0]} candidates")
+        plain_logarithm(axes.xaxis)
+    panels[0, 0].set(ylabel="Kendall's tau")
+    panels[0, -1].legend(fontsize=7, loc="lower right")
+    return figure
+
+
+def dividends(table: pd.DataFrame) -> Figure:
+    """Draw what a partial step after each full one is worth at equal executed MACs: below 1 it pays.
+
+    Parameters
+    ----------
+    table : columns order, full_steps (written at each point), branch, calls, ratio, ratio_low, ratio_high
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(WIDE, 2.8), sharey=True)
+    names = {1: "DDIM (order 1)", 2: "DPM-Solver++ (order 2)"}
+    for axes, (order, rows) in zip(panels, table.groupby("order")):
+        for (branch, line), tone in zip(rows.groupby("branch"), np.linspace(0.35, 1, rows["branch"].nunique())):
+            bars = [line["ratio"] - line["ratio_low"], line["ratio_high"] - line["ratio"]]
+            for row in line.itertuples():
+                axes.annotate(f"{row.full_steps}", (row.calls, row.ratio_high), fontsize=5, color="0.4", ha="center")
+            axes.errorbar(line["calls"], line["ratio"], bars, marker="o", ms=4, lw=1, elinewidth=0.8, capsize=2,
+                          color=plt.cm.Blues(tone), label=f"branch {branch}")
+        axes.axhline(1, color="0.5", lw=0.8)
+        axes.set(yscale="log", xlabel="executed MACs (in full network calls)", title=names[order])
+        plain_logarithm(axes.yaxis)
+    panels[0].set(ylabel="with partial steps / more full steps")
+    panels[-1].legend(fontsize=7)
+    return figure

@@ -1,0 +1,336 @@
+"""Typed, range-checked parameters: what a notebook's `parameters` cell or a study's params file may say.
+
+``params/<study>.yaml`` has a section `common` and one a notebook; a notebook's parameters are both together, flat.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from lib.study import paths
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class ParamsError(ValueError):
+    """A parameter, or a params file, is not right; the message says what to do."""
+
+
+def _data(source: str) -> str:
+    if source != "digits" and not source.startswith("hub:") and not Path(source).exists():
+        raise ValueError("must be digits, a file or folder that exists, or hub:OWNER/NAME")
+    return source
+
+
+def _checkpoint(source: str) -> str:
+    if source and not source.startswith("hub:") and not (Path(source) / "model_index.json").exists():
+        raise ValueError("must be empty, the folder of a diffusers pipeline, or hub:OWNER/NAME")
+    return source
+
+
+class Common(BaseModel):
+    """What every notebook of a study shares."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    study: str = Field(min_length=1)
+    data: Annotated[str, AfterValidator(_data)]  # what `lib.teachers.data.load` takes
+    resolution: int = Field(ge=8, le=512, multiple_of=8)  # pixels a side
+    held_out: float = Field(gt=0, lt=1)  # fraction of the images that no training sees
+    seed: int = Field(ge=0, lt=2**31)
+    device: Literal["cpu", "cuda"]
+    threads: Positive  # CPU threads; another number changes the last bits of every result
+    precision: Literal["fp32", "bf16"]  # of the network, in training and sampling
+    teacher_steps: int = Field(ge=2, le=1000)  # T
+    score_images: int = Field(ge=100)  # n of every final score
+
+    @classmethod
+    def bind(cls, namespace: Mapping[str, Any]) -> Self:
+        """Take the parameters out of a notebook's namespace.
+
+        Parameters
+        ----------
+        namespace : the notebook's ``globals()``
+
+        Raises
+        ------
+        ParamsError
+            If one is missing, of another type or out of range.
+        """
+        return cls._checked({name: namespace[name] for name in cls.model_fields if name in namespace}, "notebook")
+
+    @classmethod
+    def _checked(cls, values: dict[str, Any], source: str) -> Self:
+        try:
+            params = cls(**values)
+        except ValidationError as error:
+            faults = [_say(fault, cls) for fault in error.errors()]
+            raise ParamsError(f"{source}: " + "; ".join(faults)) from None
+        if params.device == "cuda":
+            _require_cuda(source)
+        return params
+
+
+class TeacherTraining(Common):
+    """Parameters of 00_teacher_training."""
+
+    checkpoint: Annotated[str, AfterValidator(_checkpoint)]  # a pipeline to take instead of training; "" trains
+    widths: list[Positive] = Field(min_length=2)  # channels of each level, from full resolution down
+    layers: Positive  # residual blocks a level
+    norm_groups: Positive  # divides every width
+    training_steps: Positive
+    batch_size: Positive
+    learning_rate: float = Field(gt=0, lt=1)
+    ema_decay: float = Field(ge=0, lt=1)
+    save_every: Positive  # steps between two states to resume from
+    extractor_steps: Positive
+    step_counts: list[Positive] = Field(min_length=2)  # DDIM step counts whose images and scores are shown
+
+
+class TeacherAnalysis(Common):
+    """Parameters of 01_teacher_analysis."""
+
+    similarity_images: Positive
+    sensitivity_images: int = Field(ge=2)
+    sensitivity_stride: Positive  # every so many steps one row of the map
+    latency_batch: Positive
+    latency_repeats: int = Field(ge=3)
+    ddim_steps: list[Positive] = Field(min_length=2)  # step counts on the front, uniform spacing, order 1
+    quadratic_steps: list[Positive] = Field(min_length=1)  # step counts on the front, quadratic spacing, order 1
+    dpm_steps: list[Positive] = Field(min_length=2)  # step counts on the front, DPM-Solver++ of order 2
+    cache_intervals: list[Positive] = Field(min_length=1)  # DeepCache's N
+    cache_branches: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)  # DeepCache's skip connections
+
+
+def _different(values: list) -> list:
+    if len(set(values)) < len(values):
+        raise ValueError("one stands twice")
+    return values
+
+
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], AfterValidator(_different), Field(min_length=1)]
+
+
+def _holds(needed: Any, why: str) -> AfterValidator:
+    def check(values: list) -> list:
+        if needed not in values:
+            raise ValueError(f"add {needed}, {why}")
+        return values
+    return AfterValidator(check)
+
+
+Beta = Literal["noise only", "blocks only", "fixed", "linear", "cosine", "step"]
+"""Schedules of the joint loss (`lib.methods.diffnas.BETAS`)."""
+
+
+class BlockSearch(Common):
+    """Parameters of 02_block_search."""
+
+    kernels: Annotated[list[Literal[1, 3, 5, 7]], AfterValidator(_different),
+                       _holds(3, "the teacher's own")]  # choices for each convolution
+    widths: Annotated[list[Annotated[float, Field(gt=0, le=4)]], AfterValidator(_different),
+                      _holds(1.0, "the teacher's own")]  # choices for the channels between them, of the block's own
+    supernet_steps: Positive
+    supernet_rate: float = Field(gt=0, lt=1)
+    retraining_steps: Positive  # of a student
+    retraining_rate: float = Field(gt=0, lt=1)
+    batch_size: Positive
+    ema_decay: float = Field(ge=0, lt=1)
+    save_every: Positive  # steps between two states to resume from
+    beta: Beta  # how the noise loss's weight rises
+    target: Literal["noise", "teacher"]  # of the noise loss
+    judge_images: int = Field(ge=2)  # held-out images a batch
+    judge_batches: Positive  # that judge a candidate
+    tolerances: list[Annotated[float, Field(ge=1)]] = Field(min_length=1)  # of the reference's loss, for the sweep
+    budgets: Annotated[list[Fraction], AfterValidator(_different)] = Field(
+        min_length=1)  # shares of the teacher's MACs and parameters for which students are trained
+    training_seeds: Seeds  # trainings of each student and control
+    score_steps: int = Field(ge=2, le=1000)  # of DPM-Solver++, which samples every model
+    latency_batch: Positive
+    latency_repeats: int = Field(ge=3)
+
+
+class JointLossAblation(Common):
+    """Parameters of 03_joint_loss_ablation; rates and batches are notebook 02's."""
+
+    schedules: Annotated[list[Beta], AfterValidator(_different),
+                         _holds("noise only", "with which all are compared")]  # of beta
+    choices: Annotated[list[Literal["global", "random", "torch-pruning"]],
+                       AfterValidator(_different)]  # other ways to choose a student
+    starts: Annotated[list[Literal["teacher", "fresh"]], AfterValidator(_different)]  # other weights to begin with
+    targets: list[Literal["teacher"]]  # other targets of the noise loss
+    beta: Beta  # the schedule where something else is compared
+    retraining_steps: Positive  # optimiser steps of each training
+    training_seeds: Seeds  # of each schedule
+    other_seeds: Seeds  # of everything else
+    gradient_images: int = Field(ge=2)  # a batch where gradients are compared
+    curve_points: int = Field(ge=2, le=1000)  # held-out losses taken on the way of a training
+
+
+class ScheduleSearch(Common):
+    """Parameters of 04_schedule_search."""
+
+    segment_counts: list[Positive] = Field(min_length=1)  # choices of S in the paper's space
+    branches: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)  # choices of a segment's skip connection
+    full_steps: list[Positive] = Field(min_length=1)  # choices of the number of full steps in the extended space
+    partials: Positive  # most partial steps of a segment in the extended space
+    base_steps: int = Field(ge=2, le=1000)  # of the short DPM-Solver++ base
+    base_segment_counts: list[Positive] = Field(min_length=1)  # choices of S on the short base
+    base_budgets: list[Fraction] = Field(min_length=1)  # of the short base's executed MACs
+    trials: Positive  # candidates of each search, scored by rFID
+    population: int = Field(ge=2)
+    workers: Positive  # processes of a search; results repeat exactly with one alone
+    search_images: int = Field(ge=10)  # images a candidate
+    budgets: list[Fraction] = Field(min_length=1)  # of the teacher's executed MACs
+    finalists: Positive  # best of the search that meet again on the second bank
+    select_images: int = Field(ge=70)
+    rank_plans: int = Field(ge=5)  # candidates on which rFID is held against the final score
+    rank_images: int = Field(ge=70)  # images of that final score
+    rank_sizes: list[Annotated[int, Field(ge=10)]] = Field(min_length=1)  # images behind rFID there
+    dividend_steps: list[Positive] = Field(min_length=1)  # full steps at which one partial step each is added
+    latency_batch: Positive
+    latency_repeats: int = Field(ge=3)
+
+
+class PrunerTraining(Common):
+    """Parameters of 05_pruner_training."""
+
+    pruners: Annotated[list[Literal["DiP-GO", "columns", "annealed", "annealed columns"]],
+                       AfterValidator(_different), _holds("DiP-GO", "with which all are compared")]  # what is trained
+    kind: Literal["table", "queries", "encoder"]  # of pruner
+    updates: Positive  # of a training
+    batch_size: Positive  # images an update
+    learning_rate: float = Field(gt=0)  # of SGD, with a cosine
+    annealed_rate: float = Field(gt=0)  # root mean square of a step of the annealed pruners' logits
+    alpha: float = Field(ge=0)  # weight of the sparsity loss
+    stop: Fraction  # tau, kept fraction of the MACs below which sparsity no longer counts
+    memory_steps: Annotated[list[Annotated[int, Field(ge=2)]], AfterValidator(_different)] = Field(
+        min_length=2)  # T at which a training's memory is measured
+    keeps: list[Fraction] = Field(min_length=1)  # kept fractions of the teacher's MACs at which plans are scored
+    family: list[Fraction] = Field(min_length=1)  # kept fractions at which plans are saved
+    search_images: int = Field(ge=10)  # images a candidate of the searches
+    population: int = Field(ge=2)  # of the genetic searches
+    select_images: int = Field(ge=70)  # images on which variants are compared
+    ablations: list[Literal["loss", "alpha", "weights", "noise", "pace", "pruner", "gates"]]  # parts to vary
+    base_steps: int = Field(ge=2, le=1000)  # of the short DPM-Solver++ base
+    base_keeps: list[Fraction]  # kept fractions of the short base's executed MACs
+    latency_batch: Positive
+    latency_repeats: int = Field(ge=3)
+
+
+class Comparison(Common):
+    """Parameters of 06_comparison."""
+
+    keeps: list[Fraction] = Field(min_length=1)  # kept fractions of the teacher's MACs for composed plans
+    partials: Positive  # most partial steps of a segment
+    branches: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)  # choices of a segment's skip connection
+    trials: Positive  # candidates of each search
+    population: int = Field(ge=2)
+    search_images: int = Field(ge=10)  # images a candidate
+    finalists: Positive  # candidates that meet again on a second bank
+    select_images: int = Field(ge=10)  # images of the second bank
+    updates: Positive  # of a pruner's training
+    batch_size: Positive  # images an update
+    annealed_rate: float = Field(gt=0)  # root mean square of a step of the pruner's logits
+    latency_batch: Positive
+    latency_repeats: int = Field(ge=3)
+
+
+class Transformer(Common):
+    """Parameters of 07_transformer."""
+
+    width: Positive  # channels of a token
+    layers: int = Field(ge=2)  # transformer blocks
+    heads: Positive  # of attention
+    patch: Positive  # pixels a side of a token
+    training_steps: Positive
+    batch_size: Positive
+    learning_rate: float = Field(gt=0, lt=1)
+    ema_decay: float = Field(ge=0, lt=1)
+    save_every: Positive  # steps between two states to resume from
+    keep: Fraction  # kept fraction of the teacher's MACs for every method
+    segment_counts: list[Positive] = Field(min_length=1)  # choices of S in Flexiffusion's space
+    branches: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)  # choices of a segment's leading blocks
+    full_steps: list[Positive] = Field(min_length=1)  # choices of the number of full steps in the extended space
+    partials: Positive  # most partial steps of a segment in the extended space
+    trials: Positive  # candidates of each search
+    population: int = Field(ge=2)
+    search_images: int = Field(ge=10)  # images a candidate
+    updates: Positive  # of a pruner's training
+    pruner_batch: Positive  # images an update
+    pruner_rate: float = Field(gt=0)  # of SGD, with a cosine
+    annealed_rate: float = Field(gt=0)  # root mean square of a step of the annealed pruner's logits
+    thresholds: list[Annotated[float, Field(gt=0)]]  # of the caches that decide while they run
+    latency_batch: Positive
+    latency_repeats: int = Field(ge=3)
+
+
+NOTEBOOKS: dict[str, type[Common]] = {
+    "00_teacher_training": TeacherTraining, "01_teacher_analysis": TeacherAnalysis, "02_block_search": BlockSearch,
+    "03_joint_loss_ablation": JointLossAblation, "04_schedule_search": ScheduleSearch,
+    "05_pruner_training": PrunerTraining, "06_comparison": Comparison, "07_transformer": Transformer}
+"""Which notebook takes which parameters."""
+
+
+def section(notebook: str) -> str:
+    """Give the name of a notebook's section in a params file: its stem without the number."""
+    return notebook.partition("_")[2]
+
+
+def studies() -> list[str]:
+    """Give the names of all studies that have a params file."""
+    return sorted(path.stem for path in paths.PARAMS.glob("*.yaml"))
+
+
+def load(study: str) -> dict[str, Common]:
+    """Read a study's params file.
+
+    Returns
+    -------
+    params : dict of notebook stem to its parameters
+
+    Raises
+    ------
+    ParamsError
+        If the study is unknown, or a section or key is unknown, missing, of another type or out of range.
+    """
+    path = paths.PARAMS / f"{study}.yaml"
+    if not path.exists():
+        raise ParamsError(f"unknown study {study!r}: no params/{study}.yaml. There are: {', '.join(studies())}.")
+    try:
+        content = YAML(typ="safe", pure=True).load(path.read_text())  # YAML 1.2: 1e-4 is a number
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ParamsError(f"params/{path.name} is no YAML: {error}") from None
+    sections = {"common"} | {section(notebook) for notebook in NOTEBOOKS}
+    if not isinstance(content, dict) or set(content) != sections:
+        found = set(content) if isinstance(content, dict) else set()
+        raise ParamsError(f"params/{path.name}: sections missing: {sorted(sections - found) or 'none'}; unknown: "
+                          f"{sorted(map(str, found - sections)) or 'none'}.")
+    for name, values in content.items():
+        if not isinstance(values, dict):
+            raise ParamsError(f"params/{path.name}: section {name} must hold keys and values")
+    return {notebook: kind._checked({"study": study} | content["common"] | content[section(notebook)],
+                                    f"params/{path.name}, common and {section(notebook)}")
+            for notebook, kind in NOTEBOOKS.items()}
+
+
+def _require_cuda(source: str) -> None:
+    import torch  # parameters know nothing of torch but this
+
+    if not torch.cuda.is_available():
+        raise ParamsError(f"{source}: device is cuda, but this machine has no CUDA device. Set device: cpu, or run "
+                          "on a machine with one.")
+
+
+def _say(fault: Mapping[str, Any], kind: type[Common]) -> str:
+    name = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"{name} is no parameter here; known: {', '.join(kind.model_fields)}"
+    if fault["type"] == "missing":
+        return f"{name} is missing"
+    return f"{name}: {fault['msg']} (got {fault['input']!r:.60})"

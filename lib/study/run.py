@@ -1,0 +1,118 @@
+"""Runs notebooks and studies: ``python -m lib.study.run notebook 00_teacher_training --study digits``.
+
+A thin, typed layer over papermill: parameters come from the study's params file (read as YAML 1.2) and must be the
+very names in the notebook's `parameters` cell; the working directory is the project's root; times and other volatile
+metadata are taken out of the executed copy.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+from papermill.exceptions import PapermillExecutionError
+from ruamel.yaml import YAML
+from traitlets.config import Config
+
+from lib.study import params, paths
+
+LOCAL_SOCKETS = Config(KernelManager={"transport": "ipc"})  # the kernel listens to no network
+
+
+def notebook(name: str, study: str) -> Path:
+    """Run one notebook with a study's parameters.
+
+    Parameters
+    ----------
+    name : str, the notebook's stem
+    study : str, the stem of a params file
+
+    Returns
+    -------
+    executed : Path of the executed copy, beside the notebook's results
+
+    Raises
+    ------
+    ParamsError
+        If study or notebook are unknown, or the notebook's `parameters` cell has other names than its dataclass.
+    """
+    if name not in params.NOTEBOOKS:
+        raise params.ParamsError(f"unknown notebook {name!r}. There are: {', '.join(params.NOTEBOOKS)}.")
+    values = params.load(study)[name].model_dump()
+    source = paths.NOTEBOOKS / f"{name}.ipynb"
+    found = set(papermill.inspect_notebook(source))
+    if found != set(values):
+        raise params.ParamsError(f"{source.name}: its parameters cell has {sorted(found - set(values)) or 'nothing'} "
+                                 f"too much and lacks {sorted(set(values) - found) or 'nothing'}.")
+    executed = paths.writable(paths.DATA / study / name) / "notebook.ipynb"
+    os.environ.setdefault("TQDM_MININTERVAL", "10")  # a line of progress every ten seconds
+    print(f"{name}, study {study}:", flush=True)
+    papermill.execute_notebook(source, executed, values, kernel_name="python3", cwd=paths.ROOT, progress_bar=False,
+                               stdout_file=sys.stdout, stderr_file=sys.stderr, config=LOCAL_SOCKETS)
+    copy = nbformat.read(executed, nbformat.NO_CONVERT)
+    for part in (copy, *copy.cells):
+        part.metadata.pop("papermill", None)
+        part.metadata.pop("execution", None)
+    for cell in copy.cells:  # progress bars were for the terminal
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    nbformat.write(copy, executed)
+    return executed
+
+
+def teacher(study: str) -> None:
+    """Train a study's teacher, so that notebook 00 finds it trained; ``accelerate launch`` lets several processes."""
+    from lib.study.stage import Stage
+    from lib.teachers import data, networks  # torch, which running a notebook does not need here
+
+    p = params.load(study)["00_teacher_training"]
+    images = data.load(p.data, p.resolution, p.held_out, p.seed)
+    networks.fit(p, images.images[images.train], Stage("00_teacher_training", p).work / "teacher")
+
+
+def study(name: str) -> None:
+    """Run the whole pipeline for a study. One that ``params.yaml`` does not list is listed for as long as it runs."""
+    params.load(name)  # refuses an unknown study, or a wrong file, before any work
+    path = paths.ROOT / "params.yaml"
+    before = path.read_text()
+    if name not in YAML(typ="safe", pure=True).load(before)["studies"]:
+        path.write_text(f"{before}  - {name}\n")
+    try:
+        done = subprocess.run([sys.executable, "-m", "dvc", "repro", f"publish@{name}"], cwd=paths.ROOT)
+    finally:
+        path.write_text(before)
+    if done.returncode:
+        raise SystemExit(f"The study {name} stopped. What it finished is kept: run the same command again.")
+    print(f"\nDone. Figures and tables: {paths.REPORTS / name}\nExecuted notebooks:       {paths.DATA / name}")
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m lib.study.run", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("notebook", help="run one notebook")
+    one.add_argument("name", help="the notebook's stem, such as 01_teacher_analysis")
+    one.add_argument("--study", required=True)
+    alone = commands.add_parser("teacher", help="train a study's teacher, under accelerate launch by several processes")
+    alone.add_argument("--study", required=True)
+    whole = commands.add_parser("study", help="run the pipeline for a study")
+    whole.add_argument("name", help="the stem of a file in params/")
+    arguments = parser.parse_args()
+    try:
+        if arguments.command == "notebook":
+            notebook(arguments.name, arguments.study)
+        elif arguments.command == "teacher":
+            teacher(arguments.study)
+        else:
+            study(arguments.name)
+    except PapermillExecutionError as error:
+        raise SystemExit(f"{arguments.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}") from None
+    except (params.ParamsError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

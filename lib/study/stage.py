@@ -1,0 +1,117 @@
+"""A stage: where a notebook reads, writes and resumes, and how it ends.
+
+A notebook's results lie in ``data/<study>/<notebook>/``. Work that a kill should not lose lies in
+``data/<study>/.resume/``, under a hash of parameters and code, and goes when the stage ends.
+"""
+
+import hashlib
+import json
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from ruamel.yaml import YAML
+
+from lib.study import params, paths
+
+
+class Stage:
+    """One notebook's run for one study.
+
+    Parameters
+    ----------
+    notebook : str, the notebook's stem
+    values : its bound parameters
+
+    Attributes
+    ----------
+    out : Path
+        Folder of the results.
+    work : Path
+        Folder of what an interrupted run left to resume from.
+    """
+
+    def __init__(self, notebook: str, values: params.Common):
+        self.notebook, self.params = notebook, values
+        self.out = paths.writable(paths.DATA / values.study / notebook)
+        self.work = paths.writable(paths.DATA / values.study / ".resume" / f"{notebook}-{self._digest()}")
+        torch.set_num_threads(values.threads)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, on CUDA too
+
+    def _digest(self) -> str:
+        """Hash all that a half-done result may hang on: parameters and code up to this stage, and its modules."""
+        digest = hashlib.sha256(self.params.model_dump_json().encode())
+        stages = YAML(typ="safe", pure=True).load((paths.ROOT / "dvc.yaml").read_text())["stages"]
+        for name in stages[self.notebook]["do"]["deps"]:
+            if name.startswith("lib/"):
+                digest.update((paths.ROOT / name).read_bytes())
+        for notebook, values in params.load(self.params.study).items():
+            if notebook <= self.notebook:
+                cells = json.loads((paths.NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
+                code = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
+                digest.update((values.model_dump_json() + json.dumps(code)).encode())
+        return digest.hexdigest()[:12]
+
+    def folder(self, name: str) -> Path:
+        """Make and return a folder for results."""
+        return paths.writable(self.out / name)
+
+    def read(self, path: str) -> Path:
+        """Give the path of what an earlier notebook of the same study wrote, such as "00_teacher_training/teacher".
+
+        Raises
+        ------
+        FileNotFoundError
+            If it is not there, naming what makes it. In the `smoke` study it is made on the spot.
+        """
+        found, maker = paths.DATA / self.params.study / path, path.partition("/")[0]
+        if not found.exists() and self.params.study == "smoke":
+            from lib.study import run  # the runner knows stages, not the other way round, save here
+
+            run.notebook(maker, "smoke")
+        if not found.exists():
+            raise FileNotFoundError(f"{found} is missing. Notebook {maker} makes it: run\n"
+                                    f"    python -m lib.study.run notebook {maker} --study {self.params.study}\n"
+                                    f"or the whole study:\n    make study STUDY={self.params.study}")
+        return found
+
+    @staticmethod
+    def key(name: str) -> str:
+        """Make a metric's key of a name: "DeepCache, 1:5" gives "deepcache_1_5"."""
+        return re.sub(r"[^a-z0-9]+", "_", name.lower().replace("++", "pp")).strip("_")
+
+    def finish(self, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
+        """Write metrics.json, timings.json and meta.json, and drop what was kept for resuming.
+
+        Parameters
+        ----------
+        metrics : flat, finite numbers that repeat on one machine; names carry their units
+        timings : flat, measured seconds and ratios of seconds
+        """
+        write_json(self.out / "metrics.json", metrics)
+        write_json(self.out / "timings.json", timings)
+        write_json(self.out / "meta.json", {"params": self.params.model_dump(), "commit": _commit(),
+                                            "machine": platform.machine(), "python": platform.python_version(),
+                                            "versions": {name: version(name) for name in
+                                                         ("torch", "diffusers", "torch-fidelity", "optuna", "numpy")}})
+        for left in self.work.parent.glob(f"{self.notebook}-*"):
+            shutil.rmtree(left)
+
+
+def write_json(path: Path, content: Mapping) -> None:
+    """Write JSON that has the same bytes for the same content; NaN is refused."""
+    path.write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def _commit() -> str:
+    """Give the commit, with "-dirty" where code or parameters are not as committed."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=paths.ROOT, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "lib", "notebooks", "params")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "") or "unknown"

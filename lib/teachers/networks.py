@@ -1,0 +1,212 @@
+"""Teachers: a DDPM UNet trained here, or any diffusers pipeline; saved and loaded as diffusers does."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    ModelMixin,
+    UNet2DModel,
+)
+from diffusers.models.embeddings import LabelEmbedding
+from diffusers.models.normalization import AdaLayerNormZero
+from torch import Tensor, nn
+
+from lib.study.params import TeacherTraining
+from lib.teachers.data import HUB
+from lib.teachers.training import own_share, train
+
+UNSAID = 0.1
+"""The share of labels that a class-conditional network does not see in training."""
+
+
+def noise_schedule() -> DDIMScheduler:
+    """Give the noise schedule that all teachers here share: linear betas, epsilon prediction, no clipping.
+
+    Only so are a dropped step and a reused epsilon the same under DDIM (design: one grid), and only so can one ask
+    whether a pruned pattern is more than a schedule.
+    """
+    return DDIMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
+                         prediction_type="epsilon", clip_sample=False, set_alpha_to_one=True,
+                         timestep_spacing="trailing")
+
+
+def unet(shape: tuple[int, int, int], widths: list[int], layers: int, norm_groups: int) -> UNet2DModel:
+    """Build a DDPM UNet with one level a width and attention in the middle.
+
+    Parameters
+    ----------
+    shape : (C, H, W) of an image; H = W
+    widths : channels of each level, from full resolution down
+    layers : residual blocks a level
+    norm_groups : groups of each GroupNorm; divides every width
+    """
+    channels, height, _ = shape
+    return UNet2DModel(sample_size=height, in_channels=channels, out_channels=channels, layers_per_block=layers,
+                       block_out_channels=tuple(widths), norm_num_groups=norm_groups,
+                       down_block_types=("DownBlock2D",) * len(widths), up_block_types=("UpBlock2D",) * len(widths))
+
+
+def transformer(shape: tuple[int, int, int], width: int, layers: int, heads: int, patch: int, classes: int
+                ) -> DiTTransformer2DModel:
+    """Build a class-conditional DiT (Peebles and Xie 2023); label number `classes` stands for none.
+
+    Parameters
+    ----------
+    shape : (C, H, W) of an image; H = W, a multiple of `patch`
+    width : channels of a token; a multiple of `heads`
+    layers : transformer blocks
+    """
+    channels, height, _ = shape
+    model = DiTTransformer2DModel(num_attention_heads=heads, attention_head_dim=width // heads, in_channels=channels,
+                                  out_channels=channels, num_layers=layers, sample_size=height, patch_size=patch,
+                                  num_embeds_ada_norm=classes)
+    for module in model.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0  # each block would drop labels by itself; `denoising_loss` drops an image's for all
+        if isinstance(module, AdaLayerNormZero):  # the paper's initialisation, which diffusers leaves out:
+            nn.init.zeros_(module.linear.weight)  # each block begins as the identity
+            nn.init.zeros_(module.linear.bias)
+    for last in (model.proj_out_1, model.proj_out_2):
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+    return model
+
+
+def noisy_batch(images: Tensor, schedule: DDIMScheduler, size: int, generator: torch.Generator,
+                device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""Draw images and noise them: x_t = sqrt(\bar\alpha_t) x_0 + sqrt(1 - \bar\alpha_t) \epsilon.
+
+    Parameters
+    ----------
+    images : Tensor, (n, C, H, W), in [-1, 1]
+    size : int, images drawn; timesteps come in antithetic pairs t, T-1-t, which lowers the variance
+
+    Returns
+    -------
+    x_t, t, noise, rows : Tensor, (size, C, H, W), (size,) and (size, C, H, W), on the device; (size,), of the images
+        Where several processes train together, this one's share of them.
+    """
+    last = schedule.config.num_train_timesteps - 1
+    rows = torch.randint(len(images), (size,), generator=generator)
+    half = torch.randint(last + 1, ((size + 1) // 2,), generator=generator)
+    t = torch.cat([half, last - half])[:size].to(device)
+    noise = torch.randn(size, *images.shape[1:], generator=generator).to(device)
+    rows, t, noise = own_share(rows), own_share(t), own_share(noise)
+    return schedule.add_noise(images[rows].to(device), noise, t), t, noise, rows
+
+
+def denoising_loss(images: Tensor, schedule: DDIMScheduler, batch_size: int, labels: Tensor | None = None):
+    """Give the loss of DDPM training (Ho et al. 2020, eq. 14): the mean squared error of the predicted noise.
+
+    Parameters
+    ----------
+    images : Tensor, (n, C, H, W), in [-1, 1]
+    batch_size : int, of `noisy_batch`
+    labels : Tensor, (n,), int64, for class-conditional networks; one in ten goes unsaid, so that they can be guided
+
+    Returns
+    -------
+    loss : callable(model, generator, way) -> scalar Tensor, as `lib.teachers.training.train` wants it
+    """
+
+    def loss(model: nn.Module, generator: torch.Generator, _: float) -> Tensor:
+        x_t, t, noise, rows = noisy_batch(images, schedule, batch_size, generator, next(model.parameters()).device)
+        given = {}
+        if labels is not None:
+            unsaid = own_share(torch.rand(batch_size, generator=generator) < UNSAID)
+            given["class_labels"] = torch.where(unsaid, labels.max() + 1, labels[rows]).to(x_t.device)
+        return F.mse_loss(model(x_t, t, **given).sample.float(), noise)
+
+    return loss
+
+
+def fit(p: TeacherTraining, images: Tensor, work: Path) -> tuple[UNet2DModel, list[dict]]:
+    """Train a study's teacher.
+
+    Parameters
+    ----------
+    images : Tensor, (n, C, H, W), training images
+    work : Path, of the training state
+
+    Returns
+    -------
+    model, history : the UNet with its averaged weights, and what `lib.teachers.training.train` gives
+    """
+    torch.manual_seed(p.seed)
+    model = unet(tuple(images.shape[1:]), p.widths, p.layers, p.norm_groups).to(p.device)
+    loss = denoising_loss(images, noise_schedule(), p.batch_size)
+    return model, train(model, loss, steps=p.training_steps, lr=p.learning_rate, ema_decay=p.ema_decay, seed=p.seed,
+                        device=p.device, precision=p.precision, work=work, save_every=p.save_every, compiled=True,
+                        title="teacher")
+
+
+def check_draws(model: ModelMixin, shape: tuple[int, int, int]) -> None:
+    """Refuse a model that draws other images than the data's, (C, H, W).
+
+    Raises
+    ------
+    ValueError
+        Saying which resolution or data it needs.
+    """
+    drawn = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
+    if drawn != shape:
+        raise ValueError(f"the checkpoint draws images of {drawn}, the data's are {shape} (channels, height, width): "
+                         f"set resolution to {drawn[1]}, or take data with {drawn[0]} channels")
+
+
+def save(folder: Path, model: ModelMixin, schedule: DDIMScheduler) -> None:
+    """Save network and noise schedule as a diffusers pipeline (safetensors and JSON)."""
+    if isinstance(model, UNet2DModel):
+        DDIMPipeline(unet=model, scheduler=schedule).save_pretrained(folder)
+        return
+    part = "unet" if hasattr(model, "down_blocks") else "transformer"
+    model.save_pretrained(folder / part)
+    schedule.save_pretrained(folder / "scheduler")
+    kinds = {part: [type(model).__module__.partition(".")[0], type(model).__name__],
+             "scheduler": ["diffusers", type(schedule).__name__]}
+    if kinds[part][0] == "lib":
+        kinds[part][0] = type(model).__module__
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline", **kinds}, indent=1))
+
+
+def load(source: Path | str, device: str = "cpu") -> tuple[ModelMixin, DDIMScheduler]:
+    """Load the network and the noise schedule of a pipeline, ready for sampling; nothing else of it is read.
+
+    Parameters
+    ----------
+    source : Path or str
+        A folder that `save` or any diffusers pipeline wrote (a teacher's or a student's), or "hub:OWNER/NAME".
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds no diffusers pipeline.
+    ValueError
+        If the pipeline has neither a UNet nor a transformer, or one of a library that is not trusted here.
+    """
+    hub = str(source).startswith(HUB)
+    name = str(source).removeprefix(HUB)
+    if not hub and not (Path(source) / "model_index.json").exists():
+        raise FileNotFoundError(f"no teacher in {source}. Notebook 00_teacher_training makes it; a pipeline of the "
+                                f"Hugging Face hub is written {HUB}OWNER/NAME.")
+    parts = DiffusionPipeline.load_config(name)
+    part = next((part for part in ("unet", "transformer") if part in parts), None)
+    if part is None:
+        raise ValueError(f"{source} is a {parts.get('_class_name')} without unet and transformer: no plan fits it.")
+    library, kind = parts[part]
+    if library not in ("diffusers", "lib.methods.diffnas.students"):
+        raise ValueError(f"{source}: its {part} is a {kind} of {library}; only models of diffusers, and students, are "
+                         "loaded here.")
+    model = getattr(import_module(library), kind).from_pretrained(name, subfolder=part, use_safetensors=True)
+    schedule = DDIMScheduler.from_pretrained(name, subfolder="scheduler")
+    model.eval().requires_grad_(False).to(device)
+    if model.device.type == "cuda":
+        model.to(memory_format=torch.channels_last)
+    return model, schedule
