@@ -16,6 +16,8 @@ from ruamel.yaml import YAML
 from lib.study import params, paths, run, stage
 
 STAGES = list(params.NOTEBOOKS)
+IDLE = {"lib/__init__.py", *(f"lib/{wing}/__init__.py" for wing in ("grid", "teachers", "judging", "methods", "study")),
+        "lib/study/run.py", "lib/study/paths.py", "lib/study/params.py"}
 
 
 def yaml(path):
@@ -40,14 +42,14 @@ def needed(notebook):
     """The files of lib that a notebook needs, through other modules too.
 
     The runner, paths and the checks of parameters only start things; no result hangs on them. (The parameters' values
-    are dependencies of their own.)
+    are dependencies of their own.) The wings' own files hold words alone.
     """
     todo = imports("\n".join(c.source for c in nbformat.read(paths.NOTEBOOKS / f"{notebook}.ipynb", 4).cells
                              if c.cell_type == "code"))
     seen = set()
     while todo:
         name = todo.pop()
-        if name not in seen | {"lib/__init__.py", "lib/study/run.py", "lib/study/paths.py", "lib/study/params.py"}:
+        if name not in seen | IDLE:
             seen.add(name)
             todo |= imports((paths.ROOT / name).read_text())
     return seen
@@ -174,11 +176,12 @@ def test_another_studys_parameter_re_runs_nothing(project, change):
 
 
 @pytest.mark.parametrize(("module", "expected"), [
-    ("flexiffusion", {"04_schedule_search", "05_pruner_training", "06_comparison", "07_transformer"}),
-    ("dipgo", {"05_pruner_training", "06_comparison", "07_transformer"}), ("compose", {"06_comparison"}),
-    ("analysis", {"01_teacher_analysis"}), ("run", set()),
-    ("params", set()), ("plan", set(STAGES)), ("peers", {"03_joint_loss_ablation", "07_transformer"}),
-    ("controls", set(STAGES) - {"00_teacher_training", "02_block_search", "03_joint_loss_ablation"})])
+    ("methods/flexiffusion", {"04_schedule_search", "05_pruner_training", "06_comparison", "07_transformer"}),
+    ("methods/dipgo/__init__", {"05_pruner_training", "06_comparison", "07_transformer"}),
+    ("methods/compose", {"06_comparison"}), ("methods/peers", {"03_joint_loss_ablation", "07_transformer"}),
+    ("judging/analysis", {"01_teacher_analysis"}), ("study/run", set()), ("study/params", set()),
+    ("grid/plan", set(STAGES)),
+    ("judging/controls", set(STAGES) - {"00_teacher_training", "02_block_search", "03_joint_loss_ablation"})])
 def test_a_module_re_runs_the_stages_that_import_it(project, change, module, expected):
     change(f"lib/{module}.py", '"""', '"""Changed: ')
     assert changed(project) == expected

@@ -25,7 +25,8 @@ def test_its_links_and_pictures_exist(folder):
 
 def test_every_module_is_in_its_tree():
     named = set(re.findall(r"\b\w+\.py\b", README.split("## What is where")[1].split("## On your own")[0]))
-    assert named == {path.name for path in (paths.ROOT / "lib").glob("*.py") if not path.name.startswith("_")}
+    lib = paths.ROOT / "lib"
+    assert named == {path.name for path in (*lib.glob("*.py"), *lib.glob("*/*.py")) if not path.name.startswith("_")}
 
 
 def test_its_example_runs(tmp_path, monkeypatch, unet, schedule, capsys):

@@ -91,6 +91,12 @@ class TeacherTraining(Common):
     extractor_steps: Positive
     step_counts: list[Positive] = Field(min_length=2)  # DDIM step counts whose images and scores are shown
 
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What `lib.teachers.networks.fit` takes of them."""
+        return self.model_dump(include={"widths", "layers", "norm_groups", "training_steps", "batch_size",
+                                        "learning_rate", "ema_decay", "save_every", "seed", "device", "precision"})
+
 
 class TeacherAnalysis(Common):
     """Parameters of 01_teacher_analysis."""

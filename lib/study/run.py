@@ -70,7 +70,7 @@ def teacher(study: str) -> None:
 
     p = params.load(study)["00_teacher_training"]
     images = data.load(p.data, p.resolution, p.held_out, p.seed)
-    networks.fit(p, images.images[images.train], Stage("00_teacher_training", p).work / "teacher")
+    networks.fit(images.images[images.train], work=Stage("00_teacher_training", p).work / "teacher", **p.recipe)
 
 
 def study(name: str) -> None:

@@ -18,7 +18,6 @@ from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor, nn
 
-from lib.study.params import TeacherTraining
 from lib.teachers.data import HUB
 from lib.teachers.training import own_share, train
 
@@ -127,23 +126,27 @@ def denoising_loss(images: Tensor, schedule: DDIMScheduler, batch_size: int, lab
     return loss
 
 
-def fit(p: TeacherTraining, images: Tensor, work: Path) -> tuple[UNet2DModel, list[dict]]:
-    """Train a study's teacher.
+def fit(images: Tensor, *, widths: list[int], layers: int, norm_groups: int, training_steps: int, batch_size: int,
+        learning_rate: float, ema_decay: float, save_every: int, seed: int, device: str, precision: str, work: Path
+        ) -> tuple[UNet2DModel, list[dict]]:
+    """Train a UNet teacher.
 
     Parameters
     ----------
     images : Tensor, (n, C, H, W), training images
+    widths, layers, norm_groups : of `unet`
+    training_steps : int, and the others as `lib.teachers.training.train` takes them
     work : Path, of the training state
 
     Returns
     -------
     model, history : the UNet with its averaged weights, and what `lib.teachers.training.train` gives
     """
-    torch.manual_seed(p.seed)
-    model = unet(tuple(images.shape[1:]), p.widths, p.layers, p.norm_groups).to(p.device)
-    loss = denoising_loss(images, noise_schedule(), p.batch_size)
-    return model, train(model, loss, steps=p.training_steps, lr=p.learning_rate, ema_decay=p.ema_decay, seed=p.seed,
-                        device=p.device, precision=p.precision, work=work, save_every=p.save_every, compiled=True,
+    torch.manual_seed(seed)
+    model = unet(tuple(images.shape[1:]), widths, layers, norm_groups).to(device)
+    loss = denoising_loss(images, noise_schedule(), batch_size)
+    return model, train(model, loss, steps=training_steps, lr=learning_rate, ema_decay=ema_decay, seed=seed,
+                        device=device, precision=precision, work=work, save_every=save_every, compiled=True,
                         title="teacher")
 
 
