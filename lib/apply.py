@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from PIL import Image
 from torch import Tensor, nn
 
 from lib.grid import cost, graphs, sampling
 from lib.grid.engine import Engine
 from lib.grid.plan import NoiseSchedule, Plan, PlanError
+from lib.grid.solvers import advance
 from lib.study import paths
 from lib.teachers import networks
 from lib.teachers.data import to_uint8
@@ -57,13 +58,11 @@ class Planned:
     def enable(self) -> None:
         """Put the plan on the pipeline."""
         self._engine.__enter__()
-        self._passes = self._engine.model.register_forward_pre_hook(self._walk.passes)
         self.pipe.scheduler = self._walk
 
     def disable(self) -> None:
         """Take it off again: the pipeline is as it was."""
         self.pipe.scheduler = self._own
-        self._passes.remove()
         self._engine.__exit__()
 
     def __enter__(self) -> DiffusionPipeline:
@@ -77,12 +76,14 @@ class Planned:
 class _Walk:
     """A plan's solver, as a pipeline's scheduler that takes no other timesteps."""
 
-    def __init__(self, engine: Engine, schedule: SchedulerMixin):
-        self._engine, self._schedule = engine, schedule
-        self._solver = sampling.solver(engine.plan, schedule)
+    order = 1
+    init_noise_sigma = 1.0
+
+    def __init__(self, engine: Engine, own: SchedulerMixin):
+        self._engine, self._own = engine, own
 
     def __getattr__(self, name: str):
-        return getattr(self._solver, name)
+        return getattr(self._own, name)
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         plan = self._engine.plan
@@ -90,22 +91,23 @@ class _Walk:
             raise PlanError(f"the plan is for runs of {len(plan.grid)} steps, of which it takes {plan.steps}: call the "
                             f"pipeline with num_inference_steps={len(plan.grid)}, not {num_inference_steps}.")
         self._engine.reset()
-        self._solver = sampling.solver(plan, self._schedule)
-        self._solver.timesteps = self._solver.timesteps.to(device)
-        self._seen = 0
+        self.timesteps, self.num_inference_steps = torch.tensor(plan.timesteps, device=device), plan.steps
+        self._step, self._state = 0, ()
 
-    def passes(self, *_) -> None:
-        """Before each call of the network: number it among those of its step."""
-        self._engine.branch = str(self._seen)
-        self._seen += 1
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
+        return sample
 
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, eta: float = 0.0,
              use_clipped_model_output: bool = False, generator: torch.Generator | None = None,
              return_dict: bool = True):
         if eta:
             raise PlanError(f"a plan is walked without noise: call the pipeline with eta=0, not {eta}.")
-        self._seen = 0
-        return self._solver.step(model_output, timestep, sample, return_dict=return_dict)
+        self._engine.check_passes(len(sample))
+        sample, self._state = advance(self._engine.solver, self._step, sample, model_output[:, :sample.shape[1]],
+                                      self._state)
+        self._step += 1
+        self._engine.at(self._step)
+        return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
 
 
 def images(model: str, plan: Path, out: Path, *, count: int, seed: int, device: str, precision: str) -> None:
@@ -133,8 +135,8 @@ def images(model: str, plan: Path, out: Path, *, count: int, seed: int, device: 
     if state.is_main_process:
         print(f"{count} images in {out}: {seconds:.4f} s each")
         costs, few = cost.count(network), noise[:COMPARED]
-        full = Plan.full(walk.grid, walk.schedule, walk.blocks, walk.order, cache=walk.cache)
-        fewer = cost.executed(network, costs, full) / cost.executed(network, costs, walk)
+        full = walk.at(walk.grid)
+        fewer = costs.executed(full) / costs.executed(walk)
         if network.device.type == "cuda":  # what comes for the second time is recorded: the third is as fast as it gets
             for plan in (full, walk) * 2:
                 sampling.sample(network, schedule, plan, few, precision=precision)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    CacheMixin,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
@@ -141,7 +142,7 @@ def test_a_cheap_plan_runs_the_cells_that_it_says(pipeline, full):
     use = Planned(pipe, plan)
     use.enable()
     images = call()
-    assert len(ran) == plan.cells[:, described.index[last.name]].sum() < STEPS
+    assert len(ran) == plan.computes[:, described.index[last.name]].sum() < STEPS
     assert np.array_equal(call(), images), "the second call gives what the first gave"
     use.disable()
     probe.remove()
@@ -179,7 +180,7 @@ def test_what_does_not_fit_is_refused(pipeline, full):
             call(eta=0.5)
 
 
-def test_guidance_in_two_passes_keeps_two_caches():
+def test_passes_in_calls_of_their_own_have_caches_of_their_own_if_they_are_named():
     torch.manual_seed(0)
     pipe = DDIMPipeline(plain_unet(), ddim())
     described, fits = blocks.describe(pipe.unet), NoiseSchedule.of(pipe.scheduler)
@@ -198,11 +199,20 @@ def test_guidance_in_two_passes_keeps_two_caches():
         with Planned(pipe, plan):
             pipe.scheduler.set_timesteps(STEPS)
             for t in pipe.scheduler.timesteps:  # two images as two passes of one step, one solver each
-                predicted = [pipe.unet(x_t, t).sample for x_t in both]
+                predicted = []
+                for x_t, name in zip(both, ("uncond", "cond")):
+                    with CacheMixin.cache_context(pipe.unet, name):
+                        predicted.append(pipe.unet(x_t, t).sample)
                 x_t = pipe.scheduler.step(torch.cat(predicted), t, torch.cat(both)).prev_sample
                 both = list(x_t[:, None])
     for one, other in zip(alone, both):
         torch.testing.assert_close(one, other)
+    with torch.inference_mode(), Planned(pipe, plan):
+        pipe.scheduler.set_timesteps(STEPS)
+        pipe.unet(noises[0], STEPS)
+        with pytest.raises(PlanError, match="called twice for the pass 'given': which pass is the second call?"):
+            pipe.unet(noises[1], STEPS)
+
 
 
 def test_stable_diffusions_own_scheduler_takes_a_plan(tmp_path):

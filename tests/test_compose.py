@@ -28,8 +28,8 @@ def test_a_reused_level_reuses_in_one_full_step_alone(free, described):
     genome = joint.encode(free.encode(4, 2, 1, 1))
     plain = joint.decode(genome)
     changed = joint.decode(genome | {"reuse_2_up0": True, "reuse_2_mid": True})
-    second_full = np.flatnonzero(plain.cells.all(axis=1))[2]
-    steps, blocks = np.nonzero(plain.cells != changed.cells)
+    second_full = np.flatnonzero(plain.computes.all(axis=1))[2]
+    steps, blocks = np.nonzero(plain.computes != changed.computes)
     assert set(steps) == {second_full}
     assert {described.blocks[place].level for place in blocks} == {"up0", "mid"}
     assert (changed.timesteps, changed.order) == (plain.timesteps, plain.order)
@@ -42,7 +42,7 @@ def test_a_control_is_put_on_a_model(unet, teacher, described):
     costs = {name: cost.count(model) for name, model in models.items()}
 
     def macs(way):
-        return cost.executed(models[way.model], costs[way.model], way.plan)
+        return costs[way.model].executed(way.plan)
 
     target = 3 * costs["teacher"].call
     plans = [Plan.few_steps(steps, "uniform", teacher) for steps in range(1, 11)]

@@ -48,19 +48,19 @@ def test_the_cifar10_ddpm_costs_what_papers_print():
 
 def test_a_plan_costs_its_live_cells_and_the_stem_and_head_of_each_call(unet, teacher, described):
     costs = cost.count(unet)
-    assert cost.executed(unet, costs, teacher) == teacher.steps * costs.call
+    assert costs.executed(teacher) == teacher.steps * costs.call
     partial = costs.blocks["up2.1"] + costs.rest
     plan = Plan.deepcache(5, described.branch(0), teacher)
-    assert cost.executed(unet, costs, plan) == 2 * costs.call + 8 * partial
+    assert costs.executed(plan) == 2 * costs.call + 8 * partial
     columns = np.repeat([[True]] + [[False]] * 9, len(described), axis=1)
-    assert cost.executed(unet, costs, teacher.with_cells(columns)) == costs.call
+    assert costs.executed(teacher.with_cells(columns)) == costs.call
 
 
 def test_a_dead_cell_costs_nothing(unet, teacher, described):
     costs = cost.count(unet)
-    cells = teacher.cells
+    cells = teacher.computes
     cells[4, described.index["up0.0"]] = False  # so nobody reads the middle at step 4, nor the level before it
-    saved = cost.executed(unet, costs, teacher) - cost.executed(unet, costs, teacher.with_cells(cells))
+    saved = costs.executed(teacher) - costs.executed(teacher.with_cells(cells))
     assert saved == costs.blocks["up0.0"] + costs.blocks["mid"] + costs.blocks["down2.0"]
 
 
@@ -81,15 +81,15 @@ def test_interleaving_takes_turns_and_ratios_have_an_interval():
 def test_a_plans_time_is_the_sum_over_its_columns(unet, schedule, teacher, described, noise, tmp_path):
     plan = Plan.deepcache(5, described.branch(1), teacher)
     latency = cost.measure(unet, schedule, [plan], noise, precision="fp32", repeats=2)
-    live, _ = described.liveness(plan.cells)
+    live = plan.live
     full, part = ("".join("01"[runs] for runs in row.astype(int)) for row in live[:2])
     assert set(latency.seconds) == {full, part} and latency.batch == len(noise)
-    assert latency.of(live) == pytest.approx(2 * latency.seconds[full] + 8 * latency.seconds[part])
+    assert latency.of(plan) == pytest.approx(2 * latency.seconds[full] + 8 * latency.seconds[part])
     latency.save(tmp_path / "latency.json")
     assert cost.Latency.load(tmp_path / "latency.json") == latency
     other = Plan.deepcache(5, described.branch(0), teacher)
     with pytest.raises(KeyError, match="measure a plan that holds it"):
-        latency.of(described.liveness(other.cells)[0])
+        latency.of(other)
 
 
 def test_speed_ups_are_of_the_first_run_and_beside_macs():

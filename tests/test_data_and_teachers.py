@@ -152,7 +152,7 @@ def test_other_peoples_pipelines_are_loaded(tmp_path, schedule, noise):
     assert analysis.similarity(loaded, found, teacher, noise).shape[1] == len(described)
     costs = cost.count(loaded)
     plan = Plan.deepcache(3, described.branch(2), teacher)
-    assert cost.executed(loaded, costs, plan) < cost.executed(loaded, costs, teacher)
+    assert costs.executed(plan) < costs.executed(teacher)
     assert sampling.sample(loaded, found, plan, noise).shape == (2, 3, 16, 16)
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import reference
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 
@@ -53,35 +54,6 @@ def full(family, schedule):
     return Plan.full(trailing(8, fits.train_timesteps), fits, described.names, cache=described.cache)
 
 
-def by_replacing(model, described, schedule, plan, noise, conditions):
-    """Sample without the engine: every block runs, and what a reused one gives is put in its place."""
-    last, step = {}, 0
-
-    def replace(place):
-        def hook(module, inputs, output):
-            now = output[0] if isinstance(output, tuple) else output
-            base = inputs[0] if described.cache == "residual" else torch.zeros(())
-            if plan.compute[step][place]:
-                last[place] = now - base
-            else:
-                now = last[place] + base
-            return (now,) if isinstance(output, tuple) else now
-        return hook
-
-    handles = [model.get_submodule(block.modules[-1]).register_forward_hook(replace(place))
-               for place, block in enumerate(described)]
-    scheduler, x_t = sampling.solver(plan, schedule), noise
-    both = {name: torch.cat([conditions.null[name], rows]) for name, rows in conditions.given.items()}
-    with torch.inference_mode():
-        for step, t in enumerate(scheduler.timesteps):  # noqa: B007 (the hooks read it)
-            predicted = model(torch.cat([x_t, x_t]), t.expand(2 * len(x_t)), **both).sample[:, :1]
-            null, given = predicted.chunk(2)
-            x_t = scheduler.step(null + conditions.scale * (given - null), t, x_t).prev_sample
-    for handle in handles:
-        handle.remove()
-    return x_t
-
-
 @pytest.mark.parametrize("passes", [1, 2])
 def test_recorded_steps_give_what_unrecorded_ones_give(family, full, schedule, noise, passes, request):
     model, _, conditions = family
@@ -97,9 +69,9 @@ def test_recorded_steps_give_what_unrecorded_ones_give(family, full, schedule, n
 
 @pytest.mark.parametrize("seed", range(4))
 def test_any_plan_gives_what_replacing_gives_guided_in_one_pass_or_two(family, full, schedule, noise, seed):
-    model, described, conditions = family
+    model, _described, conditions = family
     plan = Plan.random(0.2 + 0.2 * seed, seed, full)
-    wanted = by_replacing(model, described, schedule, plan, noise, conditions)
+    wanted = reference.sample(model, plan, noise, conditions)
     for passes in (1, 2):
         guided = Conditions(conditions.given, conditions.null, conditions.scale, passes)
         images = sampling.sample(model, schedule, plan, noise, guided)
@@ -121,7 +93,7 @@ def test_gates_of_0_and_1_are_the_plan(family, full, schedule, noise):
     model, _, conditions = family
     plan = Plan.random(0.5, 1, full)
     with torch.no_grad():
-        gates = torch.from_numpy(plan.cells).float()
+        gates = torch.from_numpy(plan.computes).float()
         soft = dipgo.SuperNet(model, full, schedule).images(noise, gates, False, conditions)
     hard = sampling.sample(model, schedule, plan, noise, conditions)
     torch.testing.assert_close(soft, hard, rtol=1e-3, atol=1e-3 * float(hard.abs().max()))
@@ -137,10 +109,10 @@ def test_a_gradient_reaches_every_gate(family, full, schedule, noise):
 def test_costs_are_of_live_cells_and_of_calls(family, full):
     model, described, _ = family
     costs = cost.count(model)
-    assert cost.executed(model, costs, full) == 8 * costs.call
+    assert costs.executed(full) == 8 * costs.call
     alternate = full.with_cells(np.repeat(np.arange(8)[:, None] % 2 == 0, len(described), axis=1))
     resting = 4 * costs.rest if described.cache == "residual" else 0  # a transformer's stem and head run all the same
-    assert cost.executed(model, costs, alternate) == 4 * costs.call + resting
+    assert costs.executed(alternate) == 4 * costs.call + resting
 
 
 def test_the_teacher_analysis_runs_on_it(family, full, schedule, noise):
@@ -151,7 +123,7 @@ def test_the_teacher_analysis_runs_on_it(family, full, schedule, noise):
     assert damage.shape == (2, len(described)) and (damage > 0).all()
     plan = Plan.deepcache(2, described.branch(0), full)
     latency = cost.measure(model, schedule, [full, plan], noise, conditions=conditions, precision="fp32", repeats=1)
-    assert latency.of(described.liveness(plan.cells)[0]) > 0
+    assert latency.of(plan) > 0
     seconds = cost.block_seconds(model, noise, 1, conditions.given)
     assert set(seconds) == {*described.names, "stem and head"}
 

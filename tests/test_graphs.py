@@ -55,7 +55,7 @@ def test_plans_share_recordings(own, schedule, teacher, deepcache, noise, tapes)
     for _ in range(2):
         sampling.sample(own, schedule, deepcache, noise)
     made = len(tapes)
-    sampling.sample(own, schedule, deepcache.with_cells(deepcache.cells, method="another"), noise)
+    sampling.sample(own, schedule, deepcache.with_cells(deepcache.computes, method="another"), noise)
     assert len(tapes) == made
 
 
@@ -94,8 +94,8 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is_with_a_message(plain, own,
 def test_gradients_flow_where_they_are_asked_for(own, schedule, teacher, noise, tapes):
     x_t = noise.clone().requires_grad_()
     with graphs.engine(own, teacher, NoiseSchedule.of(schedule)) as engine:
-        for t in teacher.timesteps:
-            predicted = engine(x_t, t)
+        for step in range(teacher.steps):
+            predicted = engine(x_t, step)
     predicted.sum().backward()
     assert x_t.grad.abs().sum() > 0 and not tapes
 
@@ -104,7 +104,7 @@ def test_an_exception_in_a_run_leaves_nothing_behind(own, schedule, deepcache, n
     wanted = [sampling.sample(own, schedule, deepcache, noise) for _ in range(3)][-1]
     engine = graphs.engine(own, deepcache, NoiseSchedule.of(schedule))
     with pytest.raises(KeyboardInterrupt), torch.inference_mode(), engine:
-        for number, _ in enumerate(sampling.walk(engine, schedule, noise)):
+        for number, _ in enumerate(sampling.walk(engine, noise)):
             if number == 3:
                 raise KeyboardInterrupt
     assert torch.equal(sampling.sample(own, schedule, deepcache, noise), wanted)

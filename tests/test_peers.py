@@ -42,11 +42,11 @@ def test_what_a_transformers_cache_ran_is_a_plan_of_the_same_images(cached, sche
     fits, described, noise = NoiseSchedule.of(schedule), blocks.describe(model), torch.randn(3, 1, 16, 16)
     full = Plan.full(trailing(20, fits.train_timesteps), fits, described.names, cache=described.cache)
     whole, images = cached(model, schedule, full, 0.0, noise)
-    assert whole.cells.all()
+    assert whole.computes.all()
     torch.testing.assert_close(images, sampling.sample(model, schedule, full, noise))
     plan, images = cached(model, schedule, full, 0.3, noise)
-    assert plan.cells[:, 0].all() and plan.cells[0].all() and not plan.cells.all()
-    assert (plan.cells[:, 1:] == plan.cells[:, 1:2]).all(), "the blocks behind the first run all, or none"
+    assert plan.computes[:, 0].all() and plan.computes[0].all() and not plan.computes.all()
+    assert (plan.computes[:, 1:] == plan.computes[:, 1:2]).all(), "the blocks behind the first run all, or none"
     torch.testing.assert_close(images, sampling.sample(model, schedule, plan, noise), rtol=1e-4, atol=1e-4)
     again = sampling.sample(model, schedule, full, noise)
     torch.testing.assert_close(again, cached(model, schedule, full, 0.0, noise)[1])  # the model is as it was

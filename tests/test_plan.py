@@ -10,11 +10,11 @@ from diffusers import DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.grid.plan import SPACINGS, NoiseSchedule, Plan, PlanError, trailing
+from lib.grid.plan import SPACINGS, BetaSchedule, NoiseSchedule, Plan, PlanError, trailing
 from lib.teachers import networks
 
-SCHEDULE = NoiseSchedule(train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
-                         prediction="epsilon")
+SCHEDULE = BetaSchedule(train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
+                        prediction="epsilon")
 BLOCKS = ("a", "b", "c", "d")
 
 
@@ -42,9 +42,9 @@ def test_a_saved_plan_comes_back_the_same(tmp_path_factory, plan):
 
 def test_the_key_tells_images_apart_and_ignores_provenance():
     plan = full()
-    assert plan.with_cells(plan.cells, note="other").key == plan.key
+    assert plan.with_cells(plan.computes, note="other").key == plan.key
     assert full(order=2).key != plan.key
-    cells = plan.cells
+    cells = plan.computes
     cells[3, 1] = False
     assert plan.with_cells(cells).key != plan.key
 
@@ -88,11 +88,11 @@ def test_the_last_segment_may_be_shorter():
     shallow = np.zeros(4, dtype=bool)
     plan = Plan.segments([(3, shallow)] * 4, full(10))  # 3 + 3 + 3 + 1
     assert plan.steps == 10
-    assert plan.cells.all(axis=1).tolist() == [True, False, False] * 3 + [True]
+    assert plan.computes.all(axis=1).tolist() == [True, False, False] * 3 + [True]
 
 
 def test_a_higher_random_keep_keeps_a_superset():
-    low, high = Plan.random(0.3, 5, full()).cells, Plan.random(0.7, 5, full()).cells
+    low, high = Plan.random(0.3, 5, full()).computes, Plan.random(0.7, 5, full()).computes
     assert (low <= high).all() and low.sum() < high.sum()
 
 
@@ -121,24 +121,34 @@ def change(**values):
     (lambda c: json.dumps(c)[:100], "cannot be read as JSON"),
     (lambda c: "", "cannot be read as JSON"),
     (lambda c: [1, 2], "holds a list, not a plan"),
-    (change(version=2), "written by a newer version .* Update the project"),
+    (change(version=3), "written by a newer version .* Update the project"),
     (change(version="1"), "version"),
-    (change(order=3), "order: Input should be 1 or 2"),
+    (change(order=4), r"order: dpmsolver\+\+ has orders up to 3"),
+    (change(order=0), "order: Input should be greater than or equal to 1"),
     (change(order="1"), "order"),
-    (change(solver="ddpm"), "solver: Input should be 'dpmsolver"),
+    (change(solver="ddpm"), "solver: Input should be 'ddim', 'dpmsolver"),
     (change(timesteps=[999, 999, *list(range(9, -1, -1))]), "timesteps: must fall strictly"),
     (change(timesteps=list(range(12))), "timesteps: must fall strictly"),
     (change(timesteps=[1500, *list(range(10, -1, -1))]), r"timesteps: must lie in 0\.\.999"),
-    (change(timesteps=[999.5, *list(range(10, -1, -1))]), "timesteps.0: Input should be a valid integer"),
+    (change(timesteps=[999.5, *list(range(10, -1, -1))]), r"timesteps: must lie in 0\.\.999"),
+    (change(timesteps=[float("nan"), *list(range(10, -1, -1))]), "timesteps: must be numbers"),
     (change(timesteps=[]), "timesteps"),
     (change(timesteps="999"), "timesteps: Input should be a valid tuple"),
     (change(grid=[]), "grid"),
     (change(blocks=["a", "b", "c", "a"]), "blocks: a name stands twice"),
     (change(blocks=["a", "b", "c"]), "row 0 has 4 cells for 3 blocks"),
-    (change(compute=["1111"] * 11), "11 rows for 12 timesteps"),
-    (change(compute=["1121"] * 12), "each step must be a string of 0 and 1"),
-    (change(compute=[[True] * 4] * 12), "each step must be a string of 0 and 1"),
-    (change(compute=["0111"] + ["1111"] * 11), "the first step must compute every block"),
+    (change(cells={"given": ["1111"] * 11}), "11 rows for 12 timesteps"),
+    (change(cells={"given": ["1141"] * 12}), "each step must be a string of 0 and 1, 2 and 3"),
+    (change(cells={"given": ["111-"] * 12}), "each step must be a string of 0 and 1, 2 and 3"),
+    (change(cells={"given": [[True] * 4] * 12}), "each step must be a string of 0 and 1"),
+    (change(cells=["1111"] * 12), "must have an entry for each of the passes"),
+    (change(cells={"given": ["0111"] + ["1111"] * 11}), "the first step must compute every block"),
+    (change(net={"given": "0" + "1" * 11}), "the first step must compute every block"),
+    (change(net={"given": "1" * 11 + "-"}), "the given pass cannot be dropped"),
+    (change(passes=["null"]), "must have an entry for each of the passes"),
+    (change(abscissa="time"), "abscissa: Input should be 'log_snr', 'timestep' or 'step'"),
+    (change(solver="learned"), "table: goes with solver learned"),
+    (change(solver="pndm"), "pndm walks the second timestep twice"),
     (change(schedule={"train_timesteps": 1000}), r"schedule\.beta_start: Field required"),
     (change(schedule=None), "schedule"),
     (change(cache="input"), "cache: Input should be 'output' or 'residual'"),
@@ -151,6 +161,21 @@ def test_a_spoilt_file_is_refused_with_its_name_and_fault(tmp_path, spoil, fault
     spoilt = spoil(json.loads(path.read_text()))
     path.write_text(spoilt if isinstance(spoilt, str) else json.dumps(spoilt))
     with pytest.raises(PlanError, match=f"{re.escape(str(path))}: .*{fault}"):
+        Plan.load(path)
+
+
+def test_a_plan_of_version_1_means_what_it_meant(tmp_path):
+    """Its columns of nothing but reused cells called no network; where blocks cache residuals they did."""
+    path, old = tmp_path / "plan.json", full().model_dump(mode="json", exclude={"states", "net", "passes", "table",
+                                                                                 "null_holds", "abscissa"})
+    rows = ["1111", "0111", "0000", "1110", "1000", "0001"] * 2
+    for cache, net in (("output", "110101"), ("residual", "111111")):
+        path.write_text(json.dumps(old | {"version": 1, "compute": rows, "cache": cache}))
+        plan = Plan.load(path)
+        assert ["".join("01"[cell] for cell in row) for row in plan.states[0]] == rows
+        assert "".join(map(str, plan.net[0]))[:6] == net
+    path.write_text(json.dumps(old | {"version": 1, "compute": ["1112"] * 12}))
+    with pytest.raises(PlanError, match="each step must be a string of 0 and 1"):
         Plan.load(path)
 
 

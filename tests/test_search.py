@@ -205,7 +205,7 @@ def test_a_schedules_cost_is_the_papers_sum(space, unet, teacher, described):
     genome = space.encode(2, 0, 1) | {"interval_0": 0.9, "branch_0": 1, "interval_1": 0.3}  # 5 and 2 active of 5
     part = {branch: sum(costs.blocks[name] for name, runs in zip(described.names, described.branch(branch), strict=True)
                         if runs) + costs.rest for branch in (0, 1)}
-    assert cost.executed(unet, costs, space.decode(genome)) == 2 * costs.call + 4 * part[1] + 1 * part[0]
+    assert costs.executed(space.decode(genome)) == 2 * costs.call + 4 * part[1] + 1 * part[0]
 
 
 def test_genes_cover_every_interval(space):
@@ -252,7 +252,7 @@ def test_every_genome_of_the_free_space_is_a_plan(data):
             genome[name] = data.draw(st.floats(gene.low, gene.high))
     plan, count = space.decode(genome), space.counts[genome["segments"]]
     extra = sum(genome.get(f"partials_{slot}", 0) for slot in range(count))
-    assert plan.steps == count + extra and plan.cells.all(axis=1).sum() == count and plan.order == genome["order"]
+    assert plan.steps == count + extra and plan.computes.all(axis=1).sum() == count and plan.order == genome["order"]
 
 
 def test_power_and_lengths_move_the_steps(free):

@@ -8,7 +8,7 @@ would make all before it dead. Stem (what comes before, time embedding) and head
 they run at every network call.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -86,7 +86,7 @@ class Blocks:
     @cached_property
     def reads(self) -> list[list[int]]:
         """For each block the places of the blocks it reads; the stem, which always runs, is left out."""
-        return [[self.index[name] for name in block.reads if name != STEM] for block in self.blocks]
+        return wiring(self.names)
 
     @cached_property
     def skips(self) -> tuple[tuple[str, int], ...]:
@@ -123,49 +123,122 @@ class Blocks:
             shallow[:self.index[giver] + 1] = True
         return shallow
 
-    def liveness(self, compute: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Find the cells that have to run, and those whose output has to be kept.
-
-        A computing cell is live if its output is read in its own column, or from the cache before it computes again.
-        The head reads the last block in every column that makes a network call; a column in which nothing is live makes
-        none. Where blocks cache residual changes every block's input flows on, so all computing cells are live.
+    def life(self, cells: np.ndarray, net: np.ndarray | None = None) -> "Life":
+        """Find the cells that have to run, and what has to be kept of them.
 
         Parameters
         ----------
-        compute : (S, N), bool
-
-        Returns
-        -------
-        live : (S, N), bool
-        stored : (S, N), bool
-            Live cells whose output a later column reads.
+        cells : (S, N), states as `lib.grid.plan` has them, or bool (True computes)
+        net : (S,), states of the whole output; if it is not given, `default_net`
         """
-        steps, last = len(compute), len(self) - 1
-        if self.cache == "residual":
-            return compute.copy(), np.concatenate([compute[:-1] & ~compute[1:], np.zeros_like(compute[:1])])
-        live, stored = np.zeros_like(compute), np.zeros_like(compute)
-        later = np.zeros(len(self), dtype=bool)  # is the cached output read in a column behind this one?
-        for step in range(steps - 1, -1, -1):
-            row, needed = compute[step], later.copy()
-            needed[last] |= row[last]  # the head
-            for i in range(last, -1, -1):
-                if row[i] and needed[i]:
-                    live[step, i] = True
-                    stored[step, i] = later[i]
-                    needed[self.reads[i]] = True
-            if live[step].any():
-                needed[last] = True
-            later = needed & ~row
-        return live, stored
+        cells = np.asarray(cells).astype(np.int8)
+        return lives(self.reads, self.cache, cells, default_net(self.reads, self.cache, cells) if net is None else net)
 
-    def calls(self, live: np.ndarray) -> np.ndarray:
-        """Say at which steps the network is called, (S,), bool: stem and head run there.
 
-        Parameters
-        ----------
-        live : (S, N), bool, from `liveness`
-        """
-        return live.any(axis=1) if self.cache == "output" else np.ones(len(live), dtype=bool)
+@dataclass(frozen=True)
+class Life:
+    """What one pass of a plan has to run and to keep.
+
+    Attributes
+    ----------
+    live : (S, N), bool: cells that have to run
+    read : (S, N), bool: cells whose held or forecast value is used in their own column
+    keep : (S, N), int: how many computed outputs of each block are still needed after a step, the newest included
+    called : (S,), bool: steps at which the network is called; stem and head run there
+    net_keep : (S,), int: as `keep`, of the whole output
+    settled : (S, N), int8: the states, dead cells at 0, forecasts of no higher order than there are outputs for
+    net : (S,), int8: the same of the whole output
+    """
+
+    live: np.ndarray
+    read: np.ndarray
+    keep: np.ndarray
+    called: np.ndarray
+    net_keep: np.ndarray
+    settled: np.ndarray
+    net: np.ndarray
+
+
+def depth(states: np.ndarray, computed: np.ndarray) -> np.ndarray:
+    """Give how many computed outputs a held or forecast value is made of, where so many are there; 0 where none is.
+
+    Holding takes one; a line (2) two, a parabola (3) three, or as many as there are.
+    """
+    return np.where(states == 0, 1, np.where(states > 1, np.minimum(states, np.maximum(computed, 1)), 0))
+
+
+def lives(reads: Sequence[Sequence[int]], cache: str, cells: np.ndarray, net: np.ndarray) -> Life:
+    """Walk a grid backwards and find what a later column, or the head, still needs.
+
+    A computing cell is live if its output is read in its own column, or by a held or forecast cell before so many newer
+    ones are there: a read at depth d makes the last d computed cells live. The head reads the last block where the
+    whole output is computed (`net` 1). Where blocks cache residual changes every block's input flows on, so a block
+    that is read reads the one before it, whatever its own state.
+
+    Parameters
+    ----------
+    reads : for each block the places of the blocks that it reads
+    cache : "output" or "residual"
+    cells : (S, N), int8, states; net : (S,), int8
+    """
+    steps, count = cells.shape
+    computes = cells == 1
+    depths = depth(cells, np.cumsum(computes, axis=0) - computes)
+    net_depths = depth(net, np.cumsum(net == 1) - (net == 1))
+    live, read, keep = np.zeros_like(computes), np.zeros_like(computes), np.zeros(cells.shape, dtype=np.int64)
+    called, net_keep = np.zeros(steps, dtype=bool), np.zeros(steps, dtype=np.int64)
+    later, net_later = np.zeros(count, dtype=np.int64), 0  # computed outputs that steps behind this one need
+    for step in range(steps - 1, -1, -1):
+        keep[step], net_keep[step] = later, net_later
+        row, needed = computes[step], np.zeros(count, dtype=bool)
+        needed[count - 1] = called[step] = net[step] == 1
+        for i in range(count - 1, -1, -1):
+            if row[i]:
+                live[step, i] = needed[i] or later[i] > 0
+            else:
+                read[step, i] = needed[i]
+            if live[step, i] or (read[step, i] and cache == "residual"):
+                needed[reads[i]] = True
+        called[step] |= live[step].any()
+        later = np.maximum(later - row, np.where(read[step], depths[step], 0))
+        later = np.maximum(later, 0)
+        net_later = max(net_later - int(net[step] == 1), int(net_depths[step]), 0)
+    lowered = np.where(depths > 1, depths, 0)
+    settled = np.where(live, 1, np.where(read, lowered, 0)).astype(np.int8)
+    lowered_net = np.where(net > 1, np.where(net_depths > 1, net_depths, 0), net).astype(np.int8)
+    return Life(live, read, keep, called, net_keep, settled, lowered_net)
+
+
+def default_net(reads: Sequence[Sequence[int]], cache: str, cells: np.ndarray) -> np.ndarray:
+    """Give the states of the whole output that cells alone suggest, (S,), int8.
+
+    It is computed where any cell has to run or the head has something new to read, and held elsewhere: without the
+    network's last block changing, its output does not. Where blocks cache residual changes the input itself is always
+    new.
+    """
+    if cache == "residual":
+        return np.ones(len(cells), dtype=np.int8)
+    last = cells[:, -1]
+    live = lives(reads, cache, cells, np.where(last == 0, 0, 1).astype(np.int8)).live
+    return (live.any(axis=1) | (last > 1)).astype(np.int8)
+
+
+def wiring(names: Sequence[str]) -> list[list[int]]:
+    """Give for each block, by the names of `describe`, the places of the blocks that it reads, without the stem.
+
+    A block reads the one before it. Going down, a UNet's blocks leave their outputs behind as skip connections, the
+    stem first; going up, every block but the up-samplers takes the last one left.
+    """
+    reads, skips = [], [STEM]
+    for i, name in enumerate(names):
+        own = [i - 1] if i else []
+        if name.startswith("up") and not name.endswith(".up") and skips:
+            skip = skips.pop()
+            own += [] if skip == STEM else [skip]
+        elif name.startswith("down"):
+            skips.append(i)
+        reads.append(own)
+    return reads
 
 
 LEVELS = ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D",

@@ -40,12 +40,14 @@ class Costs:
     blocks : dict of block name to MACs, attention products included
     attention : dict of block name to MACs, its attention products alone
     parameters : dict of block name to number of parameters
+    outputs : dict of block name to numbers that it gives, and "net" to the whole output's: what is kept takes memory
     rest, rest_parameters : MACs and parameters of stem and head, which run at every network call
     """
 
     blocks: dict[str, int]
     attention: dict[str, int]
     parameters: dict[str, int]
+    outputs: dict[str, int]
     rest: int
     rest_parameters: int
 
@@ -59,16 +61,23 @@ class Costs:
         """The same without attention's products, as published for UNets."""
         return self.call - sum(self.attention.values())
 
-    def per_step(self, plan: Plan, live: np.ndarray) -> np.ndarray:
-        """Give the MACs executed at each of the plan's steps, (S,), int.
+    def per_step(self, plan: Plan) -> np.ndarray:
+        """Give the MACs executed at each of the plan's steps, all passes together, (S,), int.
 
-        Parameters
-        ----------
-        live : (S, N), bool, from `lib.grid.blocks.Blocks.liveness`
+        Live cells cost what their blocks do, and each network call its stem and head; a forecast costs nothing.
         """
         macs = np.array([self.blocks[name] for name in plan.blocks], dtype=np.int64)
-        calls = live.any(axis=1) | (plan.cache == "residual")
-        return live @ macs + calls * self.rest
+        return sum(life.live @ macs + life.called * self.rest for life in plan.life)
+
+    def executed(self, plan: Plan) -> int:
+        """Give the MACs that one image costs under a plan."""
+        return int(self.per_step(plan).sum())
+
+    def kept(self, plan: Plan, dtype: torch.dtype = torch.float32) -> int:
+        """Give the bytes that a plan keeps between steps at most, for one image: known before it runs."""
+        sizes = np.array([self.outputs[name] for name in plan.blocks], dtype=np.int64)
+        held = sum(life.keep @ sizes + life.net_keep * self.outputs["net"] for life in plan.life)
+        return int(held.max()) * dtype.itemsize
 
     def save(self, path: Path) -> None:
         """Write the costs as JSON."""
@@ -89,27 +98,31 @@ def count(model: nn.Module) -> Costs:
     size = config.sample_size
     shape = (size, size) if isinstance(size, int) else tuple(size)
     x_t = torch.empty(1, config.in_channels, *shape, device="meta")
+    described, outputs = _blocks.describe(model), {}
+
+    def measure(name: str) -> Callable:
+        return lambda module, inputs, output: outputs.__setitem__(name, output[0].numel() if isinstance(output, tuple)
+                                                                  else output.numel())
+
+    for block in described:
+        twin.get_submodule(block.modules[-1]).register_forward_hook(measure(block.name))
     with FlopCounterMode(display=False, depth=None) as counter:
-        twin(x_t, torch.zeros(1, device="meta", dtype=torch.long), **_blocks.example_conditions(model, 1, "meta"))
+        predicted = twin(x_t, torch.zeros(1, device="meta", dtype=torch.long),
+                         **_blocks.example_conditions(model, 1, "meta"))
+    outputs["net"] = predicted[0].numel()
     root = type(model).__name__
     flops = {path.removeprefix(f"{root}."): {str(operator): n for operator, n in operators.items()}
              for path, operators in counter.get_flop_counts().items()}
     macs, attention, parameters = {}, {}, {}
-    for block in _blocks.describe(model):
+    for block in described:
         operators = [item for path in block.modules for item in flops.get(path, {}).items()]
         macs[block.name] = sum(n for _, n in operators) // 2
         attention[block.name] = sum(n for name, n in operators if any(word in name for word in ATTENTION)) // 2
         parameters[block.name] = sum(p.numel() for path in block.modules
                                      for p in model.get_submodule(path).parameters())
     total = sum(p.numel() for p in model.parameters())
-    return Costs(macs, attention, parameters, counter.get_total_flops() // 2 - sum(macs.values()),
+    return Costs(macs, attention, parameters, outputs, counter.get_total_flops() // 2 - sum(macs.values()),
                  total - sum(parameters.values()))
-
-
-def executed(model: nn.Module, costs: Costs, plan: Plan) -> int:
-    """Give the MACs that one image costs under a plan: live cells, stem and head of every network call."""
-    live, _ = _blocks.describe(model).liveness(plan.cells)
-    return int(costs.per_step(plan, live).sum())
 
 
 def interleave(runs: dict[str, Callable[[], object]], repeats: int, warmup: int = 2, title: str = "timing"
@@ -184,23 +197,23 @@ class Latency:
     batch: int
     precision: str
 
-    def of(self, live: np.ndarray) -> float:
-        """Give the seconds that a batch takes under a plan.
+    def of(self, plan: Plan) -> float:
+        """Give the seconds that a batch takes under a plan."""
+        return sum(self.steps(plan))
 
-        Parameters
-        ----------
-        live : (S, N), bool, the plan's live cells, from `lib.grid.blocks.Blocks.liveness`
+    def steps(self, plan: Plan) -> list[float]:
+        """Give the seconds of each of a plan's steps, (S,).
 
         Raises
         ------
         KeyError
             If a column's pattern was not measured.
         """
-        patterns = [_pattern(row) for row in live]
+        patterns = _patterns(plan)
         strange = set(patterns) - set(self.seconds)
         if strange:
             raise KeyError(f"the latency table has no column {sorted(strange)[0]}: measure a plan that holds it")
-        return sum(self.seconds[pattern] for pattern in patterns)
+        return [self.seconds[pattern] for pattern in patterns]
 
     def save(self, path: Path) -> None:
         """Write the table as JSON."""
@@ -225,21 +238,24 @@ def measure(model: nn.Module, schedule: SchedulerMixin, plans: Iterable[Plan], n
     conditions : Conditions of the B images, where the network reads any
     """
     engines = [graphs.engine(model, plan, NoiseSchedule.of(schedule)) for plan in plans]
-    seconds: dict[str, list[float]] = {_pattern(row): [] for engine in engines for row in engine.live}
+    seconds: dict[str, list[float]] = {pattern: [] for engine in engines for pattern in _patterns(engine.plan)}
     with torch.inference_mode(), sampling.autocast(noise.device, precision):
         for turn in tqdm(range(repeats + 1), desc="latency of columns", unit="round"):
             for engine in engines:
                 with engine:
                     start = _now()
-                    for row, _ in zip(engine.live, sampling.walk(engine, schedule, noise, conditions), strict=True):
+                    steps = sampling.walk(engine, noise, conditions)
+                    for pattern, _ in zip(_patterns(engine.plan), steps, strict=True):
                         if turn:
-                            seconds[_pattern(row)].append(_now() - start)
+                            seconds[pattern].append(_now() - start)
                         start = _now()
     return Latency({pattern: float(np.median(times)) for pattern, times in seconds.items()}, len(noise), precision)
 
 
-def _pattern(row: np.ndarray) -> str:
-    return "".join("01"[int(runs)] for runs in row)
+def _patterns(plan: Plan) -> list[str]:
+    """Give for each step which cells run, of all passes one after the other."""
+    live = np.concatenate([life.live for life in plan.life], axis=1)
+    return ["".join("01"[int(runs)] for runs in row) for row in live]
 
 
 def block_seconds(model: nn.Module, x_t: torch.Tensor, repeats: int,

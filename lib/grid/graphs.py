@@ -1,8 +1,9 @@
 """The engine on CUDA: steps of the same kind become one recorded graph, which one launch replays.
 
 A small network's step is many short kernels, and what they wait for is Python. A step's kind is which cells run, which
-outputs are kept for later, and the inputs' shapes; a plan has few kinds. What a step keeps lies in buffers of fixed
-places, so that a recorded step reads what any other left there. Recordings belong to the network: plans share them.
+are read from before, which outputs are kept for later, and the inputs' shapes; a plan has few kinds. What is held or
+forecast is made outside and copied into buffers of fixed places that a recorded step reads, as its inputs are. So a
+recording is a pure function, and belongs to the network: plans share it.
 """
 
 import warnings
@@ -61,7 +62,7 @@ class GraphedEngine(Engine):
 
     def __enter__(self) -> Self:
         self._shelf = _shelf(self.model)
-        self._reads: dict[int, Tensor] = {}
+        self._tape: _Recording | None = None  # the recording that is being made
         return super().__enter__()
 
     def call(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
@@ -79,55 +80,47 @@ class GraphedEngine(Engine):
             return forward(*args, **kwargs)
         if kind not in shelf.recordings and len(shelf.recordings) >= LIMIT:
             shelf.recordings.clear()
+        values = {int(place): self.value(int(place)) for place in self._group.read.nonzero()[0]}
         try:
-            recording = shelf.recordings[kind] = shelf.recordings.get(kind) or self._record(forward, leaves, tree)
+            recording = shelf.recordings[kind] = shelf.recordings.get(kind) or self._record(forward, leaves, tree,
+                                                                                            values)
         except RuntimeError as error:  # what a device does after a failed recording is not sure: no second try
             warnings.warn(f"a step could not be recorded as a CUDA graph; all run without from here: {error}",
                           stacklevel=2)
             _recording = False
             return forward(*args, **kwargs)
-        if any(self._now.cache.get(place) is not buffer for place, buffer in recording.reads.items()):
-            return forward(*args, **kwargs)
         _fill(recording.inputs, leaves)
+        for place, value in values.items():
+            recording.reads[place].copy_(value)
         recording.replay()
-        for place in self._rows()[0].nonzero()[0]:
-            self._keep(int(place), recording.writes.get(int(place)))
+        self._shapes = recording.shapes | self._shapes
+        for place, written in recording.writes.items():
+            self.store(place, written)
         return tree_map_only(Tensor, Tensor.clone, recording.output)
 
-    def put(self, place: int, given: Callable[[], Tensor]) -> None:
-        """Take what a block gave: into the buffer of its place, if a later step reads it."""
-        if torch.is_grad_enabled() or not _recording:
-            super().put(place, given)
-            return
-        buffer = None
-        if self.stored[self._now.step, place]:
-            value = given()
-            buffer = self._buffer((self.branch, place), value)
-            buffer.copy_(value)
-        self._keep(place, buffer)
+    def store(self, place: int, value: Tensor) -> None:
+        """Copy what a block gave: while recording, into a buffer from which each replay's is taken."""
+        if self._tape is None:
+            super().store(place, value)
+        else:
+            self._tape.writes[place] = self._buffer(("output", place), value)
+            self._tape.writes[place].copy_(value)
 
     def get(self, place: int) -> Tensor:
-        """Give what a skipped block gave last, and note for a recording that it was read."""
-        if place in self._now.cache:
-            self._reads[place] = self._now.cache[place]
+        """Give what a cell that does not run stands for: while recording, the buffer that holds it."""
+        if self._tape is None:
+            return super().get(place)
+        if place in self._tape.reads:
+            return self._tape.reads[place]
         return super().get(place)
-
-    def _rows(self):
-        return self.live[self._now.step], self.stored[self._now.step]
 
     def _kind(self, leaves: list, tree: str) -> tuple:
         """Give all that a recording hangs on, save the weights."""
         inputs = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
-        live, stored = self._rows()
+        cells = tuple(part.tobytes() for part in (self._group.live, self._group.read, self._group.kept))
         kind = self._weight.device.type
         lowered = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return self.branch, live.tobytes(), stored.tobytes(), tree, inputs, lowered
-
-    def _keep(self, place: int, buffer: Tensor | None) -> None:
-        if buffer is None:
-            self._now.cache.pop(place, None)
-        else:
-            self._now.cache[place] = buffer
+        return cells, tree, inputs, lowered
 
     def _buffer(self, name: tuple, like: Tensor) -> Tensor:
         """Give the buffer of a name and shape; it stays where it is for as long as the model lives."""
@@ -137,22 +130,22 @@ class GraphedEngine(Engine):
                 self._shelf.buffers[key] = torch.empty_like(like, memory_format=torch.preserve_format)
         return self._shelf.buffers[key]
 
-    def _record(self, forward: Callable, leaves: list, tree: Any) -> "_Recording":
+    def _record(self, forward: Callable, leaves: list, tree: Any, values: dict[int, Tensor]) -> "_Recording":
         inputs = [self._buffer(("input", i), leaf) if isinstance(leaf, Tensor) else leaf
                   for i, leaf in enumerate(leaves)]
-        _fill(inputs, leaves)
+        reads = {place: self._buffer(("value", place), value) for place, value in values.items()}
+        _fill([*inputs, *reads.values()], [*leaves, *values.values()])
         args, kwargs = tree_unflatten(inputs, tree)
-        before, self._reads = dict(self._now.cache), {}
+        self._tape = recording = _Recording(inputs, reads)
         cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # a recording must not read lowered weights that are freed after it
         try:
-            replay, output = cuda_graph(lambda: forward(*args, **kwargs), self._shelf.pool)
-            live, stored = self._rows()
-            writes = {int(place): self._now.cache[place] for place in (live & stored).nonzero()[0]}
-            return _Recording(replay, inputs, dict(self._reads), writes, output)
+            recording.replay, recording.output = cuda_graph(lambda: forward(*args, **kwargs), self._shelf.pool)
+            recording.shapes = dict(self._shapes)
+            return recording
         finally:
             torch.set_autocast_cache_enabled(cached)
-            self._now.cache = before
+            self._tape = None
 
 
 def _fill(inputs: list, leaves: list) -> None:
@@ -165,11 +158,12 @@ def _fill(inputs: list, leaves: list) -> None:
 class _Recording:
     """A step that can be replayed: from where it reads, and where it writes."""
 
-    replay: Callable[[], None]
     inputs: list
     reads: dict[int, Tensor]
-    writes: dict[int, Tensor]
-    output: Any
+    shapes: dict[int, Tensor] = field(default_factory=dict)
+    writes: dict[int, Tensor] = field(default_factory=dict)
+    replay: Callable[[], None] | None = None
+    output: Any = None
 
 
 @dataclass

@@ -1,13 +1,16 @@
 """The plan: which solver walks which timesteps, and which blocks compute at each of them.
 
-A plan is a grid of cells, executed steps down, blocks across. A cell computes its block or reuses what the block gave
-last; a timestep that is not in the plan is a *null* step and costs nothing. Fewer steps, DeepCache, Flexiffusion and
-DiP-GO are all plans; the constructors below make them.
+A plan is a grid of cells: executed steps across, blocks up, one such sheet for each pass of the network that guidance
+makes a step. A cell *computes* its block, *holds* what the block computed last, or *forecasts* it: the line or the
+parabola through what the block computed last. A timestep that is not in the plan is a *null* step and costs nothing.
+Fewer steps, DeepCache, Flexiffusion, DiP-GO, guidance intervals and forecasting caches are all plans; the constructors
+below make them.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -15,29 +18,46 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-VERSION = 1
+from lib.grid.blocks import Life, default_net, lives, wiring
+
+VERSION = 2
 
 Name = Annotated[str, Field(min_length=1)]
+
+COMPUTE, HOLD, LINE, PARABOLA, DROP = 1, 0, 2, 3, -1
+"""The states of a cell. `DROP` is for a whole pass at one step alone: the others go on without it."""
+STATES = {"0": HOLD, "1": COMPUTE, "2": LINE, "3": PARABOLA, "-": DROP}
+"""How files write them."""
+GIVEN, NULL = "given", "null"
+"""The pass with the condition, which is never dropped, and the one without."""
+ORDERS = {"ddim": 1, "dpmsolver++": 3, "plms": 4, "pndm": 4, "unipc": 2, "euler": 1, "learned": 9}
+"""The solvers and their highest orders."""
 
 
 class PlanError(ValueError):
     """A plan, or a file that should hold one, is not right; the message says what to do."""
 
 
-class NoiseSchedule(BaseModel):
-    """The noise schedule that a plan's timesteps index; a plan fits only models trained with the same."""
+class _Part(BaseModel):
+    """What cannot be changed, has no other fields, and says its faults in one sentence."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    train_timesteps: int = Field(ge=1)
-    beta_start: float = Field(gt=0, lt=1)
-    beta_end: float = Field(gt=0, lt=1)
-    beta_schedule: Name
-    prediction: Literal["epsilon", "v_prediction", "sample"]
+    def __init__(self, **values):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise PlanError(_say(error)) from None
 
-    @classmethod
-    def of(cls, scheduler) -> Self:
-        """Read it from a diffusers scheduler.
+
+class NoiseSchedule(_Part):
+    """The noise schedule that a plan's timesteps index; a plan fits only models trained with the same."""
+
+    train_timesteps: int = Field(ge=1)
+
+    @staticmethod
+    def of(scheduler) -> "BetaSchedule | FlowSchedule":
+        """Read it off a diffusers scheduler.
 
         Raises
         ------
@@ -45,36 +65,90 @@ class NoiseSchedule(BaseModel):
             If the scheduler does what a plan cannot say: clipping, its own betas, rescaled betas.
         """
         config = scheduler.config
+        if type(scheduler).__name__.startswith("FlowMatch"):
+            if config.get("use_dynamic_shifting"):
+                raise PlanError("the noise schedule has use_dynamic_shifting=True, which depends on the image's size: "
+                                "plans do not know it.")
+            return FlowSchedule(train_timesteps=config.num_train_timesteps, shift=float(config.shift))
         for option in ("clip_sample", "thresholding", "trained_betas", "rescale_betas_zero_snr"):
             given = config.get(option)
             if given is not None and given is not False:
                 raise PlanError(f"the noise schedule has {option}={str(given)[:40]}, which plans do not know. Where "
                                 f"the model allows, pass {type(scheduler).__name__}.from_config(config, {option}="
                                 f"{None if option == 'trained_betas' else False}).")
-        return cls(train_timesteps=config.num_train_timesteps, beta_start=config.beta_start, beta_end=config.beta_end,
-                   beta_schedule=config.beta_schedule, prediction=config.prediction_type)
+        return BetaSchedule(train_timesteps=config.num_train_timesteps, beta_start=config.beta_start,
+                            beta_end=config.beta_end, beta_schedule=config.beta_schedule,
+                            prediction=config.prediction_type)
 
 
-class Plan(BaseModel):
+class BetaSchedule(NoiseSchedule):
+    """The noise schedule of a diffusion process: betas at its training timesteps, and what the network predicts."""
+
+    beta_start: float = Field(gt=0, lt=1)
+    beta_end: float = Field(gt=0, lt=1)
+    beta_schedule: Name
+    prediction: Literal["epsilon", "v_prediction", "sample"]
+
+
+class FlowSchedule(NoiseSchedule):
+    """Flow matching: x_t = (1 - s) x_0 + s noise with s = t / train_timesteps, and the network predicts noise - x_0."""
+
+    shift: float = Field(gt=0)
+    prediction: Literal["flow"] = "flow"
+
+
+Numbers = tuple[tuple[float, ...], ...]
+
+
+class Learned(_Part):
+    """The table of a learned solver, as `lib.grid.solvers.Table` has it: a row a step.
+
+    Attributes
+    ----------
+    quantity : what the solver is linear in
+    a : (S,); b : (S, J); and of a corrector A : (S,), B : (S, J), or both empty
+    """
+
+    quantity: Literal["data", "noise", "velocity"]
+    a: tuple[float, ...]
+    b: Numbers
+    A: tuple[float, ...] = ()
+    B: Numbers = ()
+
+
+Steps = Annotated[tuple[int | float, ...], Field(min_length=1)]
+
+
+class Plan(_Part):
     """Which solver walks which timesteps, and which cells compute.
 
     Attributes
     ----------
-    solver : "dpmsolver++"
-        The multistep solver of Lu et al. 2022. Order 1 is DDIM with eta 0.
-    order : 1 or 2
+    solver : "ddim", "dpmsolver++" (order 1 is DDIM), "plms", "pndm", "unipc", "euler" or "learned"
+        See `lib.grid.solvers.coefficients`.
+    order : int, from 1 to the solver's highest (`ORDERS`)
+    table : Learned, where the solver is learned
     final_sigma : "zero" or "sigma_min"
         Where the last step lands.
-    timesteps : tuple of int, (S,), strictly falling
-        The timesteps at which the plan does anything.
-    grid : tuple of int, (T,), strictly falling
+    timesteps : tuple of int or float, (S,), strictly falling (but that pndm walks the second one twice)
+        The timesteps at which the plan does anything; they may lie between the integers.
+    grid : tuple of int or float, (T,), falling alike
         The teacher's timesteps. Where the plan walks on them, those not in `timesteps` are null steps.
-    schedule : NoiseSchedule
+    schedule : BetaSchedule or FlowSchedule
     blocks : tuple of str, (N,), the network's layers, in the order in which they run
     cache : "output" or "residual"
-        What a reused cell reuses: its block's last output, or the last change from input to output.
-    compute : tuple of tuple of bool, (S, N)
-        True where the cell computes. The first step computes all.
+        What a cell holds or forecasts: its block's output, or its change from input to output.
+    passes : tuple of str, (P,)
+        The network's passes in the order in which a batch holds them. A plan of one pass holds for all passes alike.
+    null_holds : "output" or "difference"
+        What of the other passes is held or forecast: the output, or its difference from the given pass's.
+    abscissa : "log_snr", "timestep" or "step"
+        Over what forecasts are drawn.
+    states : tuple of tuple of tuple of int, (P, S, N)
+        0 holds, 1 computes, 2 and 3 forecast by the line and the parabola through the block's last two and three
+        computed outputs, or by as many as there are.
+    net : tuple of tuple of int, (P, S)
+        The same of the network's whole output; -1 drops the pass at that step (its scale is 1 there).
     provenance : dict
         Where the plan comes from; part of no comparison.
 
@@ -84,50 +158,84 @@ class Plan(BaseModel):
         From every constructor and from `load`, if the parts do not make a plan.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    version: Literal[1] = VERSION
-    solver: Literal["dpmsolver++"] = "dpmsolver++"
-    order: Literal[1, 2]
+    version: Literal[2] = VERSION
+    solver: Literal["ddim", "dpmsolver++", "plms", "pndm", "unipc", "euler", "learned"] = "dpmsolver++"
+    order: int = Field(ge=1)
+    table: Learned | None = None
     final_sigma: Literal["zero", "sigma_min"] = "zero"
-    timesteps: tuple[int, ...] = Field(min_length=1)
-    grid: tuple[int, ...] = Field(min_length=1)
-    schedule: NoiseSchedule
+    timesteps: Steps
+    grid: Steps
+    schedule: BetaSchedule | FlowSchedule
     blocks: tuple[Name, ...] = Field(min_length=1)
     cache: Literal["output", "residual"] = "output"
-    compute: tuple[tuple[bool, ...], ...]
+    passes: tuple[Name, ...] = (GIVEN,)
+    null_holds: Literal["output", "difference"] = "output"
+    abscissa: Literal["log_snr", "timestep", "step"] = "log_snr"
+    states: tuple[tuple[tuple[int, ...], ...], ...]
+    net: tuple[tuple[int, ...], ...]
     provenance: dict[str, Any] = Field(default_factory=dict)
-
-    def __init__(self, **values):
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise PlanError(_say(error)) from None
 
     @field_validator("timesteps", "grid")
     @classmethod
-    def _falling(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
-        if any(a <= b for a, b in pairwise(steps)):
-            raise ValueError("must fall strictly, from noise to image: sort them and drop repeated ones")
-        return steps
+    def _plain(cls, steps: tuple[int | float, ...]) -> tuple[int | float, ...]:
+        if not all(np.isfinite(steps)):
+            raise ValueError("must be numbers")
+        return tuple(int(t) if t == int(t) else float(t) for t in steps)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if self.order > ORDERS[self.solver]:
+            raise ValueError(f"order: {self.solver} has orders up to {ORDERS[self.solver]} (got {self.order})")
+        if (self.solver == "learned") != (self.table is not None):
+            raise ValueError("table: goes with solver learned, and only with it")
+        if self.table is not None:
+            for name in ("a", "b") + ("A", "B") * bool(self.table.A):
+                if len(getattr(self.table, name)) != len(self.timesteps):
+                    raise ValueError(f"table.{name}: {len(getattr(self.table, name))} rows for {self.steps} timesteps")
         if len(set(self.blocks)) != len(self.blocks):
             raise ValueError("blocks: a name stands twice")
-        last = self.schedule.train_timesteps - 1
+        flow, train = isinstance(self.schedule, FlowSchedule), self.schedule.train_timesteps
         for field in ("timesteps", "grid"):
             steps = getattr(self, field)
-            if steps[-1] < 0 or steps[0] > last:
-                raise ValueError(f"{field}: must lie in 0..{last}, the schedule's training timesteps")
-        if len(self.compute) != len(self.timesteps):
-            raise ValueError(f"compute: {len(self.compute)} rows for {len(self.timesteps)} timesteps")
-        for step, row in enumerate(self.compute):
-            if len(row) != len(self.blocks):
-                raise ValueError(f"compute: row {step} has {len(row)} cells for {len(self.blocks)} blocks")
-        if not all(self.compute[0]):
-            raise ValueError("compute: the first step must compute every block, for nothing is cached before it")
+            repeats = self.solver == "pndm" and len(steps) > 2 and steps[1] == steps[2]
+            if any(a <= b and not (repeats and i == 1) for i, (a, b) in enumerate(pairwise(steps))):
+                raise ValueError(f"{field}: must fall strictly, from noise to image: sort them and drop repeated ones")
+            if steps[-1] < 0 or steps[0] > train - (not flow):
+                raise ValueError(f"{field}: must lie in 0..{train - (not flow)}, the schedule's training timesteps")
+        if self.solver == "pndm" and len(self.timesteps) > 1 and not (
+                len(self.timesteps) > 2 and self.timesteps[1] == self.timesteps[2]):
+            raise ValueError("timesteps: pndm walks the second timestep twice; take plms for the solver that does not")
+        self._check_cells()
+        forecasts = any(state > 1 for sheet in (*self.states, self.net) for row in sheet for state in row)
+        if forecasts and flow and self.abscissa == "log_snr" and self.timesteps[0] >= train:
+            raise ValueError("abscissa: log_snr is infinite at pure noise, where this plan begins: take timestep")
         return self
+
+    def _check_cells(self) -> None:
+        if GIVEN not in self.passes or len(set(self.passes)) != len(self.passes):
+            raise ValueError(f"passes: must be different names, one of them {GIVEN!r}")
+        for field, sheets in (("cells", self.states), ("net", self.net)):
+            if len(sheets) != len(self.passes):
+                raise ValueError(f"{field}: {len(sheets)} passes, must be {len(self.passes)}")
+            for sheet in sheets:
+                if len(sheet) != len(self.timesteps):
+                    raise ValueError(f"{field}: {len(sheet)} rows for {len(self.timesteps)} timesteps")
+        for name, sheet, net in zip(self.passes, self.states, self.net):
+            for step, row in enumerate(sheet):
+                if len(row) != len(self.blocks):
+                    raise ValueError(f"cells: row {step} has {len(row)} cells for {len(self.blocks)} blocks")
+            if not {state for row in sheet for state in row} <= {HOLD, COMPUTE, LINE, PARABOLA}:
+                raise ValueError("cells: a cell is 0 (holds), 1 (computes), 2 or 3 (forecasts)")
+            if not set(net) <= set(STATES.values()):
+                raise ValueError("net: a state is 0, 1, 2, 3, or -1 where the pass is dropped")
+            if name == GIVEN and DROP in net:
+                raise ValueError("net: the given pass cannot be dropped")
+            first = next((step for step, state in enumerate(net) if state != DROP), None)
+            if first is not None and not (net[first] == COMPUTE and all(state == COMPUTE for state in sheet[first])):
+                raise ValueError("cells: the first step must compute every block, for nothing is cached before it" +
+                                 ("" if name == GIVEN else f" (pass {name}, step {first})"))
+            if any(state == DROP and set(row) != {HOLD} for state, row in zip(net, sheet)):
+                raise ValueError(f"cells: where the pass {name} is dropped nothing of it runs: they must be 0 there")
 
     # ---- the grid -------------------------------------------------------------------------------------------------
 
@@ -136,20 +244,81 @@ class Plan(BaseModel):
         """S, the number of executed steps."""
         return len(self.timesteps)
 
+    @cached_property
+    def sheets(self) -> np.ndarray:
+        """`states` as an array, (P, S, N), int8."""
+        return np.array(self.states, dtype=np.int8)
+
     @property
     def cells(self) -> np.ndarray:
-        """`compute` as an array, (S, N), bool."""
-        return np.array(self.compute, dtype=bool)
+        """The states of the given pass, (S, N), int8; a copy."""
+        return self.sheets[self.passes.index(GIVEN)].copy()
 
     @property
+    def computes(self) -> np.ndarray:
+        """Which cells of the given pass compute, (S, N), bool."""
+        return self.cells == COMPUTE
+
+    @property
+    def live(self) -> np.ndarray:
+        """Which cells of the given pass have to run, (S, N), bool."""
+        return self.life[self.passes.index(GIVEN)].live
+
+    @cached_property
+    def life(self) -> tuple[Life, ...]:
+        """What of each pass's cells has to run and to be kept, (P,); see `lib.grid.blocks.lives`."""
+        reads = wiring(self.blocks)
+        return tuple(lives(reads, self.cache, sheet, np.array(net)) for sheet, net in zip(self.sheets, self.net))
+
+    def pass_of(self, name: str) -> int:
+        """Give the place of a pass of this name; a plan of one pass holds for all.
+
+        Raises
+        ------
+        PlanError
+            If the plan has several passes and none of this name.
+        """
+        if len(self.passes) == 1:
+            return 0
+        if name not in self.passes:
+            raise PlanError(f"the plan has passes {', '.join(self.passes)}, and none called {name!r}.")
+        return self.passes.index(name)
+
+    def settled(self) -> Self:
+        """Give the plan with all dead cells at 0 and all forecasts of the order that there is: the same images."""
+        return type(self)(**self._parts() | {"states": tuple(_rows(life.settled) for life in self.life),
+                                             "net": tuple(_rows([life.net])[0] for life in self.life)})
+
+    @cached_property
     def key(self) -> str:
-        """A hash of all that changes an image (so not of grid and provenance): equal keys, equal images."""
-        content = self.model_dump(mode="json", exclude={"provenance", "grid"})
+        """A hash of all that changes an image (so not of grid, provenance and dead cells): equal keys, equal images."""
+        content = self.model_dump(mode="json", exclude={"provenance", "grid", "version", "states", "net"})
+        content["states"] = [[life.settled.tolist(), life.net.tolist()] for life in self.life]
+        if self.solver == "dpmsolver++" and self.order == 1:
+            content["solver"] = "ddim"
+        if not any((life.settled > COMPUTE).any() or (life.net > COMPUTE).any() for life in self.life):
+            content["abscissa"] = None
+        if len(self.passes) == 1:
+            content["null_holds"] = None
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
-    def with_cells(self, cells: np.ndarray, **provenance) -> Self:
-        """Give the same walk with other cells, (S, N)."""
-        return type(self)(**self._parts() | {"compute": _rows(cells), "provenance": provenance})
+    def with_cells(self, cells: np.ndarray, net: np.ndarray | None = None, **provenance) -> Self:
+        """Give the same walk with other cells.
+
+        Parameters
+        ----------
+        cells : (S, N), for all passes alike, or (P, S, N); states, or bool (True computes)
+        net : (S,) or (P, S), states of the whole output
+            If it is not given, the network is called where any of its cells has to run.
+        """
+        sheets = _states(cells, (len(self.passes), self.steps, len(self.blocks)), "cells")
+        if net is None:
+            reads = wiring(self.blocks)
+            nets = [default_net(reads, self.cache, sheet) for sheet in sheets]
+        else:
+            nets = _states(net, (len(self.passes), self.steps), "net")
+        return type(self)(**self._parts() | {"states": tuple(map(_rows, sheets)), "net": _rows(np.stack(nets)),
+                                             "provenance": provenance})
 
     def _parts(self) -> dict:
         return {name: getattr(self, name) for name in type(self).model_fields}
@@ -157,22 +326,24 @@ class Plan(BaseModel):
     # ---- constructors ---------------------------------------------------------------------------------------------
 
     @classmethod
-    def full(cls, timesteps: Sequence[int], schedule: NoiseSchedule, blocks: Sequence[str], order: int = 1,
-             grid: Sequence[int] | None = None, cache: str = "output", **provenance) -> Self:
+    def full(cls, timesteps: Sequence[float], schedule: NoiseSchedule, blocks: Sequence[str], order: int = 1,
+             grid: Sequence[float] | None = None, cache: str = "output", *, solver: str = "dpmsolver++",
+             passes: Sequence[str] = (GIVEN,), **provenance) -> Self:
         """Compute every cell at the given timesteps: the teacher, or any list of fewer steps."""
-        compute = ((True,) * len(blocks),) * len(timesteps)
-        return cls(order=order, timesteps=tuple(timesteps), grid=tuple(grid or timesteps), schedule=schedule,
-                   blocks=tuple(blocks), cache=cache, compute=compute, provenance={"method": "full"} | provenance)
+        return cls(solver=solver, order=order, timesteps=tuple(timesteps), grid=tuple(grid or timesteps),
+                   schedule=schedule, blocks=tuple(blocks), cache=cache, passes=tuple(passes),
+                   states=(((COMPUTE,) * len(blocks),) * len(timesteps),) * len(passes),
+                   net=((COMPUTE,) * len(timesteps),) * len(passes), provenance={"method": "full"} | provenance)
 
     @classmethod
     def few_steps(cls, steps: int, spacing: str, teacher: Self, order: int = 1) -> Self:
         """Take `steps` full steps with uniform (trailing) or quadratic spacing instead of the teacher's."""
         timesteps = SPACINGS[spacing](steps, teacher.schedule.train_timesteps)
         return cls.full(timesteps, teacher.schedule, teacher.blocks, order, teacher.grid, teacher.cache,
-                        method="few steps", steps=steps, spacing=spacing)
+                        passes=teacher.passes, method="few steps", steps=steps, spacing=spacing)
 
     @classmethod
-    def deepcache(cls, interval: int, shallow: np.ndarray, teacher: Self, **provenance) -> Self:
+    def deepcache(cls, interval: int, shallow: np.ndarray, teacher: Self, reuse: int = HOLD, **provenance) -> Self:
         """Compute all blocks at every `interval`-th step and only the shallow ones between (DeepCache, uniform 1:N).
 
         Parameters
@@ -180,15 +351,18 @@ class Plan(BaseModel):
         interval : int, N >= 1
         shallow : (N blocks,), bool
             The blocks that a partial step runs: `lib.grid.blocks.Blocks.branch`.
+        reuse : 0, 2 or 3
+            What the others do: hold (as in the paper), or forecast by a line or a parabola.
         """
         if interval < 1:
             raise PlanError(f"interval: must be at least 1, got {interval}")
-        cells = np.tile(np.asarray(shallow, dtype=bool), (teacher.steps, 1))
-        cells[::interval] = True
-        return teacher.with_cells(cells, method="DeepCache", interval=interval, **provenance)
+        cells = np.tile(_reusing(shallow, reuse), (teacher.steps, 1))
+        cells[::interval] = COMPUTE
+        return teacher.with_cells(cells, method="DeepCache", interval=int(interval), reuse=int(reuse), **provenance)
 
     @classmethod
-    def segments(cls, segments: Sequence[tuple[int, np.ndarray]], teacher: Self, **provenance) -> Self:
+    def segments(cls, segments: Sequence[tuple[int, np.ndarray]], teacher: Self, reuse: int = HOLD, **provenance
+                 ) -> Self:
         """Cut the teacher's steps into equal segments of one full step, partial steps and null steps (Flexiffusion).
 
         Parameters
@@ -196,6 +370,7 @@ class Plan(BaseModel):
         segments : sequence of (active, shallow)
             For each segment the number of steps that run at all (1..length, the first of them full) and the blocks
             that its partial steps run, (N,), bool. With S segments the length is ceil(T / S), the last one shorter.
+        reuse : 0, 2 or 3, as `deepcache` takes it
         """
         steps = teacher.steps
         length = -(-steps // len(segments))
@@ -208,35 +383,78 @@ class Plan(BaseModel):
                 raise PlanError(f"segments: segment {number} has {active} active steps, must be 1..{length}")
             for step in range(first, min(first + active, steps)):
                 timesteps.append(teacher.timesteps[step])
-                rows.append(np.ones(len(teacher.blocks), bool) if step == first else np.asarray(shallow, bool))
-        parts = teacher._parts() | {"timesteps": tuple(timesteps), "compute": _rows(np.stack(rows))}
-        return cls(**parts | {"provenance": {"method": "segments"} | provenance})
+                rows.append(np.ones(len(teacher.blocks), np.int8) if step == first else _reusing(shallow, reuse))
+        return teacher.at(timesteps).with_cells(np.stack(rows), **{"method": "segments"} | provenance)
 
     @classmethod
-    def from_gates(cls, gates: np.ndarray, teacher: Self, **provenance) -> Self:
-        """Take keep / reuse gates, (T, N), bool, as they are (DiP-GO)."""
+    def from_gates(cls, gates: np.ndarray, teacher: Self, reuse: int = HOLD, **provenance) -> Self:
+        """Take keep / reuse gates, (T, N), bool, as they are (DiP-GO); `reuse` as `deepcache` takes it."""
         if np.shape(gates) != (teacher.steps, len(teacher.blocks)):
             raise PlanError(f"gates: shape {np.shape(gates)}, must be {(teacher.steps, len(teacher.blocks))}")
-        return teacher.with_cells(np.asarray(gates, dtype=bool), **{"method": "gates"} | provenance)
+        if not np.isin(gates, (0, 1)).all():
+            raise PlanError("gates: must be 0 or 1: compare them with a threshold first")
+        return teacher.with_cells(_reusing(gates, reuse), **{"method": "gates"} | provenance)
 
     @classmethod
-    def random(cls, keep: float, seed: int, teacher: Self) -> Self:
+    def random(cls, keep: float, seed: int, teacher: Self, reuse: int = HOLD) -> Self:
         """Compute each cell with probability `keep`; for one seed, a higher `keep` keeps a superset of cells."""
         cells = np.random.default_rng(seed).random((teacher.steps, len(teacher.blocks))) < keep
         cells[0] = True
-        return teacher.with_cells(cells, method="random cells", keep=keep, seed=seed)
+        return teacher.with_cells(_reusing(cells, reuse), method="random cells", keep=keep, seed=seed)
+
+    def guided(self, interval: tuple[int, int] | None = None, *, every: int = 1, reuse: int = HOLD,
+               null_holds: str = "output") -> Self:
+        """Give this plan two passes, the null one of which runs less often.
+
+        Parameters
+        ----------
+        interval : (first, last) steps, guided ones; outside them the null pass is dropped (a guidance interval,
+            Kynkaanniemi et al. 2024). None guides all steps.
+        every : int
+            Inside, the null pass is computed at every so many-th step.
+        reuse : 0, 2 or 3
+            Between, its output is held or forecast (adaptive guidance, a cache of guidance).
+        null_holds : "output" or "difference" (from the given pass's)
+        """
+        first, last = interval or (0, self.steps - 1)
+        if not 0 <= first <= last < self.steps:
+            raise PlanError(f"interval: must lie in 0..{self.steps - 1}, got {interval}")
+        if every < 1:
+            raise PlanError(f"every: must be at least 1, got {every}")
+        sheet, net = self.cells, np.array(self.net[self.passes.index(GIVEN)], np.int8)
+        null, own = sheet.copy(), net.copy()
+        for step in range(self.steps):
+            if not first <= step <= last:
+                null[step], own[step] = HOLD, DROP
+            elif (step - first) % every:
+                null[step], own[step] = HOLD, reuse
+            elif step == first:
+                null[step], own[step] = COMPUTE, COMPUTE
+        return type(self)(**self._parts() | {
+            "passes": (NULL, GIVEN), "states": (_rows(null), _rows(sheet)), "net": _rows(np.stack([own, net])),
+            "null_holds": null_holds, "provenance": self.provenance | {
+                "guidance": {"interval": [first, last], "every": every, "reuse": reuse}}})
+
+    def at(self, timesteps: Sequence[float]) -> Self:
+        """Give the full plan at other timesteps: the same solver, passes and grid."""
+        full = ((COMPUTE,) * len(self.blocks),) * len(timesteps)
+        return type(self)(**self._parts() | {"timesteps": tuple(timesteps), "states": (full,) * len(self.passes),
+                                             "net": ((COMPUTE,) * len(timesteps),) * len(self.passes)})
 
     # ---- files ----------------------------------------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
-        """Write the plan as JSON, one line of 1 and 0 a step."""
-        content = self.model_dump(mode="json")
-        content["compute"] = ["".join("01"[cell] for cell in row) for row in self.compute]
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        """Write the plan as JSON, one line of states a step."""
+        sign = {state: letter for letter, state in STATES.items()}
+        content = self.model_dump(mode="json", exclude={"states", "net"} | ({"table"} if self.table is None else set()))
+        content["cells"] = {name: ["".join(sign[state] for state in row) for row in sheet]
+                            for name, sheet in zip(self.passes, self.states)}
+        content["net"] = {name: "".join(sign[state] for state in net) for name, net in zip(self.passes, self.net)}
+        path.write_text(json.dumps(content, indent=1, default=_plain) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a plan.
+        """Read a plan; one of version 1 means what it always meant.
 
         Raises
         ------
@@ -247,7 +465,7 @@ class Plan(BaseModel):
             content = json.loads(Path(path).read_text())
         except FileNotFoundError:
             raise PlanError(f"{path}: no such file") from None
-        except (OSError, ValueError) as error:  # unreadable; not UTF-8 or not JSON
+        except (OSError, ValueError, RecursionError) as error:  # unreadable; not UTF-8 or not JSON
             raise PlanError(f"{path}: cannot be read as JSON ({error}). Was it cut off? Make it again.") from None
         try:
             return cls(**_from_json(content))
@@ -266,6 +484,9 @@ class Plan(BaseModel):
             strange = sorted(set(self.blocks) ^ set(blocks)) or ["their order"]
             raise PlanError(f"the plan is for another network: {len(self.blocks)} blocks, the model has {len(blocks)}; "
                             f"they differ in {', '.join(strange[:5])}. Make a plan from this model's blocks.")
+        if type(schedule) is not type(self.schedule):
+            raise PlanError(f"the plan is for a {type(self.schedule).__name__}, the model has a "
+                            f"{type(schedule).__name__}. Make a plan for this schedule.")
         for name, wanted in self.schedule:
             if getattr(schedule, name) != wanted:
                 raise PlanError(f"the plan is for another noise schedule: {name} is {wanted}, the model's is "
@@ -296,36 +517,100 @@ def _check_steps(steps: int, train_timesteps: int) -> None:
         raise PlanError(f"steps: must be 1..{train_timesteps}, got {steps}")
 
 
-def _rows(cells: np.ndarray) -> tuple[tuple[bool, ...], ...]:
-    return tuple(tuple(bool(cell) for cell in row) for row in cells)
+def _reusing(computes: np.ndarray, reuse: int) -> np.ndarray:
+    """Give states of cells: those that compute, and what the others do."""
+    if reuse not in (HOLD, LINE, PARABOLA):
+        raise PlanError(f"reuse: must be {HOLD} (hold), {LINE} (line) or {PARABOLA} (parabola), got {reuse}")
+    return np.where(np.asarray(computes, dtype=bool), COMPUTE, reuse).astype(np.int8)
+
+
+def _states(given: np.ndarray, shape: tuple[int, ...], what: str) -> np.ndarray:
+    """Give states as an array with the passes first; what has none holds for all passes."""
+    given = np.asarray(given)
+    if given.shape not in (shape, shape[1:]):
+        raise PlanError(f"{what}: shape {given.shape}, must be {shape[1:]}" +
+                        (f", or {shape}" if shape[0] > 1 else ""))
+    return np.broadcast_to(given, shape).astype(np.int8)
+
+
+def _rows(cells: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(tuple, np.asarray(cells).tolist()))
+
+
+def _plain(value: Any) -> Any:
+    """Make JSON of what numpy made."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"a plan's provenance holds a {type(value).__name__}, which JSON does not know")
 
 
 def _from_json(content: Any) -> dict:
-    """Turn JSON's lists into tuples and its strings of 0 and 1 into cells."""
+    """Turn JSON's lists into tuples and its strings into states; what version 1 wrote becomes version 2."""
     if not isinstance(content, dict):
         raise PlanError(f"holds a {type(content).__name__}, not a plan")
-    version = content.get("version")
+    content, version = dict(content), content.get("version")
     if isinstance(version, int) and version > VERSION:
         raise PlanError(f"written by a newer version of this project (plan version {version}, this one reads {VERSION})"
                         ". Update the project.")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+    if version == 1:
+        content |= {"version": VERSION, "passes": [GIVEN], "cells": {GIVEN: content.pop("compute", None)}}
+    values = {name: _tuples(value) for name, value in content.items() if name not in ("cells", "net")}
     if isinstance(values.get("schedule"), dict):
-        try:
-            values["schedule"] = NoiseSchedule(**values["schedule"])
-        except ValidationError as error:
-            raise PlanError(_say(error, "schedule")) from None
-    rows = values.get("compute")
-    if isinstance(rows, tuple):
-        if not all(isinstance(row, str) and set(row) <= {"0", "1"} for row in rows):
-            raise PlanError("compute: each step must be a string of 0 and 1")
-        values["compute"] = tuple(tuple(cell == "1" for cell in row) for row in rows)
+        kind = FlowSchedule if values["schedule"].get("prediction") == "flow" else BetaSchedule
+        values["schedule"] = _within("schedule", kind, values["schedule"])
+    if isinstance(values.get("table"), dict):
+        values["table"] = _within("table", Learned, {k: _tuples(v) for k, v in values["table"].items()})
+    passes = values.get("passes", (GIVEN,))
+    rows = _sheets(content, "cells", passes)
+    if version == 1 and any("2" in row or "3" in row for row in rows[0]):
+        raise PlanError("cells: each step must be a string of 0 and 1")
+    values["states"] = tuple(tuple(tuple(STATES[cell] for cell in row) for row in sheet) for sheet in rows)
+    if version == 1:
+        values["net"] = (_net_of_version_1(values),)
+    else:
+        values["net"] = tuple(tuple(STATES[state] for state in net) for net in _sheets(content, "net", passes))
     return values
 
 
-def _say(error: ValidationError, within: str = "") -> str:
+def _net_of_version_1(values: dict) -> tuple[int, ...]:
+    sheet, blocks = values["states"][0], values.get("blocks")
+    if not isinstance(blocks, tuple) or any(len(row) != len(blocks) for row in sheet):
+        return (COMPUTE,) * len(sheet)  # is refused later, with its reason
+    return tuple(default_net(wiring(blocks), values.get("cache", "output"), np.array(sheet)).tolist())
+
+
+def _sheets(content: Mapping, field: str, passes: Any) -> list:
+    """Read one field that has an entry a pass: a list of strings, or (net) one string."""
+    sheets = content.get(field)
+    if not isinstance(sheets, dict) or not isinstance(passes, tuple) or sorted(sheets) != sorted(map(str, passes)):
+        raise PlanError(f"{field}: must have an entry for each of the passes")
+    found = [sheets[name] for name in passes]
+    for sheet in found:
+        rows = sheet if field == "cells" else [sheet]
+        letters = set(STATES) - ({"-"} if field == "cells" else set())
+        if not isinstance(rows, list) or not all(isinstance(row, str) and set(row) <= letters for row in rows):
+            raise PlanError(f"{field}: each step must be a string of 0 and 1" +
+                            (", 2 and 3" if field == "cells" else ", 2, 3 and -"))
+    return found
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _within(place: str, kind: type[_Part], values: dict) -> _Part:
+    try:
+        return kind(**values)
+    except PlanError as error:
+        raise PlanError(f"{place}.{error}") from None
+    except TypeError as error:  # a key that is no word
+        raise PlanError(f"{place}: {error}") from None
+
+
+def _say(error: ValidationError) -> str:
     """Put pydantic's first fault into one sentence with its place and value."""
     fault = error.errors()[0]
-    place = ".".join(str(part) for part in ((within,) if within else ()) + fault["loc"])
+    place = ".".join(str(part) for part in fault["loc"])
     text = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error" and not place:
         return text

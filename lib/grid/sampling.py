@@ -8,7 +8,6 @@ from typing import Self
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -16,7 +15,8 @@ from tqdm import tqdm
 from lib.grid import graphs
 from lib.grid.blocks import example_conditions
 from lib.grid.engine import Engine
-from lib.grid.plan import NoiseSchedule, Plan
+from lib.grid.plan import GIVEN, NULL, NoiseSchedule, Plan
+from lib.grid.solvers import State, advance
 
 BANKS = {"search": 1, "select": 2, "report": 3, "analysis": 4}
 """Banks of noise that share no image: searching, choosing among the found, reporting, looking."""
@@ -39,15 +39,6 @@ def noise(bank: str, seed: int, first: int, count: int, shape: tuple[int, int, i
     draws = [np.random.default_rng((seed, BANKS[bank], number)).standard_normal(shape, dtype=np.float32)
              for number in range(first, first + count)]
     return torch.from_numpy(np.stack(draws))
-
-
-def solver(plan: Plan, schedule: SchedulerMixin) -> DPMSolverMultistepScheduler:
-    """Build the plan's solver over the plan's own timesteps (order 1 = DDIM with eta 0)."""
-    scheduler = DPMSolverMultistepScheduler.from_config(
-        schedule.config, algorithm_type=plan.solver, solver_order=plan.order, final_sigmas_type=plan.final_sigma,
-        lower_order_final=True, thresholding=False)
-    scheduler.set_timesteps(timesteps=list(plan.timesteps))
-    return scheduler
 
 
 @dataclass(frozen=True)
@@ -86,32 +77,31 @@ class Conditions:
 
         return replace(self, given=part(self.given), null=part(self.null))
 
-    def predict(self, engine: Engine, x_t: Tensor, t: Tensor) -> Tensor:
-        """Predict at an engine's next step, guided (Ho and Salimans 2022)."""
+    def predict(self, engine: Engine, x_t: Tensor, step: int) -> Tensor:
+        """Predict at a step of an engine's plan, guided (Ho and Salimans 2022)."""
         given = {name: rows.to(x_t.device) for name, rows in self.given.items()}
         if self.null is None:
-            return engine(x_t, t, **given)
+            return engine(x_t, step, **given)
         null = {name: rows.to(x_t.device) for name, rows in self.null.items()}
         if self.passes == 2:
-            without, along = engine(x_t, t, "null", **null), engine(x_t, t, "given", **given)
+            along, without = engine(x_t, step, (GIVEN,), **given), engine(x_t, step, (NULL,), **null)
         else:
             both = {name: torch.cat([null[name], given[name]]) for name in given}
-            without, along = engine(torch.cat([x_t, x_t]), t, **both).chunk(2)
+            without, along = engine(torch.cat([x_t, x_t]), step, (NULL, GIVEN), **both).chunk(2)
         return without + self.scale * (along - without)
 
 
-def walk(engine: Engine, schedule: SchedulerMixin, x_t: Tensor, conditions: Conditions | None = None
-         ) -> Iterator[Tensor]:
+def walk(engine: Engine, x_t: Tensor, conditions: Conditions | None = None) -> Iterator[Tensor]:
     """Walk an engine's plan from `x_t`, from the start, and yield x_t after each step; the last one is the image.
 
     Without conditions, those of class-conditional networks are drawn from `x_t`, which is noise (`Conditions.drawn`).
     """
     engine.reset()
-    scheduler = solver(engine.plan, schedule)
     conditions = conditions or Conditions.drawn(engine.model, x_t)
     predict = partial(conditions.predict, engine) if conditions else engine
-    for t, there in zip(scheduler.timesteps, scheduler.timesteps.to(x_t.device)):
-        x_t = scheduler.step(predict(x_t, there).float(), t, x_t).prev_sample
+    state: State = ()
+    for step in range(engine.plan.steps):
+        x_t, state = advance(engine.solver, step, x_t, predict(x_t, step).to(x_t.dtype), state)
         yield x_t
 
 
@@ -139,7 +129,7 @@ def sample(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: Tensor
         for first in range(0, len(noise), batch_size):
             batch = noise[first:first + batch_size]
             own = conditions and conditions.rows(first, len(batch))
-            *_, x_0 = walk(engine, schedule, batch.to(device), own)
+            *_, x_0 = walk(engine, batch.to(device), own)
             images.append(x_0.cpu())
             bar.update(len(batch))
     bar.close()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lib.grid import blocks as _blocks
-from lib.grid import cost
+from lib.grid import cost, solvers
 from lib.grid.engine import Engine
 from lib.grid.plan import NoiseSchedule, Plan
 from lib.grid.sampling import Conditions, walk
@@ -41,7 +41,7 @@ def similarity(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: Te
     values, before = np.full((plan.steps, len(described)), np.nan), {}
     try:
         with Engine(model, plan, NoiseSchedule.of(schedule)) as engine:
-            for step, _ in enumerate(walk(engine, schedule, noise, conditions)):
+            for step, _ in enumerate(walk(engine, noise, conditions)):
                 for place, output in now.items():
                     if step:
                         alike = torch.cosine_similarity(output, before[place], dim=1)
@@ -51,6 +51,51 @@ def similarity(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: Te
         for handle in handles:
             handle.remove()
     return values
+
+
+@torch.inference_mode()
+def forecast_errors(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: Tensor, interval: int,
+                    conditions: Conditions | None = None) -> pd.DataFrame:
+    """Measure how far held and forecast outputs lie from what each block would give, along a full run.
+
+    As if each block had computed at every `interval`-th step alone, while x_t walks as in the full run: one forecast's
+    error, not what becomes of it.
+
+    Parameters
+    ----------
+    plan : Plan, full; its abscissa is the forecasts'
+    noise : Tensor, (n, C, H, W)
+
+    Returns
+    -------
+    errors : columns step, block, since (steps since it computed), hold, line, parabola: the distance from the block's
+        output over that output's norm, mean over images; as soon as there are outputs for a parabola
+    """
+    described = _blocks.describe(model)
+    places = solvers.abscissae(plan.timesteps, plan.schedule, plan.abscissa).tolist()
+    now: dict[str, Tensor] = {}
+    handles = [model.get_submodule(block.modules[-1]).register_forward_hook(
+        lambda module, inputs, output, name=block.name: now.__setitem__(
+            name, (output[0] if isinstance(output, tuple) else output).flatten(1).clone())) for block in described]
+    rows, computed, known = [], [], {}
+    try:
+        with Engine(model, plan, NoiseSchedule.of(schedule)) as engine:
+            for step, _ in enumerate(walk(engine, noise, conditions)):
+                if step % interval == 0:
+                    computed = [step, *computed][:3]
+                    known = {name: [output, *known.get(name, ())][:3] for name, output in now.items()}
+                elif len(computed) == 3:
+                    for name, output in now.items():
+                        errors = {}
+                        for depth, state in enumerate(("hold", "line", "parabola"), start=1):
+                            weights = solvers.forecast(places[step], [places[k] for k in computed[:depth]])
+                            value = sum(weight * past for weight, past in zip(weights, known[name]))
+                            errors[state] = float(((value - output).norm(dim=1) / output.norm(dim=1)).mean())
+                        rows.append({"step": step, "block": name, "since": step - computed[0]} | errors)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return pd.DataFrame(rows)
 
 
 @torch.inference_mode()
@@ -71,21 +116,21 @@ def sensitivity(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: T
     -------
     damage : (len(steps), N), mean squared difference from the teacher's image over the teacher images' variance
     """
-    if plan.order != 1 or not plan.cells.all():
+    if plan.order != 1 or not plan.computes.all():
         raise ValueError("sensitivity needs a full plan of order 1")
     fits, conditions = NoiseSchedule.of(schedule), conditions or Conditions.drawn(model, noise)
     with Engine(model, plan, fits) as engine:
-        states = [noise, *walk(engine, schedule, noise, conditions)]  # states[s]: x_t before step s
+        states = [noise, *walk(engine, noise, conditions)]  # states[s]: x_t before step s
     images = states[-1]
     damage = np.zeros((len(steps), len(plan.blocks)))
     cells = [(i, place) for i in range(len(steps)) for place in range(len(plan.blocks))]
     for i, place in tqdm(cells, desc="sensitivity", unit="cell"):
         first = steps[i] - 1
         tail = Plan.full(plan.timesteps[first:], plan.schedule, plan.blocks, cache=plan.cache)
-        compute = tail.cells
+        compute = tail.computes
         compute[1, place] = False
         with Engine(model, tail.with_cells(compute), fits) as engine:
-            *_, changed = walk(engine, schedule, states[first], conditions)
+            *_, changed = walk(engine, states[first], conditions)
         damage[i, place] = float((changed - images).square().mean() / images.var(dim=0).mean())
     return damage
 

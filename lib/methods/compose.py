@@ -55,8 +55,8 @@ class JointSpace:
     def decode(self, genome: Mapping) -> Plan:
         """Make a plan of a genome."""
         plan, levels = self.free.decode(genome), self.free.blocks.levels
-        cells = plan.cells.copy()
-        for slot, step in enumerate(np.flatnonzero(plan.cells.all(axis=1))):
+        cells = plan.computes
+        for slot, step in enumerate(np.flatnonzero(plan.computes.all(axis=1))):
             for level, members in levels.items():
                 if slot and genome[f"reuse_{slot}_{level}"]:
                     cells[step, members] = False

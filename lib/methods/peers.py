@@ -17,7 +17,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib.grid import blocks, cost, sampling
+from lib.grid import blocks, cost, sampling, solvers
 from lib.grid.plan import Plan
 
 
@@ -35,16 +35,16 @@ def deepcache(model: nn.Module, schedule: SchedulerMixin, teacher: Plan, interva
     """
     from DeepCache import DeepCacheSDHelper
 
-    scheduler = sampling.solver(teacher, schedule)
-    helper = DeepCacheSDHelper(pipe=SimpleNamespace(unet=model, scheduler=scheduler))
+    timesteps = torch.tensor(teacher.timesteps)
+    helper = DeepCacheSDHelper(pipe=SimpleNamespace(unet=model, scheduler=SimpleNamespace(timesteps=timesteps)))
     helper.set_params(cache_interval=interval, cache_branch_id=branch)
     helper.enable()
-    x_t = noise.to(model.device)
+    x_t, table, state = noise.to(model.device), solvers.of(teacher), ()
     try:
         with sampling.autocast(x_t.device, precision):
-            for t in scheduler.timesteps:
+            for step, t in enumerate(timesteps):
                 predicted = model(x_t.to(model.dtype), t, **conditions).sample
-                x_t = scheduler.step(predicted.float(), t, x_t).prev_sample
+                x_t, state = solvers.advance(table, step, x_t, predicted.float(), state)
     finally:
         helper.disable()
     return x_t.cpu()
@@ -90,20 +90,20 @@ def dbcache(model: ModelMixin, schedule: SchedulerMixin, teacher: Plan, threshol
 def _executed(model: ModelMixin, schedule: SchedulerMixin, teacher: Plan, noise: Tensor,
               enable: Callable[[ModelMixin], None], **provenance) -> tuple[Plan, Tensor]:
     """Sample with another's cache on a copy of a transformer, and note which blocks ran at which step."""
-    cached, described, cells = copy.deepcopy(model), blocks.describe(model), np.zeros_like(teacher.cells)
+    cached, described, cells = copy.deepcopy(model), blocks.describe(model), np.zeros_like(teacher.computes)
     for place, block in enumerate(described):
         def note(*_, place: int = place) -> None:
             cells[step, place] = True
         next(cached.get_submodule(block.modules[0]).children()).register_forward_pre_hook(note)
     enable(cached)
-    scheduler, x_t = sampling.solver(teacher, schedule), noise.to(model.device)
+    x_t, table, state = noise.to(model.device), solvers.of(teacher), ()
     given = {}
     if conditions := sampling.Conditions.drawn(model, x_t):
         given = {name: rows.to(x_t.device) for name, rows in conditions.given.items()}
     with CacheMixin.cache_context(cached, "given"):
-        for step, t in enumerate(scheduler.timesteps):  # noqa: B007 (`note` reads it)
-            predicted = cached(x_t, t.to(x_t.device).expand(len(x_t)), **given).sample[:, :x_t.shape[1]]
-            x_t = scheduler.step(predicted, t, x_t).prev_sample
+        for step, t in enumerate(teacher.timesteps):
+            predicted = cached(x_t, torch.tensor(t, device=x_t.device).expand(len(x_t)), **given).sample
+            x_t, state = solvers.advance(table, step, x_t, predicted[:, :x_t.shape[1]], state)
     return teacher.with_cells(cells, **provenance), x_t.cpu()
 
 

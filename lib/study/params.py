@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -111,6 +111,19 @@ class TeacherAnalysis(Common):
     dpm_steps: list[Positive] = Field(min_length=2)  # step counts on the front, DPM-Solver++ of order 2
     cache_intervals: list[Positive] = Field(min_length=1)  # DeepCache's N
     cache_branches: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)  # DeepCache's skip connections
+    forecast_interval: int = Field(ge=2)  # steps between computed outputs where forecasts are held against the truth
+    forecast_steps: list[Annotated[int, Field(ge=2)]] = Field(min_length=1)  # step counts under DeepCache
+    forecast_intervals: list[Annotated[int, Field(ge=2)]]  # DeepCache's N at each of them
+    forecast_orders: list[Literal[1, 2]]  # the solver's order at each of them
+    search_images: int = Field(ge=10)  # images a candidate of searched steps
+    trials: Positive  # candidates of searched steps
+    population: int = Field(ge=2)  # of that search
+
+    @model_validator(mode="after")
+    def _bases(self) -> Self:
+        if not len(self.forecast_steps) == len(self.forecast_intervals) == len(self.forecast_orders):
+            raise ValueError("forecast_steps, forecast_intervals and forecast_orders must be as long as each other")
+        return self
 
 
 def _different(values: list) -> list:

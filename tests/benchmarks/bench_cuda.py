@@ -58,7 +58,7 @@ class Case:
             self.plans["DeepCache 1:5"] = Plan.deepcache(5, self.described.branch(0), self.full)
 
     def fewer(self, plan):
-        return cost.executed(self.model, self.costs, self.full) / cost.executed(self.model, self.costs, plan)
+        return self.costs.executed(self.full) / self.costs.executed(plan)
 
     def ours(self, plan):
         conditions = sampling.Conditions(self.given) if self.given else None

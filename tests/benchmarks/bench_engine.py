@@ -68,7 +68,7 @@ def test_measured_speed_up_over_that_of_executed_macs(setting):
             for name, plan in plans.items()}
     seconds = cost.interleave(runs, PAIRS)
     for name, plan in list(plans.items())[1:]:
-        macs = cost.executed(unet, costs, teacher) / cost.executed(unet, costs, plan)
+        macs = costs.executed(teacher) / costs.executed(plan)
         ratio, low, high = cost.median_ratio(seconds["full"], seconds[name])
         print(f"\n{precision}, {name}: measured {ratio:.2f} [{low:.2f}, {high:.2f}], executed MACs {macs:.2f}, "
               f"measured / MACs {ratio / macs:.2f} [{low / macs:.2f}, {high / macs:.2f}]")

@@ -1,7 +1,6 @@
 """How much faster two workers of one thread each search than one: `make bench`."""
 
 import time
-from functools import partial
 from statistics import median
 
 import torch
@@ -27,7 +26,7 @@ def test_two_workers_against_one(tmp_path):
     fits, described = NoiseSchedule.of(schedule), blocks.describe(unet)
     teacher = Plan.full(trailing(searching.teacher_steps, fits.train_timesteps), fits, described.names)
     space = SegmentSpace(teacher, described, tuple(searching.segment_counts), tuple(searching.branches))
-    macs = partial(cost.executed, unet, cost.count(unet))
+    macs = cost.count(unet).executed
     rate = {}
     for turn in range(TURNS):
         for workers in (1, 2):

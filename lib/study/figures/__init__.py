@@ -12,7 +12,7 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from lib.grid.plan import Plan
+from lib.grid.plan import COMPUTE, GIVEN, HOLD, LINE, PARABOLA, Plan
 
 NARROW, WIDE = 3.3, 6.9  # inches
 
@@ -36,6 +36,11 @@ CONTROLS = {"DDIM, uniform": ("0.45", "o", "-"), "DDIM, quadratic": ("0.6", "s",
 OTHER = ("0.6", "v", "--")
 """Grey, marker and line of each control, and of one that has none of its own."""
 KINDS = {"null": "white", "partial": sns.color_palette("pastel")[0], "full": PALETTE[0]}
+
+
+STATES = {HOLD: ("holds", KINDS["partial"]), COMPUTE: ("computes", KINDS["full"]), LINE: ("line", PALETTE[1]),
+          PARABOLA: ("parabola", PALETTE[8])}
+"""What a cell's states, in their order, are called in figures, and their colours, everywhere."""
 
 
 def style() -> None:
@@ -131,20 +136,74 @@ def heat_map(values: np.ndarray, blocks: Sequence[str], steps: Sequence[int], la
     return figure
 
 
-def plan_map(plan: Plan, live: np.ndarray) -> Figure:
-    """Draw a plan on the teacher's steps: computed cells, reused cells, null steps."""
-    full = np.zeros((len(plan.grid), len(plan.blocks)))
-    for row, column in zip(live, _columns(plan)):
-        full[column] = 1 + row
+def forecast_errors(errors: pd.DataFrame, blocks: Sequence[str]) -> Figure:
+    """Draw how far held and forecast outputs of some blocks lie from the true ones, over the steps.
+
+    Parameters
+    ----------
+    errors : columns step, block, hold, line, parabola, as `lib.judging.analysis.forecast_errors` gives them
+    """
+    figure, panels = plt.subplots(1, len(blocks), figsize=(WIDE, 2.4), sharey=True, squeeze=False)
+    for axes, block in zip(panels[0], blocks):
+        rows = errors[errors["block"] == block]
+        for state, name in ((HOLD, "hold"), (LINE, "line"), (PARABOLA, "parabola")):
+            axes.plot(rows["step"], 100 * rows[name], color="0.5" if state == HOLD else STATES[state][1], marker=".",
+                      lw=0.8, ms=4, label=name)
+        axes.set(xlabel="step (noise to image)", title=block, yscale="log")
+        plain_logarithm(axes.yaxis)
+    panels[0, 0].set(ylabel="error (% of the output's norm)")
+    panels[0, -1].legend(fontsize=7)
+    return figure
+
+
+def forecasts(table: pd.DataFrame, ylabel: str) -> Figure:
+    """Draw what holding and forecasting are worth at equal executed MACs, a panel a solver, with 95 % intervals.
+
+    Parameters
+    ----------
+    table : columns family (hold, line, parabola, or a control's), order, macs_percent, ratio, ratio_low, ratio_high
+    """
+    orders = sorted(table["order"].unique(), reverse=True)
+    figure, panels = plt.subplots(1, len(orders), figsize=(WIDE, 3), sharey=True, squeeze=False)
+    looks = {"hold": ("0.5", "^"), "line": (STATES[LINE][1], "o"), "parabola": (STATES[PARABOLA][1], "s"),
+             "evenly spaced": ("0.0", "D"), "searched steps": ("0.3", ">")}
+    for axes, order in zip(panels[0], orders):
+        for family, rows in table[table["order"] == order].groupby("family", sort=False):
+            rows, (colour, marker) = rows.sort_values("macs_percent"), looks[family]
+            bars = [rows["ratio"] - rows["ratio_low"], rows["ratio_high"] - rows["ratio"]]
+            line = "--" if family in ("evenly spaced", "searched steps") else "-"
+            axes.errorbar(rows["macs_percent"], rows["ratio"], bars, color=colour, marker=marker, ls=line, ms=4, lw=1,
+                          elinewidth=0.8, capsize=2, label=family)
+        axes.axhline(1, color="0.8", lw=0.8, zorder=0)
+        axes.set(xscale="log", yscale="log", xlabel="executed MACs (% of the teacher's)",
+                 title={1: "DDIM (order 1)", 2: "DPM-Solver++ (order 2)"}[order])
+        plain_logarithm(axes.xaxis)
+        plain_logarithm(axes.yaxis)
+    panels[0, 0].set(ylabel=ylabel)
+    panels[0, 0].legend(fontsize=7)
+    return figure
+
+
+def plan_map(plan: Plan) -> Figure:
+    """Draw a plan's given pass on the teacher's steps: what computes, holds, forecasts; null steps.
+
+    Cells that nobody reads, computing ones among them, are drawn as held: they do not run.
+    """
+    life = plan.life[plan.passes.index(GIVEN)]
+    drawn = np.full((len(plan.grid), len(plan.blocks)), np.nan)
+    for row, column in zip(life.settled, _columns(plan)):
+        drawn[column] = row
     figure, axes = plt.subplots(figsize=(WIDE, 0.17 * len(plan.blocks) + 0.7))
-    colours = ListedColormap(["white", KINDS["partial"], KINDS["full"]])
-    axes.pcolormesh(*edges(full.T), full.T, cmap=colours, vmin=0, vmax=2, edgecolors="0.85", linewidth=0.3)
+    shown = [state for state in STATES if state in (HOLD, COMPUTE) or (life.settled == state).any()]
+    colours = ListedColormap([colour for _, colour in STATES.values()])
+    axes.pcolormesh(*edges(drawn.T), drawn.T, cmap=colours, vmin=0, vmax=len(STATES) - 1, edgecolors="0.85",
+                    linewidth=0.3)
     axes.set_yticks(np.arange(len(plan.blocks)) + 0.5, plan.blocks, fontsize=7)
     axes.set(xlabel="step (noise to image)", ylabel="block")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    names = ("null step", "reuses", "computes")
-    axes.legend([plt.Rectangle((0, 0), 1, 1, fc=c, ec="0.6") for c in colours.colors], names, ncols=3,
-                loc="lower right", bbox_to_anchor=(1, 1), fontsize=7)
+    legend = {"null step": "white"} | {STATES[state][0]: STATES[state][1] for state in shown}
+    axes.legend([plt.Rectangle((0, 0), 1, 1, fc=c, ec="0.6") for c in legend.values()], list(legend),
+                ncols=len(legend), loc="lower right", bbox_to_anchor=(1, 1), fontsize=7)
     return figure
 
 
@@ -155,7 +214,7 @@ def step_kinds(plans: Mapping[str, Plan]) -> Figure:
     steps = len(next(iter(plans.values())).grid)
     strips = np.zeros((len(plans), steps))
     for i, plan in enumerate(plans.values()):
-        for row, column in zip(plan.cells, _columns(plan)):
+        for row, column in zip(plan.computes, _columns(plan)):
             strips[i, column] = 2 if row.all() else 1 if row.any() else 0
     axes.pcolormesh(*edges(strips), strips, cmap=ListedColormap(list(KINDS.values())), vmin=0, vmax=2, edgecolors="0.8",
                     linewidth=0.4)

@@ -1,0 +1,150 @@
+"""A frozen model under soft gates: every cell computes, and is mixed with what it would hold or forecast."""
+
+import math
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lib.grid import blocks as _blocks
+from lib.grid import sampling, solvers
+from lib.grid.plan import HOLD, NoiseSchedule, Plan
+from lib.grid.sampling import Conditions
+
+State = tuple[Tensor, ...]
+
+
+class SuperNet:
+    """A frozen model all of whose cells compute, and are mixed by gates with what they would hold or forecast.
+
+    A cell gives g * now + (1 - g) * before (section 3.2 of the paper), where blocks cache residual changes of these.
+    What it will have given before at the next step moves along by the gate too: the newest is g * now + (1 - g) * the
+    newest before, the second newest g * the newest before + (1 - g) * the second newest, and the steps at which they
+    were given likewise. So gates of 0 and 1 are the plan of those gates, forecasts included. The first step has no
+    gates.
+
+    Parameters
+    ----------
+    model : Module of a family that `lib.grid.blocks.describe` knows
+    plan : Plan, full: the teacher's T steps and solver
+    schedule : the model's noise schedule
+    precision : "fp32" or "bf16", of the network
+    reuse : 0 (hold, as in the paper), 2 (line) or 3 (parabola): what a cell that does not compute gives
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, schedule: SchedulerMixin, precision: str = "fp32",
+                 reuse: int = HOLD):
+        self.model, self.plan, self.precision, self.depth = model, plan, precision, max(1, reuse)
+        self.blocks = _blocks.describe(model)
+        plan.check_fits(self.blocks.names, NoiseSchedule.of(schedule))
+        self._solver = solvers.of(plan)
+        self._places = solvers.abscissae(plan.timesteps, plan.schedule, plan.abscissa)
+
+    def _step(self, step: int, gates: Tensor, conditions: Conditions | None, x_t: Tensor, *before: Tensor) -> State:
+        """Make one step. It reads and leaves nothing but its arguments, so that a checkpoint may make it again.
+
+        `before` is the solver's state, then for each block its last values and, where there are several, their
+        abscissae.
+        """
+        known = self._remembered(step)
+        solver, memory = before[:known], before[known:]
+        width = 2 * self.depth if self.depth > 1 else 1
+        after: list[State] = []
+        residual, here = self.blocks.cache == "residual", self._places[step].to(x_t.device)
+
+        def mix(module: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor]) -> Tensor | tuple[Tensor]:
+            place = len(after)  # blocks run in the order in which they are described
+            now = output[0] if isinstance(output, tuple) else output
+            now = now - inputs[0] if residual else now
+            if memory:
+                own, gate = memory[place * width:(place + 1) * width], gates[step, place]
+                values, places = own[:self.depth], own[self.depth:]
+                values_after = _moved(now, values, gate.to(now.dtype))
+                after.append((*values_after, *_moved(here, places, gate.to(here.dtype))))
+                mixed = values_after[0] if self.depth == 1 else torch.lerp(_forecast(here, values, places), now,
+                                                                           gate.to(now.dtype))
+            else:
+                mixed = now
+                after.append((now,) * self.depth + (here,) * (width - self.depth))
+            mixed = mixed + inputs[0] if residual else mixed
+            return (mixed,) if isinstance(output, tuple) else mixed
+
+        def predict(x_t: Tensor, step: int, passes: tuple[str, ...] = (), **given: Tensor) -> Tensor:
+            t = torch.as_tensor(self.plan.timesteps[step], device=x_t.device).expand(len(x_t))
+            return self.model(x_t, timestep=t, **given).sample[:, :x_t.shape[1]]
+
+        handles = [self.model.get_submodule(block.modules[-1]).register_forward_hook(mix) for block in self.blocks]
+        try:
+            with sampling.autocast(x_t.device, self.precision):
+                prediction = conditions.predict(predict, x_t, step) if conditions else predict(x_t, step)
+        finally:  # a checkpoint leaves early, by an exception
+            for handle in handles:
+                handle.remove()
+        following, solver = solvers.advance(self._solver, step, x_t, prediction.to(x_t.dtype), solver)
+        return following, *solver, *(part for own in after for part in own)
+
+    def _remembered(self, step: int) -> int:
+        """Give how many tensors the solver's state has before a step."""
+        return min(step, 1) + min(step, self._solver.b.shape[1])
+
+    def _walk(self, first: int, last: int, gates: Tensor, conditions: Conditions | None, *state: Tensor) -> State:
+        for step in range(first, last):
+            state = checkpoint(self._step, step, gates, conditions, *state, use_reentrant=False,
+                               preserve_rng_state=False)
+        return state
+
+    def images(self, noise: Tensor, gates: Tensor, nested: bool = True, conditions: Conditions | None = None
+               ) -> Tensor:
+        """Sample under soft gates; differentiable in the gates.
+
+        Parameters
+        ----------
+        noise : Tensor, (n, C, H, W)
+        gates : Tensor, (T, N), in [0, 1]; row 0 is not read
+        nested : bool
+            Keep the N outputs of some sqrt(2 T) steps only, and make the steps between again where the gradient needs
+            them: a checkpoint at each step alone would keep all T x N. The stretches between get shorter as the kept
+            steps fill the memory, so that no stretch needs more than another.
+        conditions : Conditions of the images, guided in one pass, where the network reads any
+
+        Returns
+        -------
+        images : Tensor, (n, C, H, W)
+        """
+        device = next(self.model.parameters()).device
+        noise, gates = noise.to(device), gates.to(device)
+        conditions = conditions or Conditions.drawn(self.model, noise)
+        state = self._step(0, gates, conditions, noise)
+        first, stretch = 1, math.ceil(math.sqrt(2 * self.plan.steps + 0.25) - 0.5) if nested else self.plan.steps
+        while first < self.plan.steps:
+            last = min(first + stretch, self.plan.steps)
+            if nested:
+                state = checkpoint(self._walk, first, last, gates, conditions, *state, use_reentrant=False,
+                                   preserve_rng_state=False)
+            else:
+                state = self._walk(first, last, gates, conditions, *state)
+            first, stretch = last, max(1, stretch - 1)
+        return state[0]
+
+
+def _moved(now: Tensor, known: State, gate: Tensor) -> State:
+    """Move what was known on by one, as far as the gate is open."""
+    return tuple(torch.lerp(older, newer, gate) for newer, older in zip((now, *known), known))
+
+
+def _forecast(here: Tensor, values: State, places: State) -> Tensor:
+    """Read the polynomial through the last values (at their places) off at `here`, in Newton's form.
+
+    Where two places are one, there were fewer values: the term is left out.
+    """
+    total, terms = values[0], list(values)
+    reach = torch.ones_like(here)
+    for order in range(1, len(values)):
+        apart = [places[i] - places[i + order] for i in range(len(values) - order)]
+        there = [bool(a != 0) and bool(places[i + order - 1] != places[i + order]) for i, a in enumerate(apart)]
+        terms = [(terms[i] - terms[i + 1]) / a.to(total.dtype) if known else torch.zeros_like(total)
+                 for i, (a, known) in enumerate(zip(apart, there))]
+        reach = reach * (here - places[order - 1])
+        total = total + reach.to(total.dtype) * terms[0]
+    return total
