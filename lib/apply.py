@@ -144,7 +144,8 @@ def images(model: str, plan: Path, out: Path, *, count: int, seed: int, device: 
         ours, fast = _timed(network, schedule, walk, few, precision, "the plan")
         noisy = float((ours - theirs).square().mean())
         print(f"beside all {len(walk.grid)} steps, on {len(few)} images: {fewer:.2f} times fewer executed MACs, "
-              f"{slow / fast:.2f} times faster, PSNR {10 * math.log10(4 / max(noisy, 1e-10)):.1f} dB")
+              f"{slow / fast:.2f} times faster, {costs.kept(walk) / 2**20:.2f} MiB an image kept between steps, "
+              f"PSNR {10 * math.log10(4 / max(noisy, 1e-10)):.1f} dB")
 
 
 def _timed(network: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: Tensor, precision: str, title: str | None

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import reference
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -25,7 +26,7 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBe
 from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lib.apply import Planned
-from lib.grid import blocks
+from lib.grid import blocks, sampling
 from lib.grid.plan import NoiseSchedule, Plan, PlanError, trailing
 
 STEPS = 10
@@ -213,6 +214,31 @@ def test_passes_in_calls_of_their_own_have_caches_of_their_own_if_they_are_named
         with pytest.raises(PlanError, match="called twice for the pass 'given': which pass is the second call?"):
             pipe.unet(noises[1], STEPS)
 
+
+
+@pytest.mark.parametrize(("interval", "every", "reuse", "null_holds"), [
+    ((2, 7), 1, 0, "output"), (None, 2, 0, "difference"), (None, 3, 2, "output"), ((1, 8), 2, 2, "difference")])
+def test_a_stock_pipelines_guidance_is_the_plans(tmp_path, interval, every, reuse, null_holds):
+    torch.manual_seed(0)
+    pipe, options = stable_diffusion_pipeline(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    described, fits = blocks.describe(pipe.unet), NoiseSchedule.of(pipe.scheduler)
+    full = Plan.full(trailing(STEPS, fits.train_timesteps), fits, described.names, order=2)
+    plan = Plan.deepcache(2, described.branch(0), full, 2).guided(interval, every=every, reuse=reuse,
+                                                                  null_holds=null_holds)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.manual_seed(3))
+    options |= {"prompt": ["a digit", "digit"], "num_inference_steps": STEPS, "latents": latents,
+                "output_type": "latent"}
+    with torch.inference_mode():
+        texts = [{"encoder_hidden_states": rows} for rows in pipe.encode_prompt(options["prompt"], "cpu", 1, True)]
+    with Planned(pipe, plan):
+        images = pipe(**options, guidance_scale=4.0).images
+        again = pipe(**options, guidance_scale=4.0).images
+        with pytest.raises(PlanError, match="call the pipeline with guidance, or take a plan of one pass"):
+            pipe(**options, guidance_scale=1.0)
+    assert torch.equal(images, again)
+    wanted = reference.sample(pipe.unet, plan, latents, sampling.Conditions(*texts, scale=4.0))
+    torch.testing.assert_close(images, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
 
 def test_stable_diffusions_own_scheduler_takes_a_plan(tmp_path):

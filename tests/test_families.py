@@ -54,10 +54,10 @@ def full(family, schedule):
     return Plan.full(trailing(8, fits.train_timesteps), fits, described.names, cache=described.cache)
 
 
-@pytest.mark.parametrize("passes", [1, 2])
-def test_recorded_steps_give_what_unrecorded_ones_give(family, full, schedule, noise, passes, request):
+@pytest.mark.parametrize("apart", [False, True])
+def test_recorded_steps_give_what_unrecorded_ones_give(family, full, schedule, noise, apart, request):
     model, _, conditions = family
-    guided = Conditions(conditions.given, conditions.null, conditions.scale, passes)
+    guided = Conditions(conditions.given, conditions.null, conditions.scale, apart)
     plans = [Plan.random(share, 0, full) for share in (0.3, 0.7)]
     wanted = [sampling.sample(model, schedule, plan, noise, guided) for plan in plans]
     tapes = request.getfixturevalue("tapes")
@@ -72,8 +72,8 @@ def test_any_plan_gives_what_replacing_gives_guided_in_one_pass_or_two(family, f
     model, _described, conditions = family
     plan = Plan.random(0.2 + 0.2 * seed, seed, full)
     wanted = reference.sample(model, plan, noise, conditions)
-    for passes in (1, 2):
-        guided = Conditions(conditions.given, conditions.null, conditions.scale, passes)
+    for apart in (False, True):
+        guided = Conditions(conditions.given, conditions.null, conditions.scale, apart)
         images = sampling.sample(model, schedule, plan, noise, guided)
         torch.testing.assert_close(images, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
         torch.testing.assert_close(sampling.sample(model, schedule, plan, noise, guided, batch_size=2), images,

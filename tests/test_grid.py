@@ -126,7 +126,8 @@ def test_any_plan_is_the_slow_reference(family, start, seed):
     described, schedule = blocks.describe(model), networks.noise_schedule()
     for make in (lambda plan: drawn(plan, rng), lambda plan: structured(plan, described, rng)):
         guided = conditions is not None and seed % 3 > 0
-        own = conditions and Conditions(conditions.given, conditions.null if guided else None, 2.0, 1 + seed % 2)
+        null = conditions.null if guided else None
+        own = conditions and Conditions(conditions.given, null, 2.0, apart=bool(seed % 2))
         plan = make(base(model, rng, (NULL, GIVEN) if guided and seed % 3 == 2 else (GIVEN,)))
         if len(plan.passes) > 1 and rng.random() < 0.3:
             plan = Plan(**plan._parts() | {"passes": (GIVEN,), "states": plan.states[1:], "net": plan.net[1:]}).guided(

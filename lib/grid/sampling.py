@@ -50,13 +50,13 @@ class Conditions:
     given : dict of the network's argument to Tensor, (n, ...), a row an image
     null : the same without a condition, for classifier-free guidance; None for none
     scale : float, of the guidance: null + scale * (given - null)
-    passes : 1 (both in one batch) or 2 (one network call after the other)
+    apart : bool; False makes both passes in one batch, True one network call after the other
     """
 
     given: Mapping[str, Tensor]
     null: Mapping[str, Tensor] | None = None
     scale: float = 1.0
-    passes: int = 1
+    apart: bool = False
 
     @classmethod
     def drawn(cls, model: nn.Module, noise: Tensor) -> Self | None:
@@ -83,7 +83,7 @@ class Conditions:
         if self.null is None:
             return engine(x_t, step, **given)
         null = {name: rows.to(x_t.device) for name, rows in self.null.items()}
-        if self.passes == 2:
+        if self.apart:
             along, without = engine(x_t, step, (GIVEN,), **given), engine(x_t, step, (NULL,), **null)
         else:
             both = {name: torch.cat([null[name], given[name]]) for name in given}

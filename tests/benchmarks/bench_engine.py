@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from lib.grid import blocks, cost, sampling
-from lib.grid.plan import NoiseSchedule, Plan, trailing
+from lib.grid.plan import HOLD, LINE, PARABOLA, NoiseSchedule, Plan, trailing
 from lib.methods import diffnas, peers
 from lib.study import params
 from lib.teachers import networks
@@ -72,6 +72,25 @@ def test_measured_speed_up_over_that_of_executed_macs(setting):
         ratio, low, high = cost.median_ratio(seconds["full"], seconds[name])
         print(f"\n{precision}, {name}: measured {ratio:.2f} [{low:.2f}, {high:.2f}], executed MACs {macs:.2f}, "
               f"measured / MACs {ratio / macs:.2f} [{low / macs:.2f}, {high / macs:.2f}]")
+
+
+def test_what_a_forecast_costs_in_time(setting):
+    """DeepCache 1:2 that forecasts by a line, and by a parabola, against the same that holds: equal MACs, more sums."""
+    unet, schedule, described, teacher, noise, precision = setting
+    costs = cost.count(unet)
+    plans = {"full": teacher} | {name: Plan.deepcache(2, described.branch(0), teacher, reuse)
+                                 for name, reuse in (("hold", HOLD), ("line", LINE), ("parabola", PARABOLA))}
+    runs = {name: partial(sampling.sample, unet, schedule, plan, noise, precision=precision)
+            for name, plan in plans.items()}
+    seconds = cost.interleave(runs, PAIRS)
+    for name, plan in list(plans.items())[1:]:
+        macs = costs.executed(teacher) / costs.executed(plan)
+        faster, low, high = cost.median_ratio(seconds["full"], seconds[name])
+        print(f"\n{precision}, batch {BATCH}, DeepCache 1:2, {name}: measured {faster:.2f} [{low:.2f}, {high:.2f}], "
+              f"executed MACs {macs:.2f}, measured / MACs {faster / macs:.2f}; "
+              "over holding's speed-up {:.3f} [{:.3f}, {:.3f}]; ".format(
+                  *cost.median_ratio(seconds["hold"], seconds[name])) +
+              f"kept {costs.kept(plan) * BATCH / 2**20:.1f} MiB")
 
 
 def test_deepcache_package_against_our_plan(setting):
