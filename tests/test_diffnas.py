@@ -122,8 +122,8 @@ def test_a_worse_form_costs_its_own_level_alone(unet, supernet, batch):
 
 
 def test_paths_of_a_level(unet):
-    assert len(list(diffnas.paths(unet, SPACE, "down0"))) == 9
-    assert len(list(diffnas.paths(unet, SPACE, "mid"))) == 36**2
+    assert len(list(diffnas.candidates(unet, SPACE, "down0"))) == 9
+    assert len(list(diffnas.candidates(unet, SPACE, "mid"))) == 36**2
 
 
 def test_an_architecture_for_other_blocks_is_refused(unet):
@@ -145,7 +145,7 @@ def tables(unet, supernet, noise, tmp_path_factory):
     space = FormSpace((1, 3), (0.5, 1.0))
     seen = [diffnas.observe(unet, noise, torch.tensor(ts))[0] for ts in ([10, 500, 900], [5, 50, 999])]
     work = tmp_path_factory.mktemp("judged")
-    return {level: diffnas.judge(supernet, space, seen, level, work) for level in ("down0", "mid", "up2")}, seen
+    return {level: diffnas.level_table(supernet, space, seen, level, work) for level in ("down0", "mid", "up2")}, seen
 
 
 def test_shared_prefixes_change_no_loss(supernet, tables):
@@ -163,11 +163,12 @@ def test_shared_prefixes_run_once(supernet, tables, tmp_path):
     ran = []
     handles = [supernet.mid_block.resnets[place].conv1.register_forward_hook(lambda *_, place=place: ran.append(place))
                for place in (0, 1)]
-    once = diffnas.judge(supernet, FormSpace((1, 3), (0.5, 1.0)), seen[:1], "mid", tmp_path)
+    once = diffnas.level_table(supernet, FormSpace((1, 3), (0.5, 1.0)), seen[:1], "mid", tmp_path)
     for handle in handles:
         handle.remove()
     assert [ran.count(place) for place in (0, 1)] == [8, 64]
-    pd.testing.assert_frame_equal(diffnas.judge(supernet, FormSpace((1, 3), (0.5, 1.0)), [], "mid", tmp_path), once)
+    again = diffnas.level_table(supernet, FormSpace((1, 3), (0.5, 1.0)), [], "mid", tmp_path)
+    pd.testing.assert_frame_equal(again, once)
 
 
 def test_the_local_rule_takes_the_cheapest_within_tolerance(unet, tables):

@@ -135,7 +135,7 @@ def test_elastic_blocks_fit_text_conditioned_unets(schedule, noise, tmp_path):
     supernet = diffnas.supernet(model, space)
     torch.testing.assert_close(supernet(noise, t, **given).sample, model(noise, t, **given).sample)
     seen, _ = diffnas.observe(model, noise, t, **given)
-    table = diffnas.judge(supernet, space, [seen], "up1", tmp_path)
+    table = diffnas.level_table(supernet, space, [seen], "up1", tmp_path)
     assert len(table) == 8**2 and diffnas.pick(table, diffnas.forms(model))["loss"] < 1e-10
     small = diffnas.student(supernet, diffnas.forms(model) | table.sort_values("macs")["forms"].iloc[0])
     assert cost.count(small).call < cost.count(model).call

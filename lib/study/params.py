@@ -163,8 +163,8 @@ class BlockSearch(Common):
     save_every: Positive  # steps between two states to resume from
     beta: Beta  # how the noise loss's weight rises
     target: Literal["noise", "teacher"]  # of the noise loss
-    judge_images: int = Field(ge=2)  # held-out images a batch
-    judge_batches: Positive  # that judge a candidate
+    candidate_images: int = Field(ge=2)  # held-out images a batch
+    candidate_batches: Positive  # that judge a candidate
     tolerances: list[Annotated[float, Field(ge=1)]] = Field(min_length=1)  # of the reference's loss, for the sweep
     budgets: Annotated[list[Fraction], AfterValidator(_different)] = Field(
         min_length=1)  # shares of the teacher's MACs and parameters for which students are trained

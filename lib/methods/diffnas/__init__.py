@@ -8,12 +8,12 @@ features out. A `Student` is a diffusers model of such blocks, and `supernet` ho
 from lib.methods.diffnas.choice import global_search, local_search, pick, random_search, smallest_tolerance
 from lib.methods.diffnas.levels import (
     Seen,
+    candidates,
     form_macs,
-    judge,
     level_errors,
     level_losses,
+    level_table,
     observe,
-    paths,
     resolutions,
     searched_macs,
 )
@@ -31,8 +31,37 @@ from lib.methods.diffnas.students import (
 )
 from lib.methods.diffnas.supernets import choose, draw, resized, student, supernet
 
-__all__ = ["BETAS", "Architecture", "ConditionStudent", "Form", "FormSpace", "Seen", "Student", "choose",
-           "draw", "form_macs", "form_of", "forms", "global_search", "joint_loss", "judge", "level_errors",
-           "level_losses", "local_search", "observe", "paths", "pick", "random_search", "residuals", "resized",
-           "resolutions", "retraining_loss", "searched_macs", "shape", "smallest_tolerance", "student", "supernet",
-           "supernet_loss"]
+__all__ = [
+    "BETAS",
+    "Architecture",
+    "ConditionStudent",
+    "Form",
+    "FormSpace",
+    "Seen",
+    "Student",
+    "candidates",
+    "choose",
+    "draw",
+    "form_macs",
+    "form_of",
+    "forms",
+    "global_search",
+    "joint_loss",
+    "level_errors",
+    "level_losses",
+    "level_table",
+    "local_search",
+    "observe",
+    "pick",
+    "random_search",
+    "residuals",
+    "resized",
+    "resolutions",
+    "retraining_loss",
+    "searched_macs",
+    "shape",
+    "smallest_tolerance",
+    "student",
+    "supernet",
+    "supernet_loss",
+]

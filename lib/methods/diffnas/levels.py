@@ -78,7 +78,7 @@ def level_losses(model: UNet, seen: Mapping[str, Seen]) -> dict[str, Tensor]:
             for level, path in blocks.describe(model).level_modules.items()}
 
 
-def paths(model: nn.Module, space: FormSpace, level: str) -> Iterator[dict[str, Form]]:
+def candidates(model: nn.Module, space: FormSpace, level: str) -> Iterator[dict[str, Form]]:
     """Walk all architectures of one level."""
     start = blocks.describe(model).level_modules[level] + "."
     members = {path: space.of(block) for path, block in residuals(model).items() if path.startswith(start)}
@@ -138,8 +138,9 @@ class _Shared:
 
 
 @torch.no_grad()
-def judge(model: UNet, space: FormSpace, batches: list[Mapping[str, Seen]], level: str, work: Path) -> pd.DataFrame:
-    """Judge all architectures of one level: every one, with prefixes that many share run once.
+def level_table(model: UNet, space: FormSpace, batches: list[Mapping[str, Seen]], level: str, work: Path
+                ) -> pd.DataFrame:
+    """Try all architectures of one level: every one, with prefixes that many share run once.
 
     Parameters
     ----------
@@ -153,20 +154,20 @@ def judge(model: UNet, space: FormSpace, batches: list[Mapping[str, Seen]], leve
     table : columns forms (dict of path to Form), loss and raw (`level_errors`, means over batches), macs
     """
     found, at = residuals(model), resolutions(model)
-    candidates = list(paths(model, space, level))
-    macs = [sum(form_macs(found[path], form, at[path]) for path, form in chosen.items()) for chosen in candidates]
-    kept = work / f"judged_{level}.json"
+    every = list(candidates(model, space, level))
+    macs = [sum(form_macs(found[path], form, at[path]) for path, form in chosen.items()) for chosen in every]
+    kept = work / f"tried_{level}.json"
     if not kept.exists():
         module = model.get_submodule(blocks.describe(model).level_modules[level])
-        total = torch.zeros(len(candidates), 2)
-        bar = tqdm(total=len(batches) * len(candidates), desc=f"candidates of {level}", unit="candidate")
+        total = torch.zeros(len(every), 2)
+        bar = tqdm(total=len(batches) * len(every), desc=f"candidates of {level}", unit="candidate")
         for seen in batches:
-            with _Shared([found[path] for path in candidates[0]]):
-                for place, chosen in enumerate(candidates):
+            with _Shared([found[path] for path in every[0]]):
+                for place, chosen in enumerate(every):
                     choose(model, chosen)
                     total[place] += torch.stack(level_errors(module, seen[level])).cpu()
                     bar.update()
         bar.close()
         kept.write_text(json.dumps((total / len(batches)).tolist()))
     losses = pd.DataFrame(json.loads(kept.read_text()), columns=["loss", "raw"])
-    return pd.concat([pd.DataFrame({"forms": candidates, "macs": macs}), losses], axis=1)
+    return pd.concat([pd.DataFrame({"forms": every, "macs": macs}), losses], axis=1)
