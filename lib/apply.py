@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from lib.grid import cost, graphs, sampling
 from lib.grid.engine import Engine
 from lib.grid.plan import NoiseSchedule, Plan, PlanError
-from lib.grid.solvers import advance
+from lib.grid.solvers import State, advance, noise_levels
 from lib.study import paths
 from lib.teachers import networks
 from lib.teachers.data import to_uint8
 
+UNGUIDABLE = ("DiTPipeline",)
+"""Pipelines on which a plan cannot tell the passes apart."""
 COMPARED = 16
 """So many images are sampled at all steps too, to say what the plan saves and changes."""
 
@@ -51,6 +53,9 @@ class Planned:
         model = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
         if model is None:
             raise PlanError(f"a {type(pipe).__name__} has neither unet nor transformer: no plan fits it.")
+        if len(plan.passes) > 1 and type(pipe).__name__ in UNGUIDABLE:
+            raise PlanError(f"a {type(pipe).__name__} walks both passes' rows as images, so nobody can say which are "
+                            "which: take a plan of one pass, which holds for both.")
         self.pipe, self._own = pipe, pipe.scheduler
         self._engine = graphs.engine(model, plan, NoiseSchedule.of(pipe.scheduler))
         self._walk = _Walk(self._engine, pipe.scheduler)
@@ -92,7 +97,18 @@ class _Walk:
                             f"pipeline with num_inference_steps={len(plan.grid)}, not {num_inference_steps}.")
         self._engine.reset()
         self.timesteps, self.num_inference_steps = torch.tensor(plan.timesteps, device=device), plan.steps
-        self._step, self._state = 0, ()
+        self._state: State = ()
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        if begin_index:
+            raise PlanError(f"the pipeline begins at step {begin_index}, and plans are walked from their first step: "
+                            "call it with strength 1, or without a plan.")
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        shape = (-1,) + (1,) * (noise.ndim - 1)
+        alpha, sigma = (part.to(noise).view(shape) for part in
+                        noise_levels(timesteps.cpu(), self._engine.plan.schedule))
+        return alpha * original_samples + sigma * noise
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
         return sample
@@ -102,12 +118,15 @@ class _Walk:
              return_dict: bool = True):
         if eta:
             raise PlanError(f"a plan is walked without noise: call the pipeline with eta=0, not {eta}.")
-        self._engine.check_passes(len(sample))
-        sample, self._state = advance(self._engine.solver, self._step, sample, model_output[:, :sample.shape[1]],
-                                      self._state)
-        self._step += 1
-        self._engine.at(self._step)
-        return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
+        engine, given = self._engine, sample.dtype
+        if not self._state and float(timestep) != engine.plan.timesteps[0]:
+            raise PlanError(f"the pipeline begins at timestep {float(timestep):g}, the plan at "
+                            f"{engine.plan.timesteps[0]}: plans are walked from their first step.")
+        engine.check_passes(len(sample))
+        output = model_output[:, :sample.shape[1]].float()
+        sample, self._state = advance(engine.solver, engine.step, sample.float(), output, self._state)
+        engine.at(engine.step + 1)
+        return SchedulerOutput(prev_sample=sample.to(given)) if return_dict else (sample.to(given),)
 
 
 def images(model: str, plan: Path, out: Path, *, count: int, seed: int, device: str, precision: str) -> None:
@@ -135,7 +154,8 @@ def images(model: str, plan: Path, out: Path, *, count: int, seed: int, device: 
     if state.is_main_process:
         print(f"{count} images in {out}: {seconds:.4f} s each")
         costs, few = cost.count(network), noise[:COMPARED]
-        full = walk.at(walk.grid)
+        own = {"solver": "dpmsolver++", "order": 2, "table": None} if walk.table else {}
+        full = walk.at(walk.grid, **own)
         fewer = costs.executed(full) / costs.executed(walk)
         if network.device.type == "cuda":  # what comes for the second time is recorded: the third is as fast as it gets
             for plan in (full, walk) * 2:

@@ -33,7 +33,7 @@ def test_sensitivity_is_the_change_of_the_image_from_one_reused_cell(unet, sched
             changed = sampling.sample(unet, schedule, teacher.with_cells(cells), noise)
             expected = float((changed - images).square().mean() / images.var(dim=0).mean())
             assert damage[row, described.index[name]] == pytest.approx(expected, rel=0.02, abs=1e-9), (step, name)
-    with pytest.raises(ValueError, match="a full plan of order 1"):
+    with pytest.raises(ValueError, match="a full plan of DDIM"):
         analysis.sensitivity(unet, schedule, Plan.random(0.5, 0, teacher), noise, [2])
 
 

@@ -241,6 +241,24 @@ def test_a_stock_pipelines_guidance_is_the_plans(tmp_path, interval, every, reus
     torch.testing.assert_close(images, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
 
+def test_pipelines_that_begin_in_the_middle_or_hide_their_passes_are_refused(tmp_path):
+    torch.manual_seed(0)
+    pipe, _ = dit_pipeline(None)
+    described, fits = blocks.describe(pipe.transformer), NoiseSchedule.of(pipe.scheduler)
+    full = Plan.full(trailing(STEPS, fits.train_timesteps), fits, described.names, cache="residual")
+    with pytest.raises(PlanError, match="DiTPipeline walks both passes' rows as images"):
+        Planned(pipe, full.guided())
+    with Planned(pipe, full) as planned:
+        planned.scheduler.set_timesteps(STEPS)
+        with pytest.raises(PlanError, match="begins at step 4, and plans are walked from their first step"):
+            planned.scheduler.set_begin_index(4)
+        with pytest.raises(PlanError, match="the pipeline begins at timestep 499, the plan at 999"):
+            planned.scheduler.step(torch.zeros(1, 4, 8, 8), torch.tensor(499), torch.zeros(1, 4, 8, 8))
+        x_0, noise = torch.randn(2, 3, 4, 8, 8).unbind()
+        steps = torch.tensor([999, 500, 3])
+        torch.testing.assert_close(planned.scheduler.add_noise(x_0, noise, steps), ddim().add_noise(x_0, noise, steps))
+
+
 def test_stable_diffusions_own_scheduler_takes_a_plan(tmp_path):
     torch.manual_seed(0)
     pipe, options = stable_diffusion_pipeline(tmp_path)

@@ -25,13 +25,23 @@ def gates_of(cells):
 @pytest.mark.parametrize("keep", [1.0, 0.6, 0.2])
 def test_gates_of_0_and_1_are_the_engines_cells(unet, schedule, teacher, noise, solver, order, keep, reuse):
     base = Plan.full(teacher.timesteps, teacher.schedule, teacher.blocks, order, solver=solver)
-    base = Plan(**base._parts() | {"final_sigma": "sigma_min", "abscissa": "timestep"})
+    base = base.replace(final_sigma="sigma_min", abscissa="timestep")
     plan = Plan.random(keep, 3, base, reuse)
     model, noise = copy.deepcopy(unet).double(), noise.double()
     with torch.no_grad():
         soft = dipgo.SuperNet(model, base, schedule, reuse=reuse).images(noise, gates_of(plan.computes).double())
     wanted = sampling.sample(model, schedule, plan, noise)
     assert (soft - wanted).abs().max() <= 1e-8 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("reuse", [0, 2, 3])
+def test_plans_that_forecast_cost_what_their_prices_say(unet, teacher, described, prices, reuse):
+    own = dipgo.Prices(described, prices.costs, prices.groups, reuse)
+    scores = np.random.default_rng(3).random((teacher.steps, own.gates))
+    plan = dipgo.prune(scores, own, 0.4, teacher)
+    gates = dipgo.by_threshold(scores, own, 0.4)
+    assert own.kept(gates) == pytest.approx(own.costs.executed(plan) / (teacher.steps * own.costs.call))
+    assert plan.key == Plan.from_gates(own.cells(gates), teacher, reuse).key and own.kept(gates) <= 0.4
 
 
 def test_the_hooks_are_taken_off(unet, schedule, teacher, noise):

@@ -36,7 +36,7 @@ def test_order_1_is_diffusers_ddim(unet, schedule, teacher, noise, final_sigma, 
     with torch.inference_mode():
         for t in scheduler.timesteps:
             x_t = scheduler.step(unet(x_t, t).sample, t, x_t).prev_sample
-    plan = Plan(**teacher._parts() | {"final_sigma": final_sigma})
+    plan = teacher.replace(final_sigma=final_sigma)
     torch.testing.assert_close(sample(unet, schedule, plan, noise), x_t, rtol=1e-4, atol=1e-4)
 
 
@@ -144,7 +144,7 @@ def test_a_student_with_the_same_blocks_fits_the_plan_and_others_do_not(schedule
     with pytest.raises(PlanError, match="another noise schedule: beta_schedule is linear, the model's is scaled"):
         sample(thinner, DDIMScheduler.from_config(schedule.config, beta_schedule="scaled_linear"), plan, noise)
     with pytest.raises(PlanError, match="caches each block's residual"):
-        sample(thinner, schedule, Plan(**plan._parts() | {"cache": "residual"}), noise)
+        sample(thinner, schedule, plan.replace(cache="residual"), noise)
 
 
 def test_one_call_too_many_is_refused(unet, schedule, teacher, noise):

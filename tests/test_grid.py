@@ -9,7 +9,19 @@ from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, UN
 from lib.grid import blocks, cost, graphs, sampling, solvers
 from lib.grid.blocks import lives, wiring
 from lib.grid.engine import Engine
-from lib.grid.plan import DROP, GIVEN, LINE, NULL, PARABOLA, NoiseSchedule, Plan, PlanError, quadratic, trailing
+from lib.grid.plan import (
+    DROP,
+    GIVEN,
+    LINE,
+    NULL,
+    PARABOLA,
+    Learned,
+    NoiseSchedule,
+    Plan,
+    PlanError,
+    quadratic,
+    trailing,
+)
 from lib.grid.sampling import Conditions
 from lib.teachers import networks
 
@@ -71,9 +83,9 @@ def base(model, rng, passes=(GIVEN,)):
         timesteps = tuple(np.sort(rng.uniform(1, 999, STEPS))[::-1].tolist())
     plan = Plan.full(timesteps, NoiseSchedule.of(networks.noise_schedule()), described.names, order,
                      cache=described.cache, solver=solver, passes=passes)
-    return Plan(**plan._parts() | {"abscissa": rng.choice(["log_snr", "timestep", "step"]).item(),
-                                   "null_holds": rng.choice(["output", "difference"]).item(),
-                                   "final_sigma": rng.choice(["zero", "sigma_min"]).item()})
+    return plan.replace(abscissa=rng.choice(["log_snr", "timestep", "step"]).item(),
+                        null_holds=rng.choice(["output", "difference"]).item(),
+                        final_sigma=rng.choice(["zero", "sigma_min"]).item())
 
 
 def drawn(plan, rng):
@@ -130,7 +142,7 @@ def test_any_plan_is_the_slow_reference(family, start, seed):
         own = conditions and Conditions(conditions.given, null, 2.0, apart=bool(seed % 2))
         plan = make(base(model, rng, (NULL, GIVEN) if guided and seed % 3 == 2 else (GIVEN,)))
         if len(plan.passes) > 1 and rng.random() < 0.3:
-            plan = Plan(**plan._parts() | {"passes": (GIVEN,), "states": plan.states[1:], "net": plan.net[1:]}).guided(
+            plan = plan.replace(passes=(GIVEN,), states=plan.states[1:], net=plan.net[1:]).guided(
                 (int(rng.integers(0, 3)), int(rng.integers(3, plan.steps))) if plan.steps > 3 else None,
                 every=int(rng.integers(1, 4)), reuse=int(rng.choice([0, 2, 3])), null_holds=plan.null_holds)
         images = sampling.sample(model, schedule, plan, start, own)
@@ -145,6 +157,7 @@ def test_recordings_are_the_eager_engine_with_all_states_and_both_passes(family,
     plan = base(model, rng, (NULL, GIVEN) if conditions else (GIVEN,))
     plan = drawn(plan, rng) if seed else Plan.deepcache(2, blocks.describe(model).branch(0), plan, PARABOLA)
     graphs._shelves.clear()  # what other plans have recorded
+    conditions = conditions and Conditions(conditions.given, conditions.null, 2.0, apart=bool(seed % 2))
     wanted = sampling.sample(model, networks.noise_schedule(), plan, start, conditions)
     tapes = request.getfixturevalue("tapes")
     for _ in range(3):
@@ -310,7 +323,7 @@ def guided():
 def test_outside_an_interval_the_scale_is_1_and_the_null_pass_costs_nothing(guided, start):
     model, conditions = guided
     full = base(model, np.random.default_rng(0))
-    full = Plan(**full._parts() | {"solver": "ddim", "order": 1})
+    full = full.replace(solver="ddim", order=1)
     plan = full.guided((2, 4))
     assert plan.key != full.key
     calls = []
@@ -320,6 +333,11 @@ def test_outside_an_interval_the_scale_is_1_and_the_null_pass_costs_nothing(guid
     assert calls == [COUNT] * 2 + [2 * COUNT] * 3 + [COUNT] * 2
     costs = cost.count(model)
     assert costs.executed(plan) == 10 * costs.call
+    assert costs.executed(full, passes=2) == 14 * costs.call, "a plan of one pass, guided, runs each sheet twice"
+    with pytest.raises(PlanError, match="the network was called for given with"):
+        sampling.sample(model, networks.noise_schedule(), plan, start, Conditions(conditions.given))
+    with pytest.raises(PlanError, match="drops a pass at some steps: give `net` with the cells"):
+        Plan.deepcache(2, blocks.describe(model).branch(0), plan)
     unguided = Conditions(conditions.given)
     with torch.inference_mode(), Engine(model, full, full.schedule) as engine:
         x_t, state = start, ()
@@ -342,6 +360,8 @@ def test_passes_that_lie_in_no_batch_are_refused(guided, start):
         engine.reset()
         both = {name: torch.cat([conditions.null[name], rows]) for name, rows in conditions.given.items()}
         engine(torch.cat([start, start]), 0, (NULL, GIVEN), **both)
+        with pytest.raises(PlanError, match="step 2 was asked for after step 0"):
+            engine(torch.cat([start, start]), 2, (NULL, GIVEN), **both)
         with pytest.raises(PlanError, match="the batch changed from 2 to 1 images in the middle of a run"):
             engine(start, 1, (NULL, GIVEN), **conditions.given)
 
@@ -371,7 +391,7 @@ def test_a_linear_forecast_of_the_whole_output_is_a_multistep_step(start):
     cells = np.repeat((net == 1)[:, None], len(names), axis=1)
     plan = full.with_cells(cells, net)
     images = sampling.sample(model, schedule, plan, start)
-    alpha, sigma = (part.numpy() for part in solvers.levels((*full.timesteps,), fits))
+    alpha, sigma = (part.numpy() for part in solvers.noise_levels((*full.timesteps,), fits))
     ratio = np.append(sigma / alpha, 0.0)  # d(x / alpha) = epsilon d(sigma / alpha), exactly, while epsilon is held
     place = 2 * np.log(alpha / sigma)
     x = start / alpha[0]
@@ -405,9 +425,27 @@ def test_flow_matching_walks_too(start):
     torch.testing.assert_close(images, x_t, rtol=1e-4, atol=1e-4)
     with pytest.raises(PlanError, match="log_snr is infinite at pure noise"):
         Plan.deepcache(2, blocks.describe(model).branch(0), full, LINE)
-    by_time = Plan(**full._parts() | {"abscissa": "timestep"})
+    by_time = full.replace(abscissa="timestep")
     plan = Plan.deepcache(2, blocks.describe(model).branch(0), by_time, LINE)
     same(sampling.sample(model, scheduler, plan, start), reference.sample(model, plan, start))
+
+
+def test_stock_pndm_and_a_learned_solver_walk_forecasts_too(family, start):
+    model, conditions = family
+    described, full = blocks.describe(model), base(model, np.random.default_rng(3))
+    own = conditions and Conditions(conditions.given)
+    timesteps = (999, 800, 800, 600, 400, 200, 1)
+    pndm = full.at(timesteps, solver="pndm", order=4, abscissa="step")
+    with pytest.raises(PlanError, match="pndm walks one timestep twice; forecast over step"):
+        Plan.deepcache(2, described.branch(0), pndm.replace(abscissa="log_snr"), LINE)
+    table = solvers.coefficients("unipc", full.timesteps, full.schedule, order=2)
+    kept = {name: tuple(map(tuple, part.tolist())) if part.ndim > 1 else tuple(part.tolist())
+            for name, part in vars(table).items() if name in ("a", "b", "A", "B")}
+    learned = full.replace(solver="learned", order=2, table=Learned(quantity="data", **kept))
+    for plan in (pndm, learned):
+        plan = Plan.deepcache(3, described.branch(0), plan, LINE)
+        images = sampling.sample(model, networks.noise_schedule(), plan, start, own)
+        same(images, reference.sample(model, plan, start, own))
 
 
 def test_a_plan_of_unet_blocks_is_wired_by_its_names():

@@ -24,7 +24,7 @@ def test_a_pruned_network_costs_less_and_is_sampled_like_the_teacher(unet, sched
 @pytest.mark.parametrize("branch", [0, 1])
 @pytest.mark.parametrize("interval", [1, 2, 5])
 def test_deepcache_gives_the_images_of_our_plan(unet, schedule, teacher, noise, described, interval, branch):
-    theirs = peers.deepcache(unet, schedule, teacher, interval, branch, noise)
+    theirs = peers.deepcache(unet, teacher, interval, branch, noise)
     ours = sampling.sample(unet, schedule, Plan.deepcache(interval, described.branch(branch), teacher), noise)
     assert torch.equal(theirs, ours)
     plain = sampling.sample(unet, schedule, teacher, noise)
@@ -41,12 +41,12 @@ def test_what_a_transformers_cache_ran_is_a_plan_of_the_same_images(cached, sche
             weight.normal_(std=0.05)
     fits, described, noise = NoiseSchedule.of(schedule), blocks.describe(model), torch.randn(3, 1, 16, 16)
     full = Plan.full(trailing(20, fits.train_timesteps), fits, described.names, cache=described.cache)
-    whole, images = cached(model, schedule, full, 0.0, noise)
+    whole, images = cached(model, full, 0.0, noise)
     assert whole.computes.all()
     torch.testing.assert_close(images, sampling.sample(model, schedule, full, noise))
-    plan, images = cached(model, schedule, full, 0.3, noise)
+    plan, images = cached(model, full, 0.3, noise)
     assert plan.computes[:, 0].all() and plan.computes[0].all() and not plan.computes.all()
     assert (plan.computes[:, 1:] == plan.computes[:, 1:2]).all(), "the blocks behind the first run all, or none"
     torch.testing.assert_close(images, sampling.sample(model, schedule, plan, noise), rtol=1e-4, atol=1e-4)
     again = sampling.sample(model, schedule, full, noise)
-    torch.testing.assert_close(again, cached(model, schedule, full, 0.0, noise)[1])  # the model is as it was
+    torch.testing.assert_close(again, cached(model, full, 0.0, noise)[1])  # the model is as it was

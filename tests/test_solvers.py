@@ -158,7 +158,7 @@ def test_every_solver_converges_to_the_same_image(x):
 
 def test_timesteps_between_the_integers_lie_on_a_line_in_log_snr():
     fits = NoiseSchedule.of(schedule())
-    alpha, sigma = solvers.levels([400, 400.25, 401], fits)
+    alpha, sigma = solvers.noise_levels([400, 400.25, 401], fits)
     kept = schedule().alphas_cumprod.double()
     np.testing.assert_allclose(alpha[[0, 2]] ** 2, kept[[400, 401]], rtol=1e-12)
     half = (alpha / sigma).log()
@@ -171,9 +171,36 @@ def test_a_learned_solver_keeps_its_own_table(x):
     table = solvers.coefficients("dpmsolver++", timesteps, fits, order=2)
     plan = Plan.full(timesteps, fits, ("a", "b"), order=2)
     kept = Learned(quantity="data", a=tuple(table.a.tolist()), b=tuple(map(tuple, table.b.tolist())))
-    learned = Plan(**plan._parts() | {"solver": "learned", "table": kept})
+    learned = plan.replace(solver="learned", table=kept)
     assert learned.key != plan.key
     near(ours(solvers.of(learned), timesteps, x), ours(solvers.of(plan), timesteps, x))
+
+
+@pytest.mark.parametrize(("fields", "fault"), [
+    ({"table": None}, "table: goes with solver learned"),
+    ({"b": ((1.0,), (1.0, 0.5))}, "must be as wide as each other"),
+    ({"B": ((1.0,), (1.0,))}, "A and B go together"),
+    ({"a": (1.0,)}, "table.a: 1 rows for 2 timesteps"),
+    ({"quantity": "velocity"}, "velocity is of flow matching alone")])
+def test_a_learned_table_that_does_not_fit_is_refused(fields, fault):
+    plan = Plan.full((999, 300), NoiseSchedule.of(schedule()), ("a", "b"))
+    table = {"quantity": "data", "a": (1.0, 1.0), "b": ((1.0,), (1.0,))}
+    with pytest.raises(PlanError, match=fault):
+        plan.replace(solver="learned", table=fields["table"] if "table" in fields else Learned(**table | fields))
+
+
+def test_coefficients_that_are_not_finite_are_refused():
+    flow = Plan.full((1000, 500, 20), FLOW, ("a", "b"), solver="ddim")
+    assert solvers.of(flow).b.isfinite().all()
+    twice = flow.at(quadratic(30, 1000)[-20:], order=3, final_sigma="sigma_min", solver="dpmsolver++",
+                    schedule=NoiseSchedule.of(schedule()), grid=(999, 0))
+    for plan in (flow.replace(solver="plms", order=4), twice):
+        with pytest.raises(PlanError, match="has no finite coefficients at these steps"):
+            solvers.of(plan)
+    with pytest.raises(PlanError, match="timesteps: must lie above 0 and up to 1000"):
+        flow.at((1000, 500, 0))
+    with pytest.raises(PlanError, match="for flow matching take the scheduler's own"):
+        Plan.few_steps(4, "uniform", flow)
 
 
 def test_a_forecast_is_the_polynomial_through_what_is_known():

@@ -2,10 +2,10 @@
 
 A UNet's finest block is a *layer*: one residual block with the attention behind it, a down-sampler, the middle, an
 up-sampler. Layers group into *levels* (a resolution going down or up, the middle). ``down0`` is the first level and
-``up0`` the deepest one, as in diffusers. A reused block gives its last *output*. A transformer's block is one
-transformer block, ``block0`` the first; a reused one adds its last *residual* change: with outputs kept, a reused block
-would make all before it dead. Stem (what comes before, time embedding) and head (what comes after) belong to no block:
-they run at every network call.
+``up0`` the deepest one, as in diffusers. A block that does not compute holds or forecasts its *output*. A transformer's
+block is one transformer block, ``block0`` the first; what is held or forecast is its *residual* change: with outputs
+kept, a reused block would make all before it dead. Stem (what comes before, time embedding) and head (what comes after)
+belong to no block: they run at every network call.
 """
 
 from collections.abc import Iterator, Sequence
@@ -52,7 +52,7 @@ class Blocks:
     level_modules : dict of str to str
         The module that runs a whole level.
     cache : "output" or "residual"
-        What a reused block reuses: its last output, or its last change from input to output.
+        What a block that does not compute holds or forecasts: its output, or its change from input to output.
     """
 
     blocks: tuple[Block, ...]

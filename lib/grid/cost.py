@@ -61,23 +61,28 @@ class Costs:
         """The same without attention's products, as published for UNets."""
         return self.call - sum(self.attention.values())
 
-    def per_step(self, plan: Plan) -> np.ndarray:
+    def per_step(self, plan: Plan, passes: int = 1) -> np.ndarray:
         """Give the MACs executed at each of the plan's steps, all passes together, (S,), int.
 
         Live cells cost what their blocks do, and each network call its stem and head; a forecast costs nothing.
+
+        Parameters
+        ----------
+        passes : int
+            How many passes each sheet of the plan stands for: 2 where a plan of one pass is sampled with guidance.
         """
         macs = np.array([self.blocks[name] for name in plan.blocks], dtype=np.int64)
-        return sum(life.live @ macs + life.called * self.rest for life in plan.life)
+        return passes * sum(life.live @ macs + life.called * self.rest for life in plan.life)
 
-    def executed(self, plan: Plan) -> int:
-        """Give the MACs that one image costs under a plan."""
-        return int(self.per_step(plan).sum())
+    def executed(self, plan: Plan, passes: int = 1) -> int:
+        """Give the MACs that one image costs under a plan; `passes` as in `per_step`."""
+        return int(self.per_step(plan, passes).sum())
 
-    def kept(self, plan: Plan, dtype: torch.dtype = torch.float32) -> int:
+    def kept(self, plan: Plan, dtype: torch.dtype = torch.float32, passes: int = 1) -> int:
         """Give the bytes that a plan keeps between steps at most, for one image: known before it runs."""
         sizes = np.array([self.outputs[name] for name in plan.blocks], dtype=np.int64)
         held = sum(life.keep @ sizes + life.net_keep * self.outputs["net"] for life in plan.life)
-        return int(held.max()) * dtype.itemsize
+        return passes * int(held.max()) * dtype.itemsize
 
     def save(self, path: Path) -> None:
         """Write the costs as JSON."""
@@ -188,7 +193,7 @@ class Latency:
 
     Attributes
     ----------
-    seconds : dict of pattern to float; a pattern is a string of 1 (runs) and 0, a character a block
+    seconds : dict of pattern to float; a pattern is a string of 1 (runs) and 0, a character a block, then the network
     batch : int, images a step
     precision : str
     """
@@ -253,8 +258,8 @@ def measure(model: nn.Module, schedule: SchedulerMixin, plans: Iterable[Plan], n
 
 
 def _patterns(plan: Plan) -> list[str]:
-    """Give for each step which cells run, of all passes one after the other."""
-    live = np.concatenate([life.live for life in plan.life], axis=1)
+    """Give for each step which cells run and whether the network is called, of all passes one after the other."""
+    live = np.concatenate([part for life in plan.life for part in (life.live, life.called[:, None])], axis=1)
     return ["".join("01"[int(runs)] for runs in row) for row in live]
 
 

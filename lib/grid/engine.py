@@ -69,8 +69,11 @@ class Engine:
     def at(self, step: int) -> None:
         """Say which step the next calls belong to."""
         if step != self.step:
+            if step != self.step + 1 and self._cache:
+                raise PlanError(f"step {step} was asked for after step {self.step}: steps are walked in their order. "
+                                "Call reset() to start anew.")
             for memory in self._cache.values():
-                memory.forget(self.life[memory.place], self.step)
+                memory.forget(self.life[memory.sheet], self.step)
             self.step, self._done, self._given = step, set(), None
 
     def __enter__(self) -> Self:
@@ -146,6 +149,9 @@ class Engine:
         if again := self._done & set(self._names):
             raise PlanError(f"step {self.step} was called twice for the pass {sorted(again)[0]!r}: which pass is the "
                             "second call? Name it, or make all passes in one batch.")
+        if kwargs.get("down_intrablock_additional_residuals") is not None and not all(map(all, self.plan.computes)):
+            raise PlanError("an adapter adds to what blocks give inside the levels, and plans that skip blocks do not "
+                            "know it: run it without a plan.")
         batch = len(next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim))
         memories = [self._memory(name) for name in self._names]
         if batch % len(memories):
@@ -158,7 +164,7 @@ class Engine:
             memory.rows = rows
         groups: dict[tuple, list[int]] = {}
         for number, memory in enumerate(memories):
-            life = self.life[memory.place]
+            life = self.life[memory.sheet]
             if life.called[self.step]:
                 kind = life.live[self.step].tobytes(), life.read[self.step].tobytes()
                 groups.setdefault(kind, []).append(number)
@@ -174,13 +180,13 @@ class Engine:
                 fresh[number] = part
         self._done |= set(self._names)
         outputs = self._outputs(memories, fresh)
-        if len(groups) == 1 and all(self.plan.net[memory.place][self.step] == COMPUTE for memory in memories):
+        if len(groups) == 1 and all(self.plan.net[memory.sheet][self.step] == COMPUTE for memory in memories):
             return output
         return self._packed(torch.cat(outputs))
 
     def _together(self, memories: list["_Pass"]) -> "_Group":
-        life = self.life[memories[0].place]
-        kept = np.any([self.life[memory.place].keep[self.step] > 0 for memory in memories], axis=0)
+        life = self.life[memories[0].sheet]
+        kept = np.any([self.life[memory.sheet].keep[self.step] > 0 for memory in memories], axis=0)
         return _Group(memories, life.live[self.step], life.read[self.step], life.live[self.step] & kept)
 
     def _memory(self, name: str) -> "_Pass":
@@ -194,12 +200,12 @@ class Engine:
         several = len(self.plan.passes) > 1
         for number in sorted(range(len(memories)), key=lambda number: self._names[number] != GIVEN):
             memory = memories[number]
-            state = self.plan.net[memory.place][self.step]
+            state = self.plan.net[memory.sheet][self.step]
             apart = several and self.plan.null_holds == "difference" and self._names[number] != GIVEN
             if state == COMPUTE:
                 output = fresh[number]
-                if self.life[memory.place].net_keep[self.step]:
-                    memory.put(NET, self.step, output - self._given_output(number) if apart else output)
+                if keep := int(self.life[memory.sheet].net_keep[self.step]):
+                    memory.put(NET, self.step, output - self._given_output(number) if apart else output, keep)
             elif state == DROP:
                 output = self._given_output(number).clone()
             else:
@@ -226,18 +232,20 @@ class Engine:
 
     def put(self, place: int, given: Callable[[], Tensor]) -> None:
         """Take what a block gave: to keep, if a later step reads it."""
-        if place not in self._shapes or self._group.kept[place]:
-            value = given()
-            self._shapes.setdefault(place, value[:1].detach().new_zeros(1, *(1,) * (value.ndim - 1)).expand(
-                1, *value.shape[1:]))
-            if self._group.kept[place]:
-                self.store(place, value)
+        known = place in self._shapes
+        if known and not self._group.kept[place]:
+            return
+        value = given()
+        if not known:
+            self._shapes[place] = value.new_zeros(1).expand(1, *value.shape[1:])
+        if self._group.kept[place]:
+            self.store(place, value)
 
     def store(self, place: int, value: Tensor) -> None:
         """Copy what a block gave into the current passes' memories."""
         for memory, part in zip(self._group.memories, value.chunk(len(self._group.memories)), strict=True):
-            if self.life[memory.place].keep[self.step, place]:
-                memory.put(place, self.step, part)
+            if keep := int(self.life[memory.sheet].keep[self.step, place]):
+                memory.put(place, self.step, part, keep)
 
     def get(self, place: int) -> Tensor:
         """Give what a cell that does not run stands for: a held or forecast value, or zeros where nobody reads it."""
@@ -253,8 +261,8 @@ class Engine:
 
     def _value(self, memory: "_Pass", place: int) -> Tensor:
         known = [(step, value) for step, value in memory.kept[place] if step != self.step]
-        sheet = self.plan.net[memory.place] if place == NET else None
-        state = sheet[self.step] if sheet else self.plan.states[memory.place][self.step][place]
+        plan, step = self.plan, self.step
+        state = plan.net[memory.sheet][step] if place == NET else plan.states[memory.sheet][step][place]
         if state <= 1:
             return known[0][1].clone()
         known = known[:state]
@@ -271,16 +279,23 @@ NET = -1
 
 @dataclass
 class _Pass:
-    """What one pass computed last, the newest first, with the steps at which it did."""
+    """What one pass computed last, the newest first, with the steps at which it did.
 
-    place: int
+    Attributes
+    ----------
+    sheet : which of the plan's sheets of cells is the pass's
+    rows : images a call
+    kept : for each block's place, and `NET`, its (step, value) pairs
+    """
+
+    sheet: int
     rows: int | None = None
     kept: dict[int, list[tuple[int, Tensor]]] = field(default_factory=dict)
 
-    def put(self, place: int, step: int, value: Tensor) -> None:
-        """Copy a value in; one of the same step takes the place of the one before (a call that is made again)."""
+    def put(self, place: int, step: int, value: Tensor, keep: int) -> None:
+        """Copy a value in, to be one of `keep`; it takes the place of one of the same step (a call made again)."""
         older = [pair for pair in self.kept.get(place, ()) if pair[0] != step]
-        self.kept[place] = [(step, value.clone()), *older]
+        self.kept[place] = [(step, value.clone()), *older[:keep - 1]]
 
     def forget(self, life: _blocks.Life, step: int) -> None:
         """Drop what no step after `step` reads."""

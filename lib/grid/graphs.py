@@ -79,7 +79,7 @@ class GraphedEngine(Engine):
             shelf.seen.add(kind)
             return forward(*args, **kwargs)
         if kind not in shelf.recordings and len(shelf.recordings) >= LIMIT:
-            shelf.recordings.clear()
+            shelf = self._shelf = _new_shelf(self.model, shelf.seen)
         values = {int(place): self.value(int(place)) for place in self._group.read.nonzero()[0]}
         try:
             recording = shelf.recordings[kind] = shelf.recordings.get(kind) or self._record(forward, leaves, tree,
@@ -184,6 +184,13 @@ def _shelf(model: nn.Module) -> _Shelf:
     """Give a network's recordings; none, once its weights have been moved or put into another precision."""
     weights = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
     if model not in _shelves or _shelves[model].weights != weights:
-        pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
-        _shelves[model] = _Shelf(weights, pool)
+        return _new_shelf(model, set())
+    return _shelves[model]
+
+
+def _new_shelf(model: nn.Module, seen: set[tuple]) -> _Shelf:
+    """Put an empty shelf, with a pool of its own, in place of a network's."""
+    weights = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+    pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+    _shelves[model] = _Shelf(weights, pool, seen)
     return _shelves[model]

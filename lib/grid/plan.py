@@ -192,6 +192,11 @@ class Plan(_Part):
             for name in ("a", "b") + ("A", "B") * bool(self.table.A):
                 if len(getattr(self.table, name)) != len(self.timesteps):
                     raise ValueError(f"table.{name}: {len(getattr(self.table, name))} rows for {self.steps} timesteps")
+            table = self.table
+            if len({len(row) for row in (*table.b, *table.B)}) != 1 or bool(table.A) != bool(table.B):
+                raise ValueError("table: all rows of b and B must be as wide as each other, and A and B go together")
+            if (self.table.quantity == "velocity") > isinstance(self.schedule, FlowSchedule):
+                raise ValueError("table.quantity: velocity is of flow matching alone")
         if len(set(self.blocks)) != len(self.blocks):
             raise ValueError("blocks: a name stands twice")
         flow, train = isinstance(self.schedule, FlowSchedule), self.schedule.train_timesteps
@@ -200,8 +205,10 @@ class Plan(_Part):
             repeats = self.solver == "pndm" and len(steps) > 2 and steps[1] == steps[2]
             if any(a <= b and not (repeats and i == 1) for i, (a, b) in enumerate(pairwise(steps))):
                 raise ValueError(f"{field}: must fall strictly, from noise to image: sort them and drop repeated ones")
-            if steps[-1] < 0 or steps[0] > train - (not flow):
-                raise ValueError(f"{field}: must lie in 0..{train - (not flow)}, the schedule's training timesteps")
+            if flow and not 0 < steps[-1] <= steps[0] <= train:
+                raise ValueError(f"{field}: must lie above 0 and up to {train}, the schedule's training timesteps")
+            if not flow and (steps[-1] < 0 or steps[0] > train - 1):
+                raise ValueError(f"{field}: must lie in 0..{train - 1}, the schedule's training timesteps")
         if self.solver == "pndm" and len(self.timesteps) > 1 and not (
                 len(self.timesteps) > 2 and self.timesteps[1] == self.timesteps[2]):
             raise ValueError("timesteps: pndm walks the second timestep twice; take plms for the solver that does not")
@@ -209,6 +216,8 @@ class Plan(_Part):
         forecasts = any(state > 1 for sheet in (*self.states, self.net) for row in sheet for state in row)
         if forecasts and flow and self.abscissa == "log_snr" and self.timesteps[0] >= train:
             raise ValueError("abscissa: log_snr is infinite at pure noise, where this plan begins: take timestep")
+        if forecasts and self.solver == "pndm" and self.abscissa != "step":
+            raise ValueError("abscissa: pndm walks one timestep twice; forecast over step")
         return self
 
     def _check_cells(self) -> None:
@@ -286,8 +295,8 @@ class Plan(_Part):
 
     def settled(self) -> Self:
         """Give the plan with all dead cells at 0 and all forecasts of the order that there is: the same images."""
-        return type(self)(**self._parts() | {"states": tuple(_rows(life.settled) for life in self.life),
-                                             "net": tuple(_rows([life.net])[0] for life in self.life)})
+        return self.replace(states=tuple(_rows(life.settled) for life in self.life),
+                            net=tuple(_rows([life.net])[0] for life in self.life))
 
     @cached_property
     def key(self) -> str:
@@ -309,19 +318,22 @@ class Plan(_Part):
         ----------
         cells : (S, N), for all passes alike, or (P, S, N); states, or bool (True computes)
         net : (S,) or (P, S), states of the whole output
-            If it is not given, the network is called where any of its cells has to run.
+            If it is not given, the network is called where any of its cells has to run or its last block forecasts, and
+            always where blocks cache residual changes.
         """
+        if net is None and any(DROP in row for row in self.net):
+            raise PlanError("this plan drops a pass at some steps: give `net` with the cells, or guide it afterwards.")
         sheets = _states(cells, (len(self.passes), self.steps, len(self.blocks)), "cells")
         if net is None:
             reads = wiring(self.blocks)
             nets = [default_net(reads, self.cache, sheet) for sheet in sheets]
         else:
             nets = _states(net, (len(self.passes), self.steps), "net")
-        return type(self)(**self._parts() | {"states": tuple(map(_rows, sheets)), "net": _rows(np.stack(nets)),
-                                             "provenance": provenance})
+        return self.replace(states=tuple(map(_rows, sheets)), net=_rows(np.stack(nets)), provenance=provenance)
 
-    def _parts(self) -> dict:
-        return {name: getattr(self, name) for name in type(self).model_fields}
+    def replace(self, **fields) -> Self:
+        """Give the plan with other fields."""
+        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | fields)
 
     # ---- constructors ---------------------------------------------------------------------------------------------
 
@@ -338,9 +350,12 @@ class Plan(_Part):
     @classmethod
     def few_steps(cls, steps: int, spacing: str, teacher: Self, order: int = 1) -> Self:
         """Take `steps` full steps with uniform (trailing) or quadratic spacing instead of the teacher's."""
+        if isinstance(teacher.schedule, FlowSchedule):
+            raise PlanError("spacings are of diffusion's timesteps; for flow matching take the scheduler's own, as "
+                            "teacher.at(timesteps).")
         timesteps = SPACINGS[spacing](steps, teacher.schedule.train_timesteps)
-        return cls.full(timesteps, teacher.schedule, teacher.blocks, order, teacher.grid, teacher.cache,
-                        passes=teacher.passes, method="few steps", steps=steps, spacing=spacing)
+        return teacher.at(timesteps, solver="dpmsolver++", order=order, table=None,
+                          provenance={"method": "few steps", "steps": steps, "spacing": spacing})
 
     @classmethod
     def deepcache(cls, interval: int, shallow: np.ndarray, teacher: Self, reuse: int = HOLD, **provenance) -> Self:
@@ -416,6 +431,7 @@ class Plan(_Part):
             Between, its output is held or forecast (adaptive guidance, a cache of guidance).
         null_holds : "output" or "difference" (from the given pass's)
         """
+        _check_reuse(reuse)
         first, last = interval or (0, self.steps - 1)
         if not 0 <= first <= last < self.steps:
             raise PlanError(f"interval: must lie in 0..{self.steps - 1}, got {interval}")
@@ -430,16 +446,15 @@ class Plan(_Part):
                 null[step], own[step] = HOLD, reuse
             elif step == first:
                 null[step], own[step] = COMPUTE, COMPUTE
-        return type(self)(**self._parts() | {
-            "passes": (NULL, GIVEN), "states": (_rows(null), _rows(sheet)), "net": _rows(np.stack([own, net])),
-            "null_holds": null_holds, "provenance": self.provenance | {
-                "guidance": {"interval": [first, last], "every": every, "reuse": reuse}}})
+        guidance = {"interval": [first, last], "every": every, "reuse": reuse}
+        return self.replace(passes=(NULL, GIVEN), states=(_rows(null), _rows(sheet)), net=_rows(np.stack([own, net])),
+                            null_holds=null_holds, provenance=self.provenance | {"guidance": guidance})
 
-    def at(self, timesteps: Sequence[float]) -> Self:
-        """Give the full plan at other timesteps: the same solver, passes and grid."""
+    def at(self, timesteps: Sequence[float], **fields) -> Self:
+        """Give the full plan at other timesteps, all else as it is but for some fields."""
         full = ((COMPUTE,) * len(self.blocks),) * len(timesteps)
-        return type(self)(**self._parts() | {"timesteps": tuple(timesteps), "states": (full,) * len(self.passes),
-                                             "net": ((COMPUTE,) * len(timesteps),) * len(self.passes)})
+        return self.replace(timesteps=tuple(timesteps), states=(full,) * len(self.passes),
+                            net=((COMPUTE,) * len(timesteps),) * len(self.passes), **fields)
 
     # ---- files ----------------------------------------------------------------------------------------------------
 
@@ -450,7 +465,7 @@ class Plan(_Part):
         content["cells"] = {name: ["".join(sign[state] for state in row) for row in sheet]
                             for name, sheet in zip(self.passes, self.states)}
         content["net"] = {name: "".join(sign[state] for state in net) for name, net in zip(self.passes, self.net)}
-        path.write_text(json.dumps(content, indent=1, default=_plain) + "\n")
+        path.write_text(json.dumps(content, indent=1, default=_of_numpy) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -519,9 +534,13 @@ def _check_steps(steps: int, train_timesteps: int) -> None:
 
 def _reusing(computes: np.ndarray, reuse: int) -> np.ndarray:
     """Give states of cells: those that compute, and what the others do."""
+    _check_reuse(reuse)
+    return np.where(np.asarray(computes, dtype=bool), COMPUTE, reuse).astype(np.int8)
+
+
+def _check_reuse(reuse: int) -> None:
     if reuse not in (HOLD, LINE, PARABOLA):
         raise PlanError(f"reuse: must be {HOLD} (hold), {LINE} (line) or {PARABOLA} (parabola), got {reuse}")
-    return np.where(np.asarray(computes, dtype=bool), COMPUTE, reuse).astype(np.int8)
 
 
 def _states(given: np.ndarray, shape: tuple[int, ...], what: str) -> np.ndarray:
@@ -537,7 +556,7 @@ def _rows(cells: np.ndarray) -> tuple[tuple[int, ...], ...]:
     return tuple(map(tuple, np.asarray(cells).tolist()))
 
 
-def _plain(value: Any) -> Any:
+def _of_numpy(value: Any) -> Any:
     """Make JSON of what numpy made."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()

@@ -101,7 +101,9 @@ def walk(engine: Engine, x_t: Tensor, conditions: Conditions | None = None) -> I
     predict = partial(conditions.predict, engine) if conditions else engine
     state: State = ()
     for step in range(engine.plan.steps):
-        x_t, state = advance(engine.solver, step, x_t, predict(x_t, step).to(x_t.dtype), state)
+        predicted = predict(x_t, step)
+        engine.check_passes(len(x_t))
+        x_t, state = advance(engine.solver, step, x_t, predicted.to(x_t.dtype), state)
         yield x_t
 
 

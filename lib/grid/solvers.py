@@ -82,7 +82,7 @@ def _log_snr_of(schedule: BetaSchedule) -> Tensor:
     return (kept / (1 - kept)).log() / 2
 
 
-def levels(timesteps: Sequence[float] | Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+def noise_levels(timesteps: Sequence[float] | Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
     r"""Give alpha and sigma of x_t = alpha x_0 + sigma noise at timesteps; between the integers log-SNR is a line.
 
     Returns
@@ -106,7 +106,7 @@ def abscissae(timesteps: Sequence[float], schedule: NoiseSchedule, kind: str) ->
     kind : "log_snr", "timestep" or "step" (the number of the step in the plan)
     """
     if kind == "log_snr":
-        alpha, sigma = levels(timesteps, schedule)
+        alpha, sigma = noise_levels(timesteps, schedule)
         return 2 * (alpha / sigma).log()
     return torch.arange(len(timesteps), dtype=torch.float64) if kind == "step" else torch.tensor(
         timesteps, dtype=torch.float64)
@@ -151,11 +151,11 @@ def coefficients(solver: str, timesteps: Sequence[float] | Tensor, schedule: Noi
         If the solver does not go with the schedule.
     """
     t = torch.as_tensor(timesteps, dtype=torch.float64)
-    alpha, sigma = levels(t, schedule)
+    alpha, sigma = noise_levels(t, schedule)
     if final_sigma == "zero":
         end = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     else:
-        end = levels([0.0], schedule)
+        end = noise_levels([0.0], schedule)
     alpha, sigma = torch.cat([alpha, end[0]]), torch.cat([sigma, end[1]])
     if solver == "euler" and isinstance(schedule, BetaSchedule):
         raise PlanError("solver euler walks flow matching; for a schedule of betas take ddim or dpmsolver++.")
@@ -166,17 +166,28 @@ def coefficients(solver: str, timesteps: Sequence[float] | Tensor, schedule: Noi
         return Table(from_x, from_output, *_adams_bashforth(alpha, sigma, order, repeated=solver == "pndm"))
     if solver == "unipc":
         return Table(from_x, from_output, *_unipc(alpha, sigma, order))
-    return Table(from_x, from_output, *_dpm_solver(alpha, sigma, order, final_sigma))
+    return Table(from_x, from_output, *_dpm_solver(alpha, sigma, order))
 
 
 def of(plan: Plan) -> Table:
-    """Give the table of a plan's solver."""
+    """Give the table of a plan's solver.
+
+    Raises
+    ------
+    PlanError
+        If it is not finite: where a timestep holds no noise, or nothing else.
+    """
     if plan.table is None:
-        return coefficients(plan.solver, plan.timesteps, plan.schedule, order=plan.order, final_sigma=plan.final_sigma)
+        table = coefficients(plan.solver, plan.timesteps, plan.schedule, order=plan.order,
+                             final_sigma=plan.final_sigma)
+        if not all(part.isfinite().all() for part in vars(table).values() if part is not None):
+            raise PlanError(f"solver {plan.solver} of order {plan.order} has no finite coefficients at these steps: "
+                            "leave pure noise and the clean image out, or take another solver.")
+        return table
     numbers = {name: torch.tensor(getattr(plan.table, name), dtype=torch.float64) for name in
                ("a", "b") + ("A", "B") * bool(plan.table.A)}
-    return Table(*_conversion(plan.table.quantity, plan.schedule.prediction, *levels(plan.timesteps, plan.schedule)),
-                 **numbers)
+    alpha, sigma = noise_levels(plan.timesteps, plan.schedule)
+    return Table(*_conversion(plan.table.quantity, plan.schedule.prediction, alpha, sigma), **numbers)
 
 
 def _conversion(quantity: str, prediction: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,13 +206,13 @@ def _rows(rows: Sequence[Sequence[Tensor | float]], width: int) -> Tensor:
                                      (*row, *[0.0] * (width - len(row)))]) for row in rows])
 
 
-def _dpm_solver(alpha: Tensor, sigma: Tensor, order: int, final_sigma: str) -> tuple[Tensor, Tensor]:
+def _dpm_solver(alpha: Tensor, sigma: Tensor, order: int) -> tuple[Tensor, Tensor]:
     """DPM-Solver++, data prediction (Lu et al. 2022b, eq. 10 and algorithm 2; midpoint form), with diffusers' ends."""
     steps, rows, a = len(alpha) - 1, [], sigma[1:] / sigma[:-1]
     half = (alpha / sigma.clamp(min=1e-300)).log()  # lambda = log(alpha / sigma)
     for i in range(steps):
         here = min(order, i + 1)
-        if i == steps - 1 and (final_sigma == "zero" or steps < FEW):
+        if i == steps - 1 and (float(sigma[-1]) == 0 or steps < FEW):
             here = 1
         elif i == steps - 2 and steps < FEW:
             here = min(here, 2)

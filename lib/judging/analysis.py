@@ -63,7 +63,7 @@ def forecast_errors(model: nn.Module, schedule: SchedulerMixin, plan: Plan, nois
 
     Parameters
     ----------
-    plan : Plan, full; its abscissa is the forecasts'
+    plan : Plan, full; its abscissa, finite at all steps, is the forecasts'
     noise : Tensor, (n, C, H, W)
 
     Returns
@@ -103,12 +103,12 @@ def sensitivity(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: T
                 conditions: Conditions | None = None) -> np.ndarray:
     """Measure the damage to the final image when one block is reused at one step.
 
-    Under order 1 a run has no memory but its image and its cache: so each run starts one step before the reused cell,
+    Under DDIM a run has no memory but its image and its cache: so each run starts one step before the reused cell,
     from the teacher's own x_t, which halves the price.
 
     Parameters
     ----------
-    plan : Plan, (T, N), order 1, all cells computing
+    plan : Plan, (T, N), DDIM, all cells computing
     noise : Tensor, (n, C, H, W)
     steps : steps to try, each in 1..T-1
 
@@ -116,8 +116,8 @@ def sensitivity(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: T
     -------
     damage : (len(steps), N), mean squared difference from the teacher's image over the teacher images' variance
     """
-    if plan.order != 1 or not plan.computes.all():
-        raise ValueError("sensitivity needs a full plan of order 1")
+    if plan.solver not in ("ddim", "dpmsolver++") or plan.order != 1 or not plan.computes.all():
+        raise ValueError("sensitivity needs a full plan of DDIM, which remembers no step before")
     fits, conditions = NoiseSchedule.of(schedule), conditions or Conditions.drawn(model, noise)
     with Engine(model, plan, fits) as engine:
         states = [noise, *walk(engine, noise, conditions)]  # states[s]: x_t before step s
@@ -126,7 +126,7 @@ def sensitivity(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: T
     cells = [(i, place) for i in range(len(steps)) for place in range(len(plan.blocks))]
     for i, place in tqdm(cells, desc="sensitivity", unit="cell"):
         first = steps[i] - 1
-        tail = Plan.full(plan.timesteps[first:], plan.schedule, plan.blocks, cache=plan.cache)
+        tail = plan.at(plan.timesteps[first:])
         compute = tail.computes
         compute[1, place] = False
         with Engine(model, tail.with_cells(compute), fits) as engine:

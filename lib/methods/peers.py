@@ -13,7 +13,6 @@ from diffusers.hooks import apply_first_block_cache
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,7 +21,7 @@ from lib.grid.plan import Plan
 
 
 @torch.inference_mode()
-def deepcache(model: nn.Module, schedule: SchedulerMixin, teacher: Plan, interval: int, branch: int, noise: Tensor, *,
+def deepcache(model: nn.Module, teacher: Plan, interval: int, branch: int, noise: Tensor, *,
               precision: str = "fp32", **conditions) -> Tensor:
     """Sample with the `DeepCache` package (Ma et al. 2023), uniformly, over a full plan's steps and solver.
 
@@ -43,14 +42,14 @@ def deepcache(model: nn.Module, schedule: SchedulerMixin, teacher: Plan, interva
     try:
         with sampling.autocast(x_t.device, precision):
             for step, t in enumerate(timesteps):
-                predicted = model(x_t.to(model.dtype), t, **conditions).sample
+                predicted = model(x_t.to(model.dtype), t, **conditions).sample[:, :x_t.shape[1]]
                 x_t, state = solvers.advance(table, step, x_t, predicted.float(), state)
     finally:
         helper.disable()
     return x_t.cpu()
 
 
-def first_block_caching(model: ModelMixin, schedule: SchedulerMixin, teacher: Plan, threshold: float, noise: Tensor
+def first_block_caching(model: ModelMixin, teacher: Plan, threshold: float, noise: Tensor
                         ) -> tuple[Plan, Tensor]:
     """Sample with diffusers' first-block cache over a full plan's steps and solver.
 
@@ -69,10 +68,10 @@ def first_block_caching(model: ModelMixin, schedule: SchedulerMixin, teacher: Pl
     def enable(cached: ModelMixin) -> None:
         apply_first_block_cache(cached, FirstBlockCacheConfig(threshold))
 
-    return _executed(model, schedule, teacher, noise, enable, method="first-block caching", threshold=threshold)
+    return _executed(model, teacher, noise, enable, method="first-block caching", threshold=threshold)
 
 
-def dbcache(model: ModelMixin, schedule: SchedulerMixin, teacher: Plan, threshold: float, noise: Tensor
+def dbcache(model: ModelMixin, teacher: Plan, threshold: float, noise: Tensor
             ) -> tuple[Plan, Tensor]:
     """Sample with the `cache-dit` package (DBCache, one block computed first) as `first_block_caching` does."""
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # read when it is imported
@@ -83,11 +82,11 @@ def dbcache(model: ModelMixin, schedule: SchedulerMixin, teacher: Plan, threshol
                                          Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=1)
         cache_dit.enable_cache(cached, cache_config=config)
 
-    return _executed(model, schedule, teacher, noise, enable, method="cache-dit", threshold=threshold)
+    return _executed(model, teacher, noise, enable, method="cache-dit", threshold=threshold)
 
 
 @torch.inference_mode()
-def _executed(model: ModelMixin, schedule: SchedulerMixin, teacher: Plan, noise: Tensor,
+def _executed(model: ModelMixin, teacher: Plan, noise: Tensor,
               enable: Callable[[ModelMixin], None], **provenance) -> tuple[Plan, Tensor]:
     """Sample with another's cache on a copy of a transformer, and note which blocks ran at which step."""
     cached, described, cells = copy.deepcopy(model), blocks.describe(model), np.zeros_like(teacher.computes)

@@ -80,7 +80,7 @@ class Case:
         return x_t.cpu()
 
     def deepcache_package(self):
-        return peers.deepcache(self.model, self.schedule, self.full, 5, 0, self.noise, **self.given)
+        return peers.deepcache(self.model, self.full, 5, 0, self.noise, **self.given)
 
 
 CASES = {"SD-1.5, 512 px, batch 1": (stable_diffusion, 1), "DiT-XL/2, 256 px, batch 1": (dit_xl, 1),

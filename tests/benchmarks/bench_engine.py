@@ -98,7 +98,7 @@ def test_deepcache_package_against_our_plan(setting):
     plan = Plan.deepcache(5, described.branch(0), teacher)
 
     def theirs():
-        return peers.deepcache(unet, schedule, teacher, 5, 0, noise, precision=precision)
+        return peers.deepcache(unet, teacher, 5, 0, noise, precision=precision)
 
     def ours():
         return sampling.sample(unet, schedule, plan, noise, precision=precision)

@@ -5,9 +5,9 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from lib.grid.blocks import Blocks
+from lib.grid.blocks import Blocks, Life
 from lib.grid.cost import Costs
-from lib.grid.plan import Plan
+from lib.grid.plan import COMPUTE, HOLD, Plan
 
 
 def grouping(blocks: Blocks, kind: str) -> np.ndarray:
@@ -31,11 +31,13 @@ class Prices:
     blocks : Blocks
     costs : Costs of the model
     groups : (N,), int, from `grouping`
+    reuse : 0 (hold), 2 (line) or 3 (parabola): what a cell does whose gate is off
     """
 
     blocks: Blocks
     costs: Costs
     groups: np.ndarray
+    reuse: int = HOLD
 
     @cached_property
     def _macs(self) -> np.ndarray:
@@ -51,8 +53,12 @@ class Prices:
         """Give the executed MACs over the full plan's."""
         return float(self._executed(self.cells(gates)).sum() / self.costs.call / len(gates))
 
+    def life(self, cells: np.ndarray) -> Life:
+        """Say what of cells, (T, N), bool, has to run."""
+        return self.blocks.life(np.where(cells, COMPUTE, self.reuse))
+
     def _executed(self, cells: np.ndarray) -> np.ndarray:
-        life = self.blocks.life(cells)
+        life = self.life(cells)
         return life.live @ self._macs + life.called * self.costs.rest
 
     @property

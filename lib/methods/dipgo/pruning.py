@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from optuna.distributions import BaseDistribution, FloatDistribution
 
-from lib.grid.plan import HOLD, Plan
+from lib.grid.plan import Plan
 from lib.methods.dipgo.prices import Prices
 
 
@@ -68,15 +68,14 @@ def by_greed(scores: np.ndarray, prices: Prices, keep: float) -> np.ndarray:
 PRUNE: Mapping[str, Callable[[np.ndarray, Prices, float], np.ndarray]] = {"threshold": by_threshold, "greed": by_greed}
 
 
-def prune(scores: np.ndarray, prices: Prices, keep: float, teacher: Plan, method: str = "threshold",
-          reuse: int = HOLD) -> Plan:
-    """Make a plan of about `keep` of the full plan's MACs out of a pruner's scores; `reuse` as the supernet's.
+def prune(scores: np.ndarray, prices: Prices, keep: float, teacher: Plan, method: str = "threshold") -> Plan:
+    """Make a plan that executes about `keep` of the full plan's MACs out of a pruner's scores.
 
     Cells that nobody reads any more are switched off too (the dependency cascade), so the plan shows what runs.
     """
     gates = PRUNE[method](scores, prices, keep)
-    live = prices.blocks.life(prices.cells(gates)).live
-    return Plan.from_gates(live, teacher, reuse, paper="2410.16942", keep=keep, method=f"DiP-GO, {method}")
+    live = prices.life(prices.cells(gates)).live
+    return Plan.from_gates(live, teacher, prices.reuse, paper="2410.16942", keep=keep, method=f"DiP-GO, {method}")
 
 
 @dataclass(frozen=True)

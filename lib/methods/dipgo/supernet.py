@@ -9,10 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.grid import blocks as _blocks
 from lib.grid import sampling, solvers
-from lib.grid.plan import HOLD, NoiseSchedule, Plan
+from lib.grid.plan import HOLD, NoiseSchedule, Plan, PlanError
 from lib.grid.sampling import Conditions
-
-State = tuple[Tensor, ...]
+from lib.grid.solvers import State
 
 
 class SuperNet:
@@ -38,6 +37,8 @@ class SuperNet:
         self.model, self.plan, self.precision, self.depth = model, plan, precision, max(1, reuse)
         self.blocks = _blocks.describe(model)
         plan.check_fits(self.blocks.names, NoiseSchedule.of(schedule))
+        if len(plan.passes) > 1:
+            raise PlanError("gates are of one pass: train them under a plan of one, and guide what comes of it.")
         self._solver = solvers.of(plan)
         self._places = solvers.abscissae(plan.timesteps, plan.schedule, plan.abscissa)
 
@@ -106,7 +107,7 @@ class SuperNet:
             Keep the N outputs of some sqrt(2 T) steps only, and make the steps between again where the gradient needs
             them: a checkpoint at each step alone would keep all T x N. The stretches between get shorter as the kept
             steps fill the memory, so that no stretch needs more than another.
-        conditions : Conditions of the images, guided in one pass, where the network reads any
+        conditions : Conditions of the images, guided in one batch (`apart` False), where the network reads any
 
         Returns
         -------

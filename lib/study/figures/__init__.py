@@ -38,8 +38,8 @@ OTHER = ("0.6", "v", "--")
 KINDS = {"null": "white", "partial": sns.color_palette("pastel")[0], "full": PALETTE[0]}
 
 
-STATES = {HOLD: ("holds", KINDS["partial"]), COMPUTE: ("computes", KINDS["full"]), LINE: ("line", PALETTE[1]),
-          PARABOLA: ("parabola", PALETTE[8])}
+STATES = {HOLD: ("holds", PALETTE[9]), COMPUTE: ("computes", KINDS["full"]), LINE: ("line", PALETTE[5]),
+          PARABOLA: ("parabola", PALETTE[3])}
 """What a cell's states, in their order, are called in figures, and their colours, everywhere."""
 
 
@@ -147,7 +147,7 @@ def forecast_errors(errors: pd.DataFrame, blocks: Sequence[str]) -> Figure:
     for axes, block in zip(panels[0], blocks):
         rows = errors[errors["block"] == block]
         for state, name in ((HOLD, "hold"), (LINE, "line"), (PARABOLA, "parabola")):
-            axes.plot(rows["step"], 100 * rows[name], color="0.5" if state == HOLD else STATES[state][1], marker=".",
+            axes.plot(rows["step"], 100 * rows[name], color=STATES[state][1], marker=".",
                       lw=0.8, ms=4, label=name)
         axes.set(xlabel="step (noise to image)", title=block, yscale="log")
         plain_logarithm(axes.yaxis)
@@ -165,7 +165,7 @@ def forecasts(table: pd.DataFrame, ylabel: str) -> Figure:
     """
     orders = sorted(table["order"].unique(), reverse=True)
     figure, panels = plt.subplots(1, len(orders), figsize=(WIDE, 3), sharey=True, squeeze=False)
-    looks = {"hold": ("0.5", "^"), "line": (STATES[LINE][1], "o"), "parabola": (STATES[PARABOLA][1], "s"),
+    looks = {"hold": (STATES[HOLD][1], "^"), "line": (STATES[LINE][1], "o"), "parabola": (STATES[PARABOLA][1], "s"),
              "evenly spaced": ("0.0", "D"), "searched steps": ("0.3", ">")}
     for axes, order in zip(panels[0], orders):
         for family, rows in table[table["order"] == order].groupby("family", sort=False):
