@@ -1,8 +1,8 @@
 """Lean Diffusion: three ways to make a diffusion model cheaper to sample, on one grid.
 
-Sampling walks steps, the network at each step is a list of blocks: a grid of cells, and each cell either computes its
-block or reuses what the block gave last. A *model* and a *plan* (which cells compute) are all there is; see
-``lib.grid.plan``.
+Sampling walks steps, the network at each step is a list of blocks: a grid of cells, and each cell computes its block,
+holds what the block gave last, or forecasts it. A *model* and a *plan* (which cells compute) are all there is; see
+``lib.grid.plan``. The wings grid, teachers, judging, methods and study each say in a few lines what lives there.
 """
 
 import warnings
