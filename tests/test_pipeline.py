@@ -280,7 +280,7 @@ def test_half_done_work_hangs_on_what_came_before_and_on_its_own_modules_alone(t
         return stage.Stage("01_teacher_analysis", params.load("digits")["01_teacher_analysis"]).work.name
 
     begun, other, own = key(), "# another line\n", {"lib/grid/plan.py", "lib/judging/analysis.py"}
-    for name in ("lib/methods/search.py", "lib/study/params.py", "lib/grid/plan.py", "lib/judging/analysis.py"):
+    for name in ("lib/methods/dipgo/learning.py", "lib/study/params.py", "lib/grid/plan.py", "lib/judging/analysis.py"):
         text = (tmp_path / name).read_text()
         (tmp_path / name).write_text(text + other)
         assert (key() != begun) == (name in own), name

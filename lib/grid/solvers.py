@@ -212,7 +212,7 @@ def _dpm_solver(alpha: Tensor, sigma: Tensor, order: int) -> tuple[Tensor, Tenso
     half = (alpha / sigma.clamp(min=1e-300)).log()  # lambda = log(alpha / sigma)
     for i in range(steps):
         here = min(order, i + 1)
-        if i == steps - 1 and (float(sigma[-1]) == 0 or steps < FEW):
+        if i == steps - 1 and (float(sigma[-1].detach()) == 0 or steps < FEW):
             here = 1
         elif i == steps - 2 and steps < FEW:
             here = min(here, 2)
