@@ -5,9 +5,11 @@ several processes, or devices, make their share of the images each.
 """
 
 import argparse
+import copy
 import math
 import time
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from PIL import Image
 from torch import Tensor, nn
 
-from lib.grid import cost, graphs, sampling
+from lib.grid import blocks, cost, graphs, sampling, solvers
 from lib.grid.engine import Engine
 from lib.grid.plan import NoiseSchedule, Plan, PlanError
 from lib.grid.solvers import State, advance, noise_levels
@@ -25,8 +27,8 @@ from lib.study import paths
 from lib.teachers import networks
 from lib.teachers.data import to_uint8
 
-UNGUIDABLE = ("DiTPipeline",)
-"""Pipelines on which a plan cannot tell the passes apart."""
+UNGUIDABLE = ("DiTPipeline", "PAG")
+"""Pipelines, by parts of their names, whose batches are no pair of a null and a given pass."""
 COMPARED = 16
 """So many images are sampled at all steps too, to say what the plan saves and changes."""
 
@@ -50,25 +52,45 @@ class Planned:
     """
 
     def __init__(self, pipe: DiffusionPipeline, plan: Plan):
-        model = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-        if model is None:
-            raise PlanError(f"a {type(pipe).__name__} has neither unet nor transformer: no plan fits it.")
-        if len(plan.passes) > 1 and type(pipe).__name__ in UNGUIDABLE:
-            raise PlanError(f"a {type(pipe).__name__} walks both passes' rows as images, so nobody can say which are "
-                            "which: take a plan of one pass, which holds for both.")
-        self.pipe, self._own = pipe, pipe.scheduler
-        self._engine = graphs.engine(model, plan, NoiseSchedule.of(pipe.scheduler))
-        self._walk = _Walk(self._engine, pipe.scheduler)
+        self.pipe, self.plan, self._own = pipe, plan, None
+        self._prepare()
+
+    def _prepare(self) -> tuple[Engine, "_Walk"]:
+        """Check that the plan fits the pipeline as it is now, and give what walks it."""
+        part = next((part for part in ("unet", "transformer") if getattr(self.pipe, part, None) is not None), None)
+        kind = type(self.pipe).__name__
+        if part is None:
+            raise PlanError(f"a {kind} has neither unet nor transformer: no plan fits it.")
+        if len(self.plan.passes) > 1 and any(word in kind for word in UNGUIDABLE):
+            raise PlanError(f"a {kind} makes batches in which nobody can say which rows are of which pass: take a plan "
+                            "of one pass, which holds for all.")
+        if isinstance(self.pipe.scheduler, _Walk):
+            raise PlanError(f"{self.pipe.scheduler.engine.plan.title} is on this pipeline: leave its block, or "
+                            "disable() it, first.")
+        model = getattr(self.pipe, part)
+        self._part, self._model = part, getattr(model, "_orig_mod", model)  # a compiled network's own
+        engine = graphs.engine(self._model, self.plan, NoiseSchedule.of(self.pipe.scheduler), led=True)
+        return engine, _Walk.in_place_of(self.pipe.scheduler, engine)
 
     def enable(self) -> None:
-        """Put the plan on the pipeline."""
+        """Put the plan on the pipeline; a compiled network runs uncompiled for as long."""
+        if self._own is not None:
+            raise PlanError(f"{self.plan.title} is on this pipeline already.")
+        self._engine, walk = self._prepare()
         self._engine.__enter__()
-        self.pipe.scheduler = self._walk
+        self._own = {self._part: getattr(self.pipe, self._part), "scheduler": self.pipe.scheduler}
+        self._put({self._part: self._model, "scheduler": walk})
 
     def disable(self) -> None:
         """Take it off again: the pipeline is as it was."""
-        self.pipe.scheduler = self._own
-        self._engine.__exit__()
+        if self._own is not None:
+            self._put(self._own)
+            self._own = None
+            self._engine.__exit__()
+
+    def _put(self, parts: dict) -> None:
+        for name, part in parts.items():
+            setattr(self.pipe, name, part)
 
     def __enter__(self) -> DiffusionPipeline:
         self.enable()
@@ -79,36 +101,67 @@ class Planned:
 
 
 class _Walk:
-    """A plan's solver, as a pipeline's scheduler that takes no other timesteps."""
+    """A plan's solver, as a pipeline's scheduler that takes no other timesteps.
+
+    Whoever asks it, saves it or copies it meets the pipeline's own scheduler.
+    """
 
     order = 1
     init_noise_sigma = 1.0
 
-    def __init__(self, engine: Engine, own: SchedulerMixin):
-        self._engine, self._own = engine, own
+    @classmethod
+    def in_place_of(cls, own: SchedulerMixin, engine: Engine) -> Self:
+        """Give a walk of an engine's plan that is of the own scheduler's class too."""
+        kind = type(own)
+        hidden = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "from_config": kind.from_config}
+        walk = object.__new__(type(kind.__name__, (cls, kind), hidden))
+        vars(walk).update({name: value for name, value in vars(own).items() if not hasattr(cls, name)})
+        walk.own, walk.engine, walk._state = own, engine, ()
+        return walk
 
-    def __getattr__(self, name: str):
-        return getattr(self._own, name)
+    def __reduce__(self) -> tuple:
+        return copy.copy, (self.own,)
+
+    @property
+    def sigmas(self) -> None:
+        raise PlanError("this pipeline reads its scheduler's sigmas, and a plan's solver is not told by them: run it "
+                        "without a plan.")
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        plan = self._engine.plan
-        if num_inference_steps != len(plan.grid):
+        plan = self.engine.plan
+        if num_inference_steps not in (len(plan.grid), plan.steps):
             raise PlanError(f"the plan is for runs of {len(plan.grid)} steps, of which it takes {plan.steps}: call the "
                             f"pipeline with num_inference_steps={len(plan.grid)}, not {num_inference_steps}.")
-        self._engine.reset()
-        self.timesteps, self.num_inference_steps = torch.tensor(plan.timesteps, device=device), plan.steps
+        self.engine.reset()
+        self.engine.closed = False
+        self.timesteps, self.num_inference_steps = torch.tensor(plan.timesteps, device=device), num_inference_steps
         self._state: State = ()
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        if begin_index:
-            raise PlanError(f"the pipeline begins at step {begin_index}, and plans are walked from their first step: "
-                            "call it with strength 1, or without a plan.")
+        """Begin at a later step (image to image); see `lib.grid.plan.Plan.refreshed`."""
+        plan = self.engine.plan
+        if begin_index >= plan.steps:
+            raise PlanError(f"the pipeline begins at step {begin_index}, and the plan has {plan.steps}, from 0 on: "
+                            f"call it with num_inference_steps={plan.steps} and a greater strength.")
+        if begin_index and self.num_inference_steps != plan.steps:
+            raise PlanError(f"the plan takes {plan.steps} of {self.num_inference_steps} steps, and the pipeline begins "
+                            f"in the middle, which it counts in its own steps: call it with num_inference_steps="
+                            f"{plan.steps}.")
+        if begin_index and plan.solver in ("pndm", "learned"):
+            raise PlanError(f"the pipeline begins at step {begin_index}, and the plan's solver ({plan.solver}) can "
+                            "only be walked from its first step: call it with strength 1, or take another solver.")
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        if not len(timesteps):
+            raise PlanError(f"the pipeline asks for none of the plan's {self.engine.plan.steps} steps: call it with "
+                            f"num_inference_steps={self.engine.plan.steps} and a greater strength.")
         shape = (-1,) + (1,) * (noise.ndim - 1)
         alpha, sigma = (part.to(noise).view(shape) for part in
-                        noise_levels(timesteps.cpu(), self._engine.plan.schedule))
+                        noise_levels(timesteps.cpu(), self.engine.plan.schedule))
         return alpha * original_samples + sigma * noise
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        return self.add_noise(sample, noise, timestep)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
         return sample
@@ -118,15 +171,22 @@ class _Walk:
              return_dict: bool = True):
         if eta:
             raise PlanError(f"a plan is walked without noise: call the pipeline with eta=0, not {eta}.")
-        engine, given = self._engine, sample.dtype
-        if not self._state and float(timestep) != engine.plan.timesteps[0]:
-            raise PlanError(f"the pipeline begins at timestep {float(timestep):g}, the plan at "
-                            f"{engine.plan.timesteps[0]}: plans are walked from their first step.")
+        engine, given = self.engine, sample.dtype
         engine.check_passes(len(sample))
+        if not self._state:
+            self._begin(engine.step)
         output = model_output[:, :sample.shape[1]].float()
-        sample, self._state = advance(engine.solver, engine.step, sample.float(), output, self._state)
+        sample, self._state = advance(self._solver, engine.step - self._first, sample.float(), output, self._state)
         engine.at(engine.step + 1)
+        engine.closed = engine.step == engine.plan.steps
         return SchedulerOutput(prev_sample=sample.to(given)) if return_dict else (sample.to(given),)
+
+    def _begin(self, step: int) -> None:
+        """Take the solver of a walk that begins at a step."""
+        self.set_begin_index(step)
+        plan = self.engine.plan
+        self._first = step
+        self._solver = solvers.of(plan.at(plan.timesteps[step:])) if step else self.engine.solver
 
 
 def images(model: str, plan: Path, out: Path, *, count: int, seed: int, device: str, precision: str) -> None:
@@ -140,14 +200,20 @@ def images(model: str, plan: Path, out: Path, *, count: int, seed: int, device: 
     """
     state = PartialState(cpu=device == "cpu")
     network, schedule = networks.load(model, str(state.device))
+    shape, decode = blocks.input_shape(network), networks.decoder(model, str(state.device))
+    if reads := set(blocks.example_conditions(network, 1, "cpu")) - {"class_labels"}:
+        raise ValueError(f"{model} reads {', '.join(sorted(reads))}, and the command line has none to give: in Python, "
+                         "`with lib.apply.Planned(pipe, plan): pipe(prompt, ...)` does the same")
+    if decode is None and shape[0] not in (1, 3):
+        raise ValueError(f"{model} draws {shape[0]} channels, which is no picture, and names no vae to decode them")
     walk = Plan.load(plan)
     if count < state.num_processes:
         raise ValueError(f"{count} images for {state.num_processes} processes: ask for more images, or start fewer")
     own = np.array_split(np.arange(count), state.num_processes)[state.process_index]
-    side = network.config.sample_size
-    noise = sampling.noise("report", seed, int(own[0]), len(own), (network.config.in_channels, side, side))
+    noise = sampling.noise("report", seed, int(own[0]), len(own), shape)
     made, seconds = _timed(network, schedule, walk, noise, precision, "sampling" if state.is_main_process else None)
     paths.writable(out)
+    made = made if decode is None else decode(made)
     for number, pixels in zip(own, to_uint8(made).permute(0, 2, 3, 1).numpy()):
         Image.fromarray(pixels.squeeze()).save(out / f"{number:06d}.png")
     state.wait_for_everyone()

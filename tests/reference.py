@@ -3,6 +3,8 @@
 It knows nothing of liveness, batches of passes, or what may be skipped; what the engine gives must be the same.
 """
 
+import inspect
+
 import numpy as np
 import torch
 
@@ -83,3 +85,50 @@ def sample(model, plan, noise, conditions=None):
             along = without + conditions.scale * (along - without)
         x_t, state = solvers.advance(table, step, x_t, along[:, :x_t.shape[1]], state)
     return x_t
+
+
+class Watched:
+    """The slow reference on anybody's pipeline, whatever its sampler: a plan of one pass on a stock network, by hooks.
+
+    The timestep of a call says which column it is. Where a run begins, and where a batch of another shape comes,
+    everything is computed. ``outputs`` holds what the pipeline was given at each call.
+    """
+
+    def __init__(self, model, plan):
+        self.model, self.plan, self.outputs, self.step, self.shape = model, plan, [], None, None
+        self.described = blocks.describe(model)
+        self.sheet = Sheet(model, plan, GIVEN)
+
+    def __enter__(self):
+        self.handles = [self.model.register_forward_pre_hook(self.arrive, with_kwargs=True),
+                        self.model.register_forward_hook(self.leave)]
+        for place, block in enumerate(self.described):
+            module = self.model.get_submodule(block.modules[-1])
+            self.handles.append(module.register_forward_hook(lambda *a, place=place: self.hook(place)(*a)))
+        return self
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+
+    def arrive(self, module, args, kwargs):
+        arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        t, shape = float(torch.as_tensor(arguments["timestep"]).flatten()[0]), next(iter(arguments.values())).shape
+        step = int(np.argmin([abs(t - own) for own in self.plan.timesteps]))
+        if self.step is None or step <= self.step or shape != self.shape:
+            self.sheet = Sheet(self.model, self.plan.replace(
+                states=((*self.plan.states[0][:step], (1,) * len(self.described), *self.plan.states[0][step + 1:]),),
+                net=((*self.plan.net[0][:step], 1, *self.plan.net[0][step + 1:]),)), GIVEN)
+        self.step, self.shape = step, shape
+
+    def hook(self, place):
+        return self.sheet.hook(place, self.step)
+
+    def leave(self, module, inputs, output):
+        now = output[0]
+        if self.sheet.net[self.step] == 1:
+            self.sheet.computed.setdefault("net", []).append((self.sheet.places[self.step], now.clone()))
+        else:
+            now = self.sheet.stands_for("net", self.sheet.net[self.step], self.step)
+        self.outputs.append(now.clone())
+        return (now,) if isinstance(output, tuple) else type(output)(sample=now)

@@ -158,7 +158,9 @@ def test_other_peoples_pipelines_are_loaded(tmp_path, schedule, noise):
 
 def test_pipelines_of_other_things_are_refused(tmp_path):
     for parts, message in (({"_class_name": "Thing", "vae": ["diffusers", "AutoencoderKL"]}, "a Thing without unet"),
-                           ({"unet": ["os", "system"]}, "its unet is a system of os; only models of diffusers")):
+                           ({"unet": ["os", "system"]}, "its unet is a system of os; only models and schedulers of"),
+                           ({"unet": ["diffusers", "DDIMScheduler"]}, "its unet is a DDIMScheduler of diffusers; only"),
+                           ({"unet": ["diffusers", "logging"]}, "its unet is a logging of diffusers; only models")):
         (tmp_path / "model_index.json").write_text(json.dumps(parts))
         with pytest.raises(ValueError, match=message):
             networks.load(tmp_path)

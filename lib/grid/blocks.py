@@ -254,6 +254,9 @@ def describe(model: nn.Module) -> Blocks:
     TypeError
         If the model, or one of its levels, is of a kind that is not supported.
     """
+    if hasattr(model, "_orig_mod"):
+        raise TypeError("a network compiled by torch.compile holds no plan: take its own, model._orig_mod. "
+                        "(lib.apply.Planned does so by itself.)")
     if isinstance(model, UNet2DModel | UNet2DConditionModel):
         return _unet(model)
     stack = getattr(model, "transformer_blocks", ())
@@ -266,21 +269,60 @@ def describe(model: nn.Module) -> Blocks:
                     "PixArtTransformer2DModel).")
 
 
+def input_shape(model: nn.Module) -> tuple[int, int, int]:
+    """Give the shape of what a network denoises, (C, H, W), at its sample size.
+
+    Raises
+    ------
+    ValueError
+        If its config names none.
+    """
+    config, size = model.config, model.config.sample_size
+    if size is None:
+        raise ValueError(f"this {type(model).__name__} names no sample_size: set it in its config.json (latents are "
+                         "smaller than images, often by 8)")
+    added = HINT if config.get("addition_embed_type") == "image_hint" else 0  # channels that it makes of a picture
+    return config.in_channels - added, *((size, size) if isinstance(size, int) else size)
+
+
 def example_conditions(model: nn.Module, count: int, device: torch.device | str) -> dict[str, Tensor | dict]:
     """Give what a network reads besides image and timestep, of the right shapes, for `count` images."""
-    config = model.config
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(count, *shape, device=device, dtype=dtype)
+
+    config, given, added = model.config, {}, {}
     if isinstance(model, UNet2DConditionModel):
-        given = {"encoder_hidden_states": torch.zeros(count, 77, _widest(config.cross_attention_dim), device=device)}
-        if config.addition_embed_type == "text_time":
-            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            given["added_cond_kwargs"] = {"text_embeds": torch.zeros(count, pooled, device=device),
-                                          "time_ids": torch.zeros(count, 6, device=device)}
-        return given
-    if config.get("caption_channels"):
-        return {"encoder_hidden_states": torch.zeros(count, 120, config.caption_channels, device=device),
-                "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
-    labelled = config.get("num_embeds_ada_norm") if hasattr(model, "transformer_blocks") else config.num_class_embeds
-    return {"class_labels": torch.zeros(count, dtype=torch.long, device=device)} if labelled else {}
+        given["encoder_hidden_states"] = zeros(77, config.encoder_hid_dim or _widest(config.cross_attention_dim))
+        images = {"text_image_proj": config.cross_attention_dim, "image_proj": config.encoder_hid_dim}
+        if config.encoder_hid_dim_type in images:
+            added["image_embeds"] = zeros(_widest(images[config.encoder_hid_dim_type]))
+        kind, pooled = config.addition_embed_type, config.projection_class_embeddings_input_dim
+        if kind == "text_time":
+            added |= {"text_embeds": zeros(pooled - 6 * config.addition_time_embed_dim), "time_ids": zeros(6)}
+        elif kind == "text_image":
+            added |= {"text_embeds": zeros(_widest(config.cross_attention_dim)),
+                      "image_embeds": zeros(_widest(config.cross_attention_dim))}
+        elif kind in ("image", "image_hint"):
+            added["image_embeds"] = zeros(config.encoder_hid_dim)
+        if kind == "image_hint":
+            added["hint"] = zeros(3, *(8 * side for side in input_shape(model)[1:]))
+    elif config.get("caption_channels"):
+        given["encoder_hidden_states"] = zeros(120, config.caption_channels)
+        wanted = model.use_additional_conditions
+        added = {"resolution": zeros(2) if wanted else None, "aspect_ratio": zeros(1) if wanted else None}
+    elif hasattr(model, "transformer_blocks") and config.get("num_embeds_ada_norm"):
+        given["class_labels"] = zeros(dtype=torch.long)
+    kind = config.get("class_embed_type")
+    if kind in ("identity", "projection", "simple_projection"):
+        wide = config.get("time_embedding_dim") or 4 * config.block_out_channels[0]
+        given["class_labels"] = zeros(wide if kind == "identity" else config.projection_class_embeddings_input_dim)
+    elif kind == "timestep" or config.get("num_class_embeds"):
+        given["class_labels"] = zeros(dtype=torch.long)
+    return given | ({"added_cond_kwargs": added} if added else {})
+
+
+HINT = 4
+"""The channels of the picture that Kandinsky's controlled UNet adds to the latents."""
 
 
 def _widest(widths: int | tuple[int, ...]) -> int:

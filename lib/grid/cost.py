@@ -96,13 +96,10 @@ class Costs:
 
 def count(model: nn.Module) -> Costs:
     """Count MACs and parameters of a model's blocks for one image of the model's sample size."""
-    config = model.config
     # Parameters, which want gradients: of tensors that do not, the counter misses what attention multiplies.
     weightless = {id(tensor): nn.Parameter(tensor.detach().to("meta")) for tensor in model.parameters()}
     twin = copy.deepcopy(model, weightless).to("meta").float()
-    size = config.sample_size
-    shape = (size, size) if isinstance(size, int) else tuple(size)
-    x_t = torch.empty(1, config.in_channels, *shape, device="meta")
+    x_t = torch.empty(1, *_blocks.input_shape(model), device="meta")
     described, outputs = _blocks.describe(model), {}
 
     def measure(name: str) -> Callable:
@@ -112,7 +109,7 @@ def count(model: nn.Module) -> Costs:
     for block in described:
         twin.get_submodule(block.modules[-1]).register_forward_hook(measure(block.name))
     with FlopCounterMode(display=False, depth=None) as counter:
-        predicted = twin(x_t, torch.zeros(1, device="meta", dtype=torch.long),
+        predicted = twin(x_t, timestep=torch.zeros(1, device="meta", dtype=torch.long),
                          **_blocks.example_conditions(model, 1, "meta"))
     outputs["net"] = predicted[0].numel()
     root = type(model).__name__
@@ -299,7 +296,7 @@ def block_seconds(model: nn.Module, x_t: torch.Tensor, repeats: int,
         for _ in range(repeats + 1):
             spent.clear()
             start = _now()
-            model(x_t, torch.full((len(x_t),), 500, device=x_t.device), **conditions)
+            model(x_t, timestep=torch.full((len(x_t),), 500, device=x_t.device), **conditions)
             rounds.append(dict(spent) | {"stem and head": _now() - start - sum(spent.values())})
     for handle in handles:
         handle.remove()

@@ -5,8 +5,10 @@ The network's own forward pass stays as it is (no copy of it that the next diffu
 Nothing of the cache is ever lent: what a block gave is copied in and copied out, so no other code can change it.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -15,13 +17,17 @@ from diffusers import Transformer2DModel
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from lib.grid import blocks as _blocks
 from lib.grid import solvers
 from lib.grid.plan import COMPUTE, DROP, GIVEN, NULL, NoiseSchedule, Plan, PlanError
 
 HOOK = "lean_diffusion"
+CLOSE = 0.01
+"""Timesteps that lie no further apart are the same: networks are told them in single precision."""
+CACHES = ("cache", "fbc", "pyramid")
+"""What the names of other caches' hooks hold."""
 CONTEXTS = {"cond": GIVEN, "uncond": NULL}
 """What pipelines that call the network once a pass name them (diffusers' `cache_context`)."""
 
@@ -29,55 +35,87 @@ CONTEXTS = {"cond": GIVEN, "uncond": NULL}
 class Engine:
     """A model under a plan, as a context manager: inside, ``engine(x_t, step)`` predicts at a step of the plan.
 
-    A pipeline may call the model itself instead; `at` then says which step a call belongs to. On leaving, the model is
-    as it was. `reset` starts over (the next batch) and forgets what was cached.
+    A pipeline may call the model itself instead: the timestep of a call says which step it is. A run may begin at any
+    step; what nothing is cached for is computed. On leaving, the model is as it was. `reset` starts over (the next
+    batch) and forgets what was cached.
 
     Parameters
     ----------
     model : Module of a family that `lib.grid.blocks.describe` knows
     plan : Plan
     schedule : NoiseSchedule of the model, checked against the plan's
+    led : bool
+        True if a scheduler says when the next step begins (`at`), and when a run is on (`closed`): then calls at any
+        other timestep, or between runs, are somebody else's and refused.
 
     Raises
     ------
     PlanError
-        If the plan is for other blocks or another noise schedule, or when a pass is called twice at one step.
+        If the plan is for other blocks or another noise schedule; if a plan, or another cache, is on the model; at
+        calls that the plan does not know.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, schedule: NoiseSchedule):
-        self.model, self.plan = model, plan
+    def __init__(self, model: nn.Module, plan: Plan, schedule: NoiseSchedule, led: bool = False):
+        self.model, self.plan, self.led = model, plan, led
         self.blocks = _blocks.describe(model)
         plan.check_fits(self.blocks.names, schedule)
         if plan.cache != self.blocks.cache:
             raise PlanError(f"the plan caches each block's {plan.cache}, this network's blocks cache their "
                             f"{self.blocks.cache}.")
-        self.life = plan.life
         self.solver = solvers.of(plan)
         self._abscissae = solvers.abscissae(plan.timesteps, plan.schedule, plan.abscissa).tolist()
-        self._hooked: list[nn.Module] = []
+        self._hooked: dict[str, Callable] = {}
+        self.closed = led
         self.reset()
 
     def reset(self) -> None:
         """Go back to the first step and forget all that was cached."""
+        self._now, self.life, self._first = self.plan, self.plan.life, 0
         self._cache: dict[str, _Pass] = {}
-        self._shapes: dict[int, Tensor] = {}
+        self._shapes: dict[int, tuple[torch.Size, torch.dtype]] = {}
+        self._scratch: dict[torch.dtype, Tensor] = {}
         self._packed: Callable[[Tensor], Any] | None = None
-        self.step, self._names = 0, self.plan.passes
+        self.step, self._names = 0, self._now.passes
         self._done: set[str] = set()
         self._given: Tensor | None = None  # the given pass's output at this step
+        self._group: _Group | None = None  # the passes that the network runs for just now
+        self._told = False  # that the next call's step is known
+        if self._hooked:
+            self._check_hooks()
 
     def at(self, step: int) -> None:
         """Say which step the next calls belong to."""
-        if step != self.step:
-            if step != self.step + 1 and self._cache:
-                raise PlanError(f"step {step} was asked for after step {self.step}: steps are walked in their order. "
-                                "Call reset() to start anew.")
-            for memory in self._cache.values():
-                memory.forget(self.life[memory.sheet], self.step)
-            self.step, self._done, self._given = step, set(), None
+        if step == self.step:
+            return
+        if not self._cache:
+            self._refresh(step)
+        elif step != self.step + 1:
+            raise PlanError(f"step {step} was asked for after step {self.step}: steps are walked in their order. "
+                            "Call reset() to start anew.")
+        elif not self._done:
+            raise PlanError(f"step {self.step} was begun and not finished: make it again, or call reset().")
+        self._cache = {name: self._cache[name] for name in self._cache if name in self._done}
+        for memory in self._cache.values():
+            memory.forget(self.life[memory.sheet], self.step)
+        self.step, self._done, self._given = step, set(), None
+
+    def _refresh(self, step: int, alone: bool = False) -> None:
+        """Go on from a step without what was cached: there every block is computed; `alone`, of the given pass only."""
+        self._now = (self._now.alone() if alone else self._now).refreshed(step)
+        self._cache, self._shapes, self.life, self._first = {}, {}, self._now.life, step
 
     def __enter__(self) -> Self:
+        self._check_strangers()
         self._weight = next(self.model.parameters())
+        self._compiled: dict[str, Any] = {}
+        try:
+            self._hook_all()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _hook_all(self) -> None:
         self._hook("", _ModelHook(self))
         for level, members in self.blocks.levels.items():
             if len(members) > 1:
@@ -86,18 +124,63 @@ class Engine:
             for path in block.modules:
                 kind = _ResidualHook if self.blocks.cache == "residual" else _LayerHook
                 self._hook(path, kind(self, place, gives_output=path == block.modules[-1]))
-        return self
 
     def __exit__(self, *_: Any) -> None:
-        for module in self._hooked:
-            HookRegistry.check_if_exists_or_initialize(module).remove_hook(HOOK, recurse=False)
-        self._hooked = []
+        for path in list(self._hooked):
+            self._unhook(path)
         self.reset()
 
+    @property
+    def on(self) -> bool:
+        """Whether the plan is on the model."""
+        return bool(self._hooked)
+
     def _hook(self, path: str, hook: ModelHook) -> None:
+        """Put a hook on a module, which runs uncompiled as long: what a compiler saw of it knows no plan."""
         module = self.model.get_submodule(path)
         HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
-        self._hooked.append(module)
+        self._hooked[path] = module.forward
+        self._compiled.setdefault(path, module._compiled_call_impl)
+        module._compiled_call_impl = None
+
+    def _unhook(self, path: str) -> ModelHook:
+        """Take a module's hook off; what has replaced the hooked forward in the meantime (offloading) stays."""
+        module, registry = self.model.get_submodule(path), self.model.get_submodule(path)._diffusers_hook
+        hook, now = registry.get_hook(HOOK), module.forward
+        registry.remove_hook(HOOK, recurse=False)
+        if now is not self._hooked.pop(path):
+            module.forward = now
+        if _is_own(module):
+            del module.forward
+        module._compiled_call_impl = self._compiled[path]
+        return hook
+
+    def _check_hooks(self) -> None:
+        """Put hooks that something took off (offloading, between two calls of a pipeline) on again."""
+        self._check_strangers()
+        for path, forward in list(self._hooked.items()):
+            if self.model.get_submodule(path).forward is not forward:
+                self._hook(path, self._unhook(path))
+
+    def _check_strangers(self) -> None:
+        """Refuse a model that somebody else caches: two caches do not know of each other."""
+        for path, module in self.model.named_modules():
+            registry = getattr(module, "_diffusers_hook", None)
+            for name, hook in (registry.hooks.items() if registry else ()):
+                if name == HOOK and hook.engine is not self:
+                    raise PlanError(f"{hook.engine.plan.title} is on this network: leave its block, or disable() it, "
+                                    "first.")
+                if any(word in name for word in CACHES):
+                    raise PlanError(f"the cache {name!r} is on {path or 'the network'}: disable_cache() first.")
+            known = (registry and registry.hooks) or hasattr(module, "_hf_hook") or _is_own(module)
+            if path in self._own_paths and "forward" in vars(module) and not known:
+                raise PlanError(f"something has replaced the forward of {path or 'the network'} (another cache?): "
+                                "take it off first.")
+
+    @cached_property
+    def _own_paths(self) -> set[str]:
+        """The modules on which a plan lies."""
+        return {"", *self.blocks.level_modules.values(), *(path for block in self.blocks for path in block.modules)}
 
     def __call__(self, x_t: Tensor, step: int, passes: Sequence[str] = (GIVEN,), **conditions) -> Tensor:
         """Predict at a step of the plan.
@@ -114,54 +197,48 @@ class Engine:
         prediction : Tensor, (B, C, H, W), without a learned variance
         """
         self.at(step)
-        self._names = tuple(passes)
+        self._names, self._told = tuple(passes), True
         if step < self.plan.steps:
             t = torch.as_tensor(self.plan.timesteps[step], device=x_t.device).expand(len(x_t))
         else:
             t = None  # is refused by `run`
-        output = self.model(x_t.to(self._weight.dtype), timestep=t, **conditions)
-        return output.sample[:, :x_t.shape[1]]
+        try:
+            return self.model(x_t.to(self._weight.dtype), timestep=t, **conditions).sample[:, :x_t.shape[1]]
+        finally:
+            self._told = False
 
     def name(self, context: str | None) -> None:
         """Take a pipeline's name of the pass that the next calls make; None: all passes lie in one batch."""
-        self._names = self.plan.passes if context is None else (CONTEXTS.get(context, context),)
+        self._names = self._now.passes if context is None else (CONTEXTS.get(context, context),)
 
     def check_passes(self, images: int) -> None:
-        """Refuse a run of so many images if the calls of this step did not hold the plan's several passes.
+        """Refuse a step for so many images if its calls of the network did not hold the plan's several passes.
 
         Raises
         ------
         PlanError
             Saying what was called.
         """
-        rows = {memory.rows for memory in self._cache.values()}
-        missing = set(self.plan.passes) - self._done
-        if len(self.plan.passes) > 1 and (missing or rows != {images}):
-            raise PlanError(f"the plan has passes {', '.join(self.plan.passes)}, but the network was called for "
-                            f"{', '.join(sorted(self._done)) or 'none of them'} with {sorted(rows)} rows a pass where "
-                            f"there are {images} images: call the pipeline with guidance, or take a plan of one pass.")
+        shapes = {memory.shape[0] for memory in self._cache.values()}
+        missing = set(self._now.passes) - self._done
+        if not self._done:
+            raise PlanError(f"{self.plan.title} is on the pipeline, but its network was not called: was unet or "
+                            "transformer replaced? Leave the block, and make a new one.")
+        if len(self._now.passes) > 1 and (missing or shapes != {images}):
+            raise PlanError(f"the plan has passes {', '.join(self._now.passes)}, but the network was called for "
+                            f"{', '.join(sorted(self._done))} with {sorted(shapes)} rows a pass where there are "
+                            f"{images} images: call the pipeline with guidance, or take a plan of one pass.")
 
     def run(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
         """Give what the network gives at the current step: its `forward` runs for the passes that compute."""
-        if self.step >= self.plan.steps:
-            raise PlanError(f"the plan has {self.plan.steps} steps and was called once more. Call reset() before the "
-                            "next batch.")
-        if again := self._done & set(self._names):
-            raise PlanError(f"step {self.step} was called twice for the pass {sorted(again)[0]!r}: which pass is the "
-                            "second call? Name it, or make all passes in one batch.")
-        if kwargs.get("down_intrablock_additional_residuals") is not None and not all(map(all, self.plan.computes)):
-            raise PlanError("an adapter adds to what blocks give inside the levels, and plans that skip blocks do not "
-                            "know it: run it without a plan.")
-        batch = len(next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim))
-        memories = [self._memory(name) for name in self._names]
-        if batch % len(memories):
-            raise PlanError(f"a batch of {batch} cannot hold {len(memories)} passes ({', '.join(self._names)}).")
-        rows = batch // len(memories)
-        for memory in memories:
-            if memory.rows not in (None, rows):
-                raise PlanError(f"the batch changed from {memory.rows} to {rows} images in the middle of a run: what "
-                                "was cached does not fit. Call reset() first.")
-            memory.rows = rows
+        arguments = inspect.signature(forward).bind(*args, **kwargs).arguments
+        sample = next(iter(arguments.values()))
+        if not self._told:
+            self._arrive(arguments.get("timestep"))
+        self._check_call(arguments)
+        self._take(sample)
+        memories = [self._cache[name] for name in self._names]
+        batch, rows = len(sample), memories[0].shape[0]
         groups: dict[tuple, list[int]] = {}
         for number, memory in enumerate(memories):
             life = self.life[memory.sheet]
@@ -174,34 +251,99 @@ class Engine:
             if len(members) < len(memories):
                 chosen = tree_map_only(Tensor, lambda value: _chunks(value, members, rows, batch), chosen)  # noqa: B023
             self._group = self._together([memories[number] for number in members])
-            output = self.call(forward, *chosen)
+            try:
+                output = self.call(forward, *chosen)
+            finally:
+                self._group = None
             self._packed = _packing(output)
             for number, part in zip(members, output[0].chunk(len(members)), strict=True):
                 fresh[number] = part
         self._done |= set(self._names)
         outputs = self._outputs(memories, fresh)
-        if len(groups) == 1 and all(self.plan.net[memory.sheet][self.step] == COMPUTE for memory in memories):
+        if len(groups) == 1 and all(self._now.net[memory.sheet][self.step] == COMPUTE for memory in memories):
             return output
         return self._packed(torch.cat(outputs))
+
+    def _arrive(self, timestep: float | Tensor) -> None:
+        """Find the step of a call that others make, by its timestep."""
+        if self.closed:
+            raise PlanError(f"{self.plan.title} is on this network, and was called by something else than a run of its "
+                            "pipeline under the plan's scheduler (another pipeline, a scheduler put in its place, or a "
+                            "call by hand): disable() the plan first, or call scheduler.set_timesteps.")
+        t = float(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
+        steps = [step for step, own in enumerate(self.plan.timesteps) if abs(own - t) < CLOSE]
+        again = bool(self._done & set(self._names))
+        if not self._cache and steps:
+            self.at(steps[0])
+        elif self.step in steps and not (again and self.step + 1 in steps):
+            pass
+        elif self.step + 1 in steps and not self.led:
+            self.at(self.step + 1)
+        elif steps and self.step == self.plan.steps - 1 and self._done and not self.led:
+            self.reset()
+            self.at(steps[0])
+        else:
+            there = f"at timestep {self.plan.timesteps[self.step]}" if self.step < self.plan.steps else "at its end"
+            raise PlanError(f"the network was called at timestep {t:g}, but {self.plan.title} is {there}" + (
+                "" if steps else " and does not walk that one") + ": is another scheduler or pipeline at work? Call "
+                "the pipeline as the plan wants it, or reset() to start anew.")
+
+    def _check_call(self, arguments: dict) -> None:
+        """Refuse calls that the plan cannot serve."""
+        if self.step >= self.plan.steps:
+            raise PlanError(f"the plan has {self.plan.steps} steps and was called once more. Call reset() before the "
+                            "next batch.")
+        if again := self._done & set(self._names):
+            raise PlanError(f"step {self.step} was called twice for the pass {sorted(again)[0]!r}: which pass is the "
+                            "second call? Name it, or make all passes in one batch.")
+        inside = arguments.get("down_intrablock_additional_residuals") is not None or (
+            arguments.get("down_block_additional_residuals") is not None
+            and arguments.get("mid_block_additional_residual") is None)  # an adapter too, as it was written once
+        if inside and not all((sheet == COMPUTE).all() for sheet in self.plan.sheets):
+            raise PlanError("an adapter adds to what blocks give inside the levels, and plans that skip blocks do not "
+                            "know it: run it without a plan.")
+
+    def _take(self, sample: Tensor) -> None:
+        """See whose rows a batch holds; where what was cached does not fit them, all is computed anew from here."""
+        known = {memory.shape for memory in self._cache.values()}
+        batch, count = len(sample), len(self._names)
+        shape = (batch // count, *sample.shape[1:])
+        late = self.step > self._first and not set(self._names) <= set(self._cache)
+        if (known and known != {shape}) or batch % count or late:
+            switched_off = not self._told and count > 1 and known == {tuple(sample.shape)}  # guidance, from here on
+            if batch % count and not switched_off:
+                raise PlanError(f"a batch of {batch} cannot hold {count} passes ({', '.join(self._names)}): call the "
+                                "pipeline with guidance, or take a plan of one pass.")
+            if self._done:
+                raise PlanError(f"at step {self.step} the pass {self._names[0]!r} does not fit the others: it comes "
+                                f"anew, or with another shape ({shape} beside {sorted(known)}). Call reset() first.")
+            self._refresh(self.step, alone=switched_off)
+            if switched_off:
+                self._names, shape = (GIVEN,), tuple(sample.shape)
+        elif not known and not self._told and count > 1:
+            if self._names != (NULL, GIVEN):
+                raise PlanError(f"pipelines that make their passes in one batch hold the null pass first, then the "
+                                f"given one; the plan has {', '.join(self._names)}.")
+            if not all(part.equal(sample[:shape[0]]) for part in sample.chunk(count)):
+                raise PlanError(f"the plan has passes {', '.join(self._names)}, but the parts of the batch begin with "
+                                "different noise: call the pipeline with guidance, or take a plan of one pass.")
+        for name in self._names:
+            if name not in self._cache:
+                self._cache[name] = _Pass(self._now.pass_of(name), shape)
 
     def _together(self, memories: list["_Pass"]) -> "_Group":
         life = self.life[memories[0].sheet]
         kept = np.any([self.life[memory.sheet].keep[self.step] > 0 for memory in memories], axis=0)
         return _Group(memories, life.live[self.step], life.read[self.step], life.live[self.step] & kept)
 
-    def _memory(self, name: str) -> "_Pass":
-        if name not in self._cache:
-            self._cache[name] = _Pass(self.plan.pass_of(name))
-        return self._cache[name]
-
     def _outputs(self, memories: Sequence["_Pass"], fresh: dict[int, Tensor]) -> list[Tensor]:
         """Give each pass's output, and keep what later steps read; the given pass's first, for others may need it."""
         outputs: dict[int, Tensor] = {}
-        several = len(self.plan.passes) > 1
+        several = len(self._now.passes) > 1
         for number in sorted(range(len(memories)), key=lambda number: self._names[number] != GIVEN):
             memory = memories[number]
-            state = self.plan.net[memory.sheet][self.step]
-            apart = several and self.plan.null_holds == "difference" and self._names[number] != GIVEN
+            state = self._now.net[memory.sheet][self.step]
+            apart = several and self._now.null_holds == "difference" and self._names[number] != GIVEN
             if state == COMPUTE:
                 output = fresh[number]
                 if keep := int(self.life[memory.sheet].net_keep[self.step]):
@@ -228,6 +370,9 @@ class Engine:
 
     def runs(self, place: int) -> bool:
         """Say whether the cell of block `place` runs now."""
+        if self._group is None:
+            raise PlanError(f"{self.plan.title} is on this network, and one of its blocks was called by itself: "
+                            "disable() the plan first.")
         return bool(self._group.live[place])
 
     def put(self, place: int, given: Callable[[], Tensor]) -> None:
@@ -237,7 +382,7 @@ class Engine:
             return
         value = given()
         if not known:
-            self._shapes[place] = value.new_zeros(1).expand(1, *value.shape[1:])
+            self._shapes[place] = value.shape[1:], value.dtype
         if self._group.kept[place]:
             self.store(place, value)
 
@@ -248,11 +393,23 @@ class Engine:
                 memory.put(place, self.step, part, keep)
 
     def get(self, place: int) -> Tensor:
-        """Give what a cell that does not run stands for: a held or forecast value, or zeros where nobody reads it."""
+        """Give what a cell that does not run stands for: a held or forecast value, or a placeholder nobody reads.
+
+        All placeholders are views of one scratch tensor: of the right shape, free of cost, and what code between the
+        blocks writes into them harms nobody.
+        """
         if self._group.read[place]:
             return self.value(place)
-        return self._shapes[place].expand(sum(memory.rows for memory in self._group.memories),
-                                          *self._shapes[place].shape[1:])
+        shape, dtype = self._shapes[place]
+        rows = sum(memory.shape[0] for memory in self._group.memories)
+        return self.scratch(rows * shape.numel(), dtype).view(rows, *shape)
+
+    def scratch(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Give so many numbers that belong to nobody."""
+        if dtype not in self._scratch or len(self._scratch[dtype]) < count:
+            with torch.inference_mode(False):  # one that every kind of context may write
+                self._scratch[dtype] = torch.zeros(count, dtype=dtype, device=self._weight.device)
+        return self._scratch[dtype][:count]
 
     def value(self, place: int) -> Tensor:
         """Make the value that a cell holds or forecasts for the current passes; it is the caller's own."""
@@ -261,7 +418,7 @@ class Engine:
 
     def _value(self, memory: "_Pass", place: int) -> Tensor:
         known = [(step, value) for step, value in memory.kept[place] if step != self.step]
-        plan, step = self.plan, self.step
+        plan, step = self._now, self.step
         state = plan.net[memory.sheet][step] if place == NET else plan.states[memory.sheet][step][place]
         if state <= 1:
             return known[0][1].clone()
@@ -269,7 +426,7 @@ class Engine:
         weights = solvers.forecast(self._abscissae[self.step], [self._abscissae[step] for step, _ in known])
         total = known[0][1] * weights[0]
         for weight, (_, value) in zip(weights[1:], known[1:]):
-            total = total.add(value, alpha=weight)
+            total.add_(value, alpha=weight)
         return total
 
 
@@ -284,12 +441,12 @@ class _Pass:
     Attributes
     ----------
     sheet : which of the plan's sheets of cells is the pass's
-    rows : images a call
+    shape : (B, C, H, W) of the network's input, a pass
     kept : for each block's place, and `NET`, its (step, value) pairs
     """
 
     sheet: int
-    rows: int | None = None
+    shape: tuple[int, ...]
     kept: dict[int, list[tuple[int, Tensor]]] = field(default_factory=dict)
 
     def put(self, place: int, step: int, value: Tensor, keep: int) -> None:
@@ -311,6 +468,11 @@ class _Group:
     live: np.ndarray
     read: np.ndarray
     kept: np.ndarray
+
+
+def _is_own(module: nn.Module) -> bool:
+    """Say whether a module carries, as an attribute, the forward that its class has anyway."""
+    return getattr(vars(module).get("forward"), "__func__", None) is type(module).forward
 
 
 def _chunks(value: Tensor, members: Sequence[int], rows: int, batch: int) -> Tensor:
@@ -336,37 +498,51 @@ class _Names(StateManager):
         self.engine.name(context and getattr(context, "name", context))
 
 
-class _ModelHook(ModelHook):
+class _Hook(ModelHook):
+    """One of an engine's hooks, on a module that cannot be copied meanwhile: the copy would run the original."""
+
+    def __init__(self, engine: Engine):
+        super().__init__()
+        self.engine = engine
+
+    def __deepcopy__(self, memo: dict) -> None:
+        raise PlanError(f"{self.engine.plan.title} is on this network, which cannot be copied, or counted, meanwhile: "
+                        "leave its block, or disable() it, first.")
+
+
+class _ModelHook(_Hook):
     """Stands at the network's door, whoever calls it; hears the names of passes that a pipeline gives."""
 
     _is_stateful = True
 
     def __init__(self, engine: Engine):
-        super().__init__()
-        self.engine, self.names = engine, _Names(engine)
+        super().__init__(engine)
+        self.names = _Names(engine)
 
     def new_forward(self, module: nn.Module, *args, **kwargs) -> Any:
+        if not self.engine.on:  # something still holds the hooked forward
+            return self.fn_ref.original_forward(*args, **kwargs)
         return self.engine.run(self.fn_ref.original_forward, args, kwargs)
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         return module
 
 
-class _LayerHook(ModelHook):
+class _LayerHook(_Hook):
     """Runs one module of a layer, or passes on what the layer stands for."""
 
     def __init__(self, engine: Engine, place: int, gives_output: bool):
-        super().__init__()
-        self.engine, self.place, self.gives_output = engine, place, gives_output
+        super().__init__(engine)
+        self.place, self.gives_output = place, gives_output
 
     def new_forward(self, module: nn.Module, *args, **kwargs) -> Tensor | tuple[Tensor]:
-        if not self.engine.runs(self.place):
+        if self.engine.on and not self.engine.runs(self.place):
             if not self.gives_output:  # the layer's last module gives the value
                 return args[0] if args else kwargs["hidden_states"]
             output = self.engine.get(self.place)
             return (output,) if isinstance(module, Transformer2DModel) else output
         output = self.fn_ref.original_forward(*args, **kwargs)
-        if self.gives_output:
+        if self.gives_output and self.engine.on:
             self.engine.put(self.place, lambda: output[0] if isinstance(output, tuple) else output)
         return output
 
@@ -375,23 +551,24 @@ class _ResidualHook(_LayerHook):
     """Runs one block, or adds to its input the change that it stands for."""
 
     def new_forward(self, module: nn.Module, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        if not self.engine.runs(self.place):
+        if self.engine.on and not self.engine.runs(self.place):
             return hidden_states + self.engine.get(self.place)
         output = self.fn_ref.original_forward(hidden_states, *args, **kwargs)
-        self.engine.put(self.place, lambda: output - hidden_states)
+        if self.engine.on:
+            self.engine.put(self.place, lambda: output - hidden_states)
         return output
 
 
-class _LevelHook(ModelHook):
+class _LevelHook(_Hook):
     """Skips a level of which no cell runs, its concatenations with it."""
 
     def __init__(self, engine: Engine, level: str, places: list[int]):
-        super().__init__()
-        self.engine, self.places = engine, places
+        super().__init__(engine)
+        self.places = places
         self.gives_skips = level.startswith("down")
 
     def new_forward(self, module: nn.Module, *args, **kwargs) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
-        if any(self.engine.runs(place) for place in self.places):
+        if not self.engine.on or any(self.engine.runs(place) for place in self.places):
             return self.fn_ref.original_forward(*args, **kwargs)
         outputs = tuple(self.engine.get(place) for place in self.places)
         return (outputs[-1], outputs) if self.gives_skips else outputs[-1]

@@ -3,11 +3,11 @@
 A small network's step is many short kernels, and what they wait for is Python. A step's kind is which cells run, which
 are read from before, which outputs are kept for later, and the inputs' shapes; a plan has few kinds. What is held or
 forecast is made outside and copied into buffers of fixed places that a recorded step reads, as its inputs are. So a
-recording is a pure function, and belongs to the network: plans share it.
+recording is a pure function, and belongs to the network: plans share it, for as long as the network is what it was.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from lib.grid.engine import Engine
+from lib.grid.engine import HOOK, Engine
 from lib.grid.plan import NoiseSchedule, Plan
 
 LIMIT = 500
@@ -36,10 +36,10 @@ def unrecorded() -> Iterator[None]:
         _recording = before
 
 
-def engine(model: nn.Module, plan: Plan, schedule: NoiseSchedule) -> Engine:
+def engine(model: nn.Module, plan: Plan, schedule: NoiseSchedule, led: bool = False) -> Engine:
     """Give the engine that suits where the model lies: with recorded graphs on CUDA, the plain one elsewhere."""
     kind = GraphedEngine if next(model.parameters()).is_cuda else Engine
-    return kind(model, plan, schedule)
+    return kind(model, plan, schedule, led)
 
 
 def cuda_graph(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
@@ -61,9 +61,16 @@ class GraphedEngine(Engine):
     """
 
     def __enter__(self) -> Self:
-        self._shelf = _shelf(self.model)
         self._tape: _Recording | None = None  # the recording that is being made
-        return super().__enter__()
+        super().__enter__()
+        self._shelf = _shelf(self.model)
+        return self
+
+    def reset(self) -> None:
+        """Go back to the first step and forget all that was cached; and all recordings, if the network has changed."""
+        super().reset()
+        if self.on:
+            self._shelf = _shelf(self.model)
 
     def call(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
         """Run the network at the current step, recorded if this kind of step has come before."""
@@ -114,6 +121,10 @@ class GraphedEngine(Engine):
             return self._tape.reads[place]
         return super().get(place)
 
+    def scratch(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Give so many numbers that belong to nobody, where recordings find them again."""
+        return self._buffer(("scratch",), torch.empty(count, dtype=dtype, device=self._weight.device))
+
     def _kind(self, leaves: list, tree: str) -> tuple:
         """Give all that a recording hangs on, save the weights."""
         inputs = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
@@ -160,7 +171,7 @@ class _Recording:
 
     inputs: list
     reads: dict[int, Tensor]
-    shapes: dict[int, Tensor] = field(default_factory=dict)
+    shapes: dict[int, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
     writes: dict[int, Tensor] = field(default_factory=dict)
     replay: Callable[[], None] | None = None
     output: Any = None
@@ -168,9 +179,9 @@ class _Recording:
 
 @dataclass
 class _Shelf:
-    """What was recorded of one network, for as long as its weights stay where they are."""
+    """What was recorded of one network, for as long as it is what it was (`_portrait`)."""
 
-    weights: tuple[int, ...]
+    portrait: tuple
     pool: Any
     seen: set[tuple] = field(default_factory=set)
     recordings: dict[tuple, _Recording] = field(default_factory=dict)
@@ -181,16 +192,47 @@ _shelves: WeakKeyDictionary[nn.Module, _Shelf] = WeakKeyDictionary()
 
 
 def _shelf(model: nn.Module) -> _Shelf:
-    """Give a network's recordings; none, once its weights have been moved or put into another precision."""
-    weights = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
-    if model not in _shelves or _shelves[model].weights != weights:
+    """Give a network's recordings; none, once it is another network than it was."""
+    if model not in _shelves or _shelves[model].portrait != _portrait(model):
         return _new_shelf(model, set())
     return _shelves[model]
 
 
 def _new_shelf(model: nn.Module, seen: set[tuple]) -> _Shelf:
     """Put an empty shelf, with a pool of its own, in place of a network's."""
-    weights = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
     pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
-    _shelves[model] = _Shelf(weights, pool, seen)
+    _shelves[model] = _Shelf(_portrait(model), pool, seen)
     return _shelves[model]
+
+
+OURS = {"forward", "_diffusers_hook", "_compiled_call_impl"}
+"""What an engine itself sets on modules."""
+
+
+def _portrait(model: nn.Module) -> tuple:
+    """Give all of a network that a recording has taken in beside its inputs, and that may have changed since.
+
+    That is where its weights lie (their values are read anew at every replay), which modules it has, and what each of
+    them holds as a Python value: FreeU's factors, scales of adapters, attention processors, hooks, the training mode.
+    """
+    modules = []
+    for path, module in model.named_modules():
+        own = {name: value for name, value in vars(module).items() if name not in OURS}
+        others = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        modules.append((path, type(module), _values(own), _values({k: v for k, v in others.items() if k != HOOK})))
+    return modules, torch.get_float32_matmul_precision()
+
+
+def _values(value: Any, depth: int = 4) -> Any:
+    """Give something hashable that differs where the value, or what it holds, does."""
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
+        return value
+    if isinstance(value, Tensor):
+        return value.data_ptr(), value.shape, value.dtype
+    if isinstance(value, nn.Module) or not depth:
+        return id(value)
+    if isinstance(value, Mapping):
+        return tuple((_values(name, 0), _values(item, depth - 1)) for name, item in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return tuple(_values(item, depth - 1) for item in value)
+    return type(value), id(value), _values(getattr(value, "__dict__", None), depth - 1)

@@ -64,21 +64,54 @@ class NoiseSchedule(_Part):
         PlanError
             If the scheduler does what a plan cannot say: clipping, its own betas, rescaled betas.
         """
-        config = scheduler.config
-        if type(scheduler).__name__.startswith("FlowMatch"):
-            if config.get("use_dynamic_shifting"):
-                raise PlanError("the noise schedule has use_dynamic_shifting=True, which depends on the image's size: "
-                                "plans do not know it.")
-            return FlowSchedule(train_timesteps=config.num_train_timesteps, shift=float(config.shift))
-        for option in ("clip_sample", "thresholding", "trained_betas", "rescale_betas_zero_snr"):
+        NoiseSchedule.check_kind(scheduler)
+        config, kind = scheduler.config, type(scheduler).__name__
+        for option in ("clip_sample", "thresholding", "trained_betas", "rescale_betas_zero_snr", "invert_sigmas",
+                       "use_dynamic_shifting"):
             given = config.get(option)
             if given is not None and given is not False:
                 raise PlanError(f"the noise schedule has {option}={str(given)[:40]}, which plans do not know. Where "
-                                f"the model allows, pass {type(scheduler).__name__}.from_config(config, {option}="
+                                f"the model allows, pass {kind}.from_config(config, {option}="
                                 f"{None if option == 'trained_betas' else False}).")
-        return BetaSchedule(train_timesteps=config.num_train_timesteps, beta_start=config.beta_start,
-                            beta_end=config.beta_end, beta_schedule=config.beta_schedule,
-                            prediction=config.prediction_type)
+        if _is_one_of(FLOWS, scheduler) or config.get("use_flow_sigmas"):
+            shift = config.get("shift", config.get("flow_shift", 1.0))
+            return FlowSchedule(train_timesteps=config.num_train_timesteps, shift=float(shift))
+        try:
+            return BetaSchedule(train_timesteps=config.num_train_timesteps, beta_start=config.beta_start,
+                                beta_end=config.beta_end, beta_schedule=config.beta_schedule,
+                                prediction=config.get("prediction_type", "epsilon"))
+        except PlanError as error:
+            raise PlanError(f"a {kind}'s noise schedule is none that plans know: {error}") from None
+
+
+    @staticmethod
+    def check_kind(scheduler) -> None:
+        """Refuse a diffusers scheduler that walks in a way that no plan knows.
+
+        Raises
+        ------
+        PlanError
+        """
+        config, kind = scheduler.config, type(scheduler).__name__
+        betas = all(name in config for name in ("beta_start", "beta_end", "beta_schedule"))
+        flow = config.get("prediction_type") == "flow_prediction"
+        known = betas or _is_one_of(FLOWS, scheduler)
+        if _is_one_of(OWN_WAYS, scheduler) or not known or flow != bool(config.get("use_flow_sigmas")):
+            raise PlanError(f"a {kind} walks in a way of its own, which plans do not know. They know schedules of "
+                            "betas (DDIMScheduler, DPMSolverMultistepScheduler, ...) and of flow matching "
+                            "(FlowMatchEulerDiscreteScheduler).")
+
+
+OWN_WAYS = ("CMStochasticIterativeScheduler", "DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler",
+            "LCMScheduler", "RePaintScheduler", "TCDScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
+"""Schedulers of betas whose networks, or walks, are of another kind: consistency models, inversions, repainting."""
+FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+"""Schedulers of flow matching."""
+
+
+def _is_one_of(names: Sequence[str], scheduler) -> bool:
+    """Say whether a scheduler is of, or made from, a class of one of these names."""
+    return any(kind.__name__ in names for kind in type(scheduler).__mro__)
 
 
 class BetaSchedule(NoiseSchedule):
@@ -86,7 +119,7 @@ class BetaSchedule(NoiseSchedule):
 
     beta_start: float = Field(gt=0, lt=1)
     beta_end: float = Field(gt=0, lt=1)
-    beta_schedule: Name
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
     prediction: Literal["epsilon", "v_prediction", "sample"]
 
 
@@ -174,6 +207,14 @@ class Plan(_Part):
     states: tuple[tuple[tuple[int, ...], ...], ...]
     net: tuple[tuple[int, ...], ...]
     provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("order", "timesteps", "grid", mode="before")
+    @classmethod
+    def _python(cls, value: Any) -> Any:
+        """Take numpy's numbers for Python's."""
+        if isinstance(value, np.generic | np.ndarray):
+            return value.tolist()
+        return tuple(map(cls._python, value)) if isinstance(value, tuple) else value
 
     @field_validator("timesteps", "grid")
     @classmethod
@@ -342,7 +383,8 @@ class Plan(_Part):
              grid: Sequence[float] | None = None, cache: str = "output", *, solver: str = "dpmsolver++",
              passes: Sequence[str] = (GIVEN,), **provenance) -> Self:
         """Compute every cell at the given timesteps: the teacher, or any list of fewer steps."""
-        return cls(solver=solver, order=order, timesteps=tuple(timesteps), grid=tuple(grid or timesteps),
+        return cls(solver=solver, order=order, timesteps=tuple(timesteps),
+                   grid=tuple(timesteps if grid is None else grid),
                    schedule=schedule, blocks=tuple(blocks), cache=cache, passes=tuple(passes),
                    states=(((COMPUTE,) * len(blocks),) * len(timesteps),) * len(passes),
                    net=((COMPUTE,) * len(timesteps),) * len(passes), provenance={"method": "full"} | provenance)
@@ -450,6 +492,32 @@ class Plan(_Part):
         return self.replace(passes=(NULL, GIVEN), states=(_rows(null), _rows(sheet)), net=_rows(np.stack([own, net])),
                             null_holds=null_holds, provenance=self.provenance | {"guidance": guidance})
 
+    def alone(self) -> Self:
+        """Give the plan of the given pass by itself: without guidance."""
+        number = self.passes.index(GIVEN)
+        return self.replace(passes=(GIVEN,), states=(self.states[number],), net=(self.net[number],))
+
+    def refreshed(self, step: int) -> Self:
+        """Give the plan with every block computed at a step: from there on nothing from before it is read.
+
+        (Of a pass that is dropped there, at the next step at which it is not.) So a run may begin there, or go on
+        though what was cached fits no longer.
+        """
+        states, nets = [], []
+        for sheet, net in zip(self.states, self.net):
+            here = next((i for i in range(step, self.steps) if net[i] != DROP), None)
+            if here is not None:
+                sheet = (*sheet[:here], (COMPUTE,) * len(self.blocks), *sheet[here + 1:])
+                net = (*net[:here], COMPUTE, *net[here + 1:])
+            states.append(sheet)
+            nets.append(net)
+        return self.replace(states=tuple(states), net=tuple(nets))
+
+    @property
+    def title(self) -> str:
+        """What messages call it: key, method and number of steps."""
+        return f"plan {self.key} ({self.provenance.get('method', 'no method named')}, {self.steps} steps)"
+
     def at(self, timesteps: Sequence[float], **fields) -> Self:
         """Give the full plan at other timesteps, all else as it is but for some fields."""
         full = ((COMPUTE,) * len(self.blocks),) * len(timesteps)
@@ -461,7 +529,8 @@ class Plan(_Part):
     def save(self, path: Path) -> None:
         """Write the plan as JSON, one line of states a step."""
         sign = {state: letter for letter, state in STATES.items()}
-        content = self.model_dump(mode="json", exclude={"states", "net"} | ({"table"} if self.table is None else set()))
+        dropped = {"states", "net", "provenance"} | ({"table"} if self.table is None else set())
+        content = self.model_dump(mode="json", exclude=dropped) | {"provenance": self.provenance}
         content["cells"] = {name: ["".join(sign[state] for state in row) for row in sheet]
                             for name, sheet in zip(self.passes, self.states)}
         content["net"] = {name: "".join(sign[state] for state in net) for name, net in zip(self.passes, self.net)}
@@ -486,6 +555,8 @@ class Plan(_Part):
             return cls(**_from_json(content))
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from None
+        except RecursionError:
+            raise PlanError(f"{path}: is nested deeper than any plan") from None
 
     def check_fits(self, blocks: Sequence[str], schedule: NoiseSchedule) -> None:
         """Refuse a model with other blocks or another noise schedule.

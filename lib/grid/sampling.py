@@ -4,12 +4,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map, tree_map_only
 from tqdm import tqdm
 
 from lib.grid import graphs
@@ -47,14 +48,14 @@ class Conditions:
 
     Attributes
     ----------
-    given : dict of the network's argument to Tensor, (n, ...), a row an image
+    given : dict of the network's argument to Tensor, (n, ...), a row an image, or to such a dict
     null : the same without a condition, for classifier-free guidance; None for none
     scale : float, of the guidance: null + scale * (given - null)
     apart : bool; False makes both passes in one batch, True one network call after the other
     """
 
-    given: Mapping[str, Tensor]
-    null: Mapping[str, Tensor] | None = None
+    given: Mapping[str, Any]
+    null: Mapping[str, Any] | None = None
     scale: float = 1.0
     apart: bool = False
 
@@ -64,29 +65,28 @@ class Conditions:
 
         So one noise gives one image, whatever the batch, for class-conditional networks too.
         """
-        if set(example_conditions(model, 0, "cpu")) != {"class_labels"}:
+        classes = model.config.get("num_embeds_ada_norm") or model.config.get("num_class_embeds")
+        if set(example_conditions(model, 0, "cpu")) != {"class_labels"} or not classes:
             return None
-        classes = model.config.get("num_embeds_ada_norm") or model.config.num_class_embeds
         shares = torch.special.ndtr(noise[:, 0, 0, 0].double())  # of a standard normal: even over 0..1
         return cls({"class_labels": (shares * classes).long().clamp(max=classes - 1)})
 
     def rows(self, first: int, count: int) -> Self:
         """Give the conditions of some images."""
-        def part(all_rows: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
-            return all_rows and {name: rows[first:first + count] for name, rows in all_rows.items()}
+        def part(rows: Any) -> Any:
+            return tree_map_only(Tensor, lambda value: value[first:first + count], rows)
 
         return replace(self, given=part(self.given), null=part(self.null))
 
     def predict(self, engine: Engine, x_t: Tensor, step: int) -> Tensor:
         """Predict at a step of an engine's plan, guided (Ho and Salimans 2022)."""
-        given = {name: rows.to(x_t.device) for name, rows in self.given.items()}
-        if self.null is None:
+        given, null = tree_map_only(Tensor, lambda value: value.to(x_t.device), (self.given, self.null))
+        if null is None:
             return engine(x_t, step, **given)
-        null = {name: rows.to(x_t.device) for name, rows in self.null.items()}
         if self.apart:
             along, without = engine(x_t, step, (GIVEN,), **given), engine(x_t, step, (NULL,), **null)
         else:
-            both = {name: torch.cat([null[name], given[name]]) for name in given}
+            both = tree_map(lambda *rows: torch.cat(rows) if isinstance(rows[0], Tensor) else rows[0], null, given)
             without, along = engine(torch.cat([x_t, x_t]), step, (NULL, GIVEN), **both).chunk(2)
         return without + self.scale * (along - without)
 

@@ -24,7 +24,7 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-from lib.grid import sampling
+from lib.grid import blocks, sampling
 from lib.grid.plan import Plan
 from lib.judging import extractor
 
@@ -218,9 +218,7 @@ class Bank:
 
     def noise(self, count: int | None = None) -> Tensor:
         """Give the first `count` (or all) noises of the bank, (n, C, H, W)."""
-        config = self.model.config
-        return sampling.noise(self.name, self.seed, 0, count or self.count,
-                              (config.in_channels, config.sample_size, config.sample_size))
+        return sampling.noise(self.name, self.seed, 0, count or self.count, blocks.input_shape(self.model))
 
     def images(self, plan: Plan, count: int) -> Tensor:
         """Sample the bank's first `count` images under a plan, (count, C, H, W), about [-1, 1]."""

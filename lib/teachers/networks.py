@@ -1,6 +1,8 @@
 """Teachers: a DDPM UNet trained here, or any diffusers pipeline; saved and loaded as diffusers does."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -16,8 +18,10 @@ from diffusers import (
 )
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.normalization import AdaLayerNormZero
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
+from lib.grid.plan import NoiseSchedule
 from lib.teachers.data import HUB
 from lib.teachers.training import own_share, train
 
@@ -179,7 +183,7 @@ def save(folder: Path, model: ModelMixin, schedule: DDIMScheduler) -> None:
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline", **kinds}, indent=1))
 
 
-def load(source: Path | str, device: str = "cpu") -> tuple[ModelMixin, DDIMScheduler]:
+def load(source: Path | str, device: str = "cpu") -> tuple[ModelMixin, SchedulerMixin]:
     """Load the network and the noise schedule of a pipeline, ready for sampling; nothing else of it is read.
 
     Parameters
@@ -192,7 +196,8 @@ def load(source: Path | str, device: str = "cpu") -> tuple[ModelMixin, DDIMSched
     FileNotFoundError
         If the folder holds no diffusers pipeline.
     ValueError
-        If the pipeline has neither a UNet nor a transformer, or one of a library that is not trusted here.
+        If the pipeline has neither a UNet nor a transformer, or one of a library that is not trusted here; if its
+        scheduler walks in a way that no plan knows.
     """
     hub = str(source).startswith(HUB)
     name = str(source).removeprefix(HUB)
@@ -203,13 +208,45 @@ def load(source: Path | str, device: str = "cpu") -> tuple[ModelMixin, DDIMSched
     part = next((part for part in ("unet", "transformer") if part in parts), None)
     if part is None:
         raise ValueError(f"{source} is a {parts.get('_class_name')} without unet and transformer: no plan fits it.")
-    library, kind = parts[part]
-    if library not in ("diffusers", "lib.methods.diffnas.students"):
-        raise ValueError(f"{source}: its {part} is a {kind} of {library}; only models of diffusers, and students, are "
-                         "loaded here.")
-    model = getattr(import_module(library), kind).from_pretrained(name, subfolder=part, use_safetensors=True)
-    schedule = DDIMScheduler.from_pretrained(name, subfolder="scheduler")
+    model = _class(source, parts, part, ModelMixin).from_pretrained(name, subfolder=part, use_safetensors=True)
+    saved = _class(source, parts, "scheduler", SchedulerMixin).from_pretrained(name, subfolder="scheduler")
+    NoiseSchedule.check_kind(saved)
+    schedule = saved
+    if "beta_start" in saved.config and not isinstance(saved, DDIMScheduler):  # some add noise in units of their own
+        unsaid = {option: saved.config.get(option, False) for option in ("clip_sample", "thresholding")}
+        schedule = DDIMScheduler.from_config(saved.config, **unsaid)
     model.eval().requires_grad_(False).to(device)
     if model.device.type == "cuda":
         model.to(memory_format=torch.channels_last)
     return model, schedule
+
+
+@torch.inference_mode()
+def _decoded(vae: ModelMixin, latents: Tensor) -> Tensor:
+    scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
+    return torch.cat([vae.decode(few.to(vae.device) / scale + shift).sample.cpu() for few in latents.split(16)])
+
+
+def decoder(source: Path | str, device: str = "cpu") -> Callable[[Tensor], Tensor] | None:
+    """Give what turns a pipeline's latents, (n, C, H, W), into images, (n, C', H', W'), about [-1, 1].
+
+    None, where a pipeline draws the images themselves.
+    """
+    name = str(source).removeprefix(HUB)
+    parts = DiffusionPipeline.load_config(name)
+    part = next((part for part in ("vae", "vqvae") if part in parts), None)
+    if part is None:
+        return None
+    vae = _class(source, parts, part, ModelMixin).from_pretrained(name, subfolder=part, use_safetensors=True)
+    return partial(_decoded, vae.eval().requires_grad_(False).to(device))
+
+
+def _class(source: Path | str, parts: dict, part: str, base: type) -> type:
+    """Give the class that a pipeline's index names for a part, if it is one to be trusted."""
+    library, kind = parts.get(part) or (None, None)
+    known = library in ("diffusers", "lib.methods.diffnas.students")
+    found = getattr(import_module(library), str(kind), None) if known else None
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"{source}: its {part} is a {kind} of {library}; only models and schedulers of diffusers, and "
+                         "students, are loaded here.")
+    return found

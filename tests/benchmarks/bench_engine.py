@@ -51,7 +51,8 @@ def test_full_plan_against_a_plain_diffusers_loop(setting):
     def ours():
         return sampling.sample(unet, schedule, teacher, noise, precision=precision)
 
-    torch.testing.assert_close(ours(), plain(), rtol=0, atol=1e-3 if precision == "fp32" else 0.3)
+    relative, absolute = (0, 1e-3) if precision == "fp32" else (1e-2, 0.3)
+    torch.testing.assert_close(ours(), plain(), rtol=relative, atol=absolute)
     seconds = cost.interleave({"plain": plain, "ours": ours}, PAIRS)
     ratio, low, high = cost.median_ratio(seconds["ours"], seconds["plain"])
     print(f"\n{precision}, batch {BATCH}, {PAIRS} pairs: engine / plain diffusers loop "

@@ -88,13 +88,13 @@ def candidates(model: nn.Module, space: FormSpace, level: str) -> Iterator[dict[
 
 def resolutions(model: UNet) -> dict[str, tuple[int, int]]:
     """Give the height and width at which each residual block's convolutions run, at the model's sample size."""
-    config, found = model.config, {}
+    found = {}
     plain = UNet2DModel if isinstance(model, UNet2DModel) else UNet2DConditionModel
     with torch.device("meta"):
-        twin = plain.from_config({name: value for name, value in config.items() if name != "architecture"})
+        twin = plain.from_config({name: value for name, value in model.config.items() if name != "architecture"})
         for path, block in residuals(twin).items():
             block.register_forward_hook(lambda _, __, output, path=path: found.update({path: tuple(output.shape[-2:])}))
-        twin(torch.empty(1, config.in_channels, config.sample_size, config.sample_size), torch.zeros(1),
+        twin(torch.empty(1, *blocks.input_shape(model)), torch.zeros(1),
              **blocks.example_conditions(model, 1, "meta"))
     return found
 
