@@ -7,6 +7,7 @@ several processes, or devices, make their share of the images each.
 import argparse
 import copy
 import math
+import threading
 import time
 from pathlib import Path
 from typing import Self
@@ -59,8 +60,8 @@ class Planned:
         """Check that the plan fits the pipeline as it is now, and give what walks it."""
         part = next((part for part in ("unet", "transformer") if getattr(self.pipe, part, None) is not None), None)
         kind = type(self.pipe).__name__
-        if part is None:
-            raise PlanError(f"a {kind} has neither unet nor transformer: no plan fits it.")
+        if part is None or getattr(self.pipe, "scheduler", None) is None:
+            raise PlanError(f"a {kind} has no unet and no transformer, or no scheduler: no plan fits it.")
         if len(self.plan.passes) > 1 and any(word in kind for word in UNGUIDABLE):
             raise PlanError(f"a {kind} makes batches in which nobody can say which rows are of which pass: take a plan "
                             "of one pass, which holds for all.")
@@ -132,8 +133,11 @@ class _Walk:
         if num_inference_steps not in (len(plan.grid), plan.steps):
             raise PlanError(f"the plan is for runs of {len(plan.grid)} steps, of which it takes {plan.steps}: call the "
                             f"pipeline with num_inference_steps={len(plan.grid)}, not {num_inference_steps}.")
+        if not self.engine.on:
+            raise PlanError(f"{plan.title} is no longer on this network, but its scheduler is still on this pipeline, "
+                            "which was made meanwhile: give it a scheduler of its own.")
         self.engine.reset()
-        self.engine.closed = False
+        self.engine.closed, self.engine.thread = False, threading.get_ident()
         self.timesteps, self.num_inference_steps = torch.tensor(plan.timesteps, device=device), num_inference_steps
         self._state: State = ()
 

@@ -14,6 +14,8 @@ from lib.grid.plan import GIVEN
 
 def combined(at, known):
     """The value at `at` of the polynomial through (place, value) pairs, by solving for its weights."""
+    if len(known) == 1:
+        return 1.0 * known[0][1]
     places = np.array([place for place, _ in known]) - at
     scale = np.abs(places).max() or 1.0
     weights = np.linalg.solve(np.vander(places / scale).T, np.vander([0.0], len(known))[0])

@@ -21,7 +21,9 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -134,6 +136,22 @@ def controlled():
     return StableDiffusionControlNetPipeline(**parts, controlnet=control), PROMPT | {"image": picture()}
 
 
+def instructed():
+    """Three passes in one batch."""
+    parts = text_parts(unet=text_unet(in_channels=8))
+    return StableDiffusionInstructPix2PixPipeline(**parts), PROMPT | {
+        "image": picture(), "guidance_scale": 4.0, "image_guidance_scale": 1.5}
+
+
+def upscaled():
+    parts = text_parts(unet=text_unet(in_channels=7, num_class_embeds=1000))
+    kept = {name: part for name, part in parts.items() if name not in ("safety_checker", "requires_safety_checker",
+                                                                      "feature_extractor")}
+    low = DDPMScheduler(**NOISE)
+    return StableDiffusionUpscalePipeline(**kept, low_res_scheduler=low, max_noise_level=350), PROMPT | {
+        "image": picture(), "noise_level": 20}
+
+
 def stable_diffusion_xl():
     network = text_unet(addition_embed_type="text_time", addition_time_embed_dim=4,
                         projection_class_embeddings_input_dim=4 * 6 + 12)
@@ -142,6 +160,17 @@ def stable_diffusion_xl():
     texts, pooled = torch.randn(2, 1, 5, 16, generator=draw), torch.randn(2, 1, 12, generator=draw)
     return pipe, {"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1], "pooled_prompt_embeds": pooled[0],
                   "negative_pooled_prompt_embeds": pooled[1], "output_type": "np", "height": 16, "width": 16}
+
+
+def three_levels():
+    return StableDiffusionPipeline(**text_parts(unet=text_unet(3))), PROMPT
+
+
+def three_levels_xl():
+    pipe, options = stable_diffusion_xl()
+    pipe.register_modules(unet=text_unet(
+        3, addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=36))
+    return pipe, options
 
 
 def latent_text():
@@ -157,7 +186,7 @@ def latent_text():
 
 
 ALL = (ddpm, ddim_pixels, dit, pixart, stable_diffusion, image_to_image, inpaint, inpaint_nine_channels, controlled,
-       stable_diffusion_xl, latent_text)
+       instructed, upscaled, stable_diffusion_xl, latent_text)
 
 
 def network(pipe):

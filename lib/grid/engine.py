@@ -1,35 +1,29 @@
-"""Runs a model under a plan: hooks on its blocks let each cell compute, hold or forecast.
+"""Runs a model under a plan: each cell computes, holds or forecasts, and what is needed later is kept.
 
-The network's own forward pass stays as it is (no copy of it that the next diffusers release would break): diffusers'
-`ModelHook` decides at each layer, and at each level that no live cell needs, whether the original forward runs.
-Nothing of the cache is ever lent: what a block gave is copied in and copied out, so no other code can change it.
+The network's own forward pass stays as it is (no copy of it that the next diffusers release would break): hooks
+(`lib.grid.hooks`) ask the engine at each block whether it runs. Nothing of the cache is ever lent: what a block gave
+is copied in and copied out, so no other code can change it. A call that the plan does not know is refused by name, and
+what was cached for other rows than those that come is not used: no wrong image without a word.
 """
 
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
 import torch
-from diffusers import Transformer2DModel
-from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lib.grid import blocks as _blocks
 from lib.grid import solvers
+from lib.grid.hooks import CONTEXTS, Hooks
 from lib.grid.plan import COMPUTE, DROP, GIVEN, NULL, NoiseSchedule, Plan, PlanError
 
-HOOK = "lean_diffusion"
 CLOSE = 0.01
 """Timesteps that lie no further apart are the same: networks are told them in single precision."""
-CACHES = ("cache", "fbc", "pyramid")
-"""What the names of other caches' hooks hold."""
-CONTEXTS = {"cond": GIVEN, "uncond": NULL}
-"""What pipelines that call the network once a pass name them (diffusers' `cache_context`)."""
 
 
 class Engine:
@@ -37,7 +31,7 @@ class Engine:
 
     A pipeline may call the model itself instead: the timestep of a call says which step it is. A run may begin at any
     step; what nothing is cached for is computed. On leaving, the model is as it was. `reset` starts over (the next
-    batch) and forgets what was cached.
+    batch, or after a run that was broken off) and forgets what was cached.
 
     Parameters
     ----------
@@ -64,7 +58,7 @@ class Engine:
                             f"{self.blocks.cache}.")
         self.solver = solvers.of(plan)
         self._abscissae = solvers.abscissae(plan.timesteps, plan.schedule, plan.abscissa).tolist()
-        self._hooked: dict[str, Callable] = {}
+        self._hooks = Hooks(self)
         self.closed = led
         self.reset()
 
@@ -80,8 +74,9 @@ class Engine:
         self._given: Tensor | None = None  # the given pass's output at this step
         self._group: _Group | None = None  # the passes that the network runs for just now
         self._told = False  # that the next call's step is known
-        if self._hooked:
-            self._check_hooks()
+        self.thread: int | None = None  # whose run it is; None until its first call
+        if self.on:
+            self._hooks.check()
 
     def at(self, step: int) -> None:
         """Say which step the next calls belong to."""
@@ -105,82 +100,18 @@ class Engine:
         self._cache, self._shapes, self.life, self._first = {}, {}, self._now.life, step
 
     def __enter__(self) -> Self:
-        self._check_strangers()
         self._weight = next(self.model.parameters())
-        self._compiled: dict[str, Any] = {}
-        try:
-            self._hook_all()
-        except BaseException:
-            self.__exit__()
-            raise
+        self._hooks.put_on()
         return self
 
-    def _hook_all(self) -> None:
-        self._hook("", _ModelHook(self))
-        for level, members in self.blocks.levels.items():
-            if len(members) > 1:
-                self._hook(self.blocks.level_modules[level], _LevelHook(self, level, members))
-        for place, block in enumerate(self.blocks):
-            for path in block.modules:
-                kind = _ResidualHook if self.blocks.cache == "residual" else _LayerHook
-                self._hook(path, kind(self, place, gives_output=path == block.modules[-1]))
-
     def __exit__(self, *_: Any) -> None:
-        for path in list(self._hooked):
-            self._unhook(path)
+        self._hooks.take_off()
         self.reset()
 
     @property
     def on(self) -> bool:
         """Whether the plan is on the model."""
-        return bool(self._hooked)
-
-    def _hook(self, path: str, hook: ModelHook) -> None:
-        """Put a hook on a module, which runs uncompiled as long: what a compiler saw of it knows no plan."""
-        module = self.model.get_submodule(path)
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
-        self._hooked[path] = module.forward
-        self._compiled.setdefault(path, module._compiled_call_impl)
-        module._compiled_call_impl = None
-
-    def _unhook(self, path: str) -> ModelHook:
-        """Take a module's hook off; what has replaced the hooked forward in the meantime (offloading) stays."""
-        module, registry = self.model.get_submodule(path), self.model.get_submodule(path)._diffusers_hook
-        hook, now = registry.get_hook(HOOK), module.forward
-        registry.remove_hook(HOOK, recurse=False)
-        if now is not self._hooked.pop(path):
-            module.forward = now
-        if _is_own(module):
-            del module.forward
-        module._compiled_call_impl = self._compiled[path]
-        return hook
-
-    def _check_hooks(self) -> None:
-        """Put hooks that something took off (offloading, between two calls of a pipeline) on again."""
-        self._check_strangers()
-        for path, forward in list(self._hooked.items()):
-            if self.model.get_submodule(path).forward is not forward:
-                self._hook(path, self._unhook(path))
-
-    def _check_strangers(self) -> None:
-        """Refuse a model that somebody else caches: two caches do not know of each other."""
-        for path, module in self.model.named_modules():
-            registry = getattr(module, "_diffusers_hook", None)
-            for name, hook in (registry.hooks.items() if registry else ()):
-                if name == HOOK and hook.engine is not self:
-                    raise PlanError(f"{hook.engine.plan.title} is on this network: leave its block, or disable() it, "
-                                    "first.")
-                if any(word in name for word in CACHES):
-                    raise PlanError(f"the cache {name!r} is on {path or 'the network'}: disable_cache() first.")
-            known = (registry and registry.hooks) or hasattr(module, "_hf_hook") or _is_own(module)
-            if path in self._own_paths and "forward" in vars(module) and not known:
-                raise PlanError(f"something has replaced the forward of {path or 'the network'} (another cache?): "
-                                "take it off first.")
-
-    @cached_property
-    def _own_paths(self) -> set[str]:
-        """The modules on which a plan lies."""
-        return {"", *self.blocks.level_modules.values(), *(path for block in self.blocks for path in block.modules)}
+        return self._hooks.on
 
     def __call__(self, x_t: Tensor, step: int, passes: Sequence[str] = (GIVEN,), **conditions) -> Tensor:
         """Predict at a step of the plan.
@@ -205,7 +136,7 @@ class Engine:
         try:
             return self.model(x_t.to(self._weight.dtype), timestep=t, **conditions).sample[:, :x_t.shape[1]]
         finally:
-            self._told = False
+            self._told, self._names = False, self._now.passes
 
     def name(self, context: str | None) -> None:
         """Take a pipeline's name of the pass that the next calls make; None: all passes lie in one batch."""
@@ -233,6 +164,7 @@ class Engine:
         """Give what the network gives at the current step: its `forward` runs for the passes that compute."""
         arguments = inspect.signature(forward).bind(*args, **kwargs).arguments
         sample = next(iter(arguments.values()))
+        self._check_thread()
         if not self._told:
             self._arrive(arguments.get("timestep"))
         self._check_call(arguments)
@@ -270,7 +202,10 @@ class Engine:
             raise PlanError(f"{self.plan.title} is on this network, and was called by something else than a run of its "
                             "pipeline under the plan's scheduler (another pipeline, a scheduler put in its place, or a "
                             "call by hand): disable() the plan first, or call scheduler.set_timesteps.")
-        t = float(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
+        there = set(timestep.flatten().tolist() if isinstance(timestep, Tensor) else [timestep])
+        if len(there) > 1:
+            raise PlanError("the rows of one call lie at different timesteps, and a plan's step is at one.")
+        t = float(there.pop())
         steps = [step for step, own in enumerate(self.plan.timesteps) if abs(own - t) < CLOSE]
         again = bool(self._done & set(self._names))
         if not self._cache and steps:
@@ -288,6 +223,13 @@ class Engine:
                 "" if steps else " and does not walk that one") + ": is another scheduler or pipeline at work? Call "
                 "the pipeline as the plan wants it, or reset() to start anew.")
 
+    def _check_thread(self) -> None:
+        """Refuse calls of a thread in another one's run."""
+        if self.thread not in (None, threading.get_ident()):
+            raise PlanError(f"{self.plan.title} is on this network, and two threads sample with it at once: give each "
+                            "a pipeline of its own, or let them take turns.")
+        self.thread = threading.get_ident()
+
     def _check_call(self, arguments: dict) -> None:
         """Refuse calls that the plan cannot serve."""
         if self.step >= self.plan.steps:
@@ -296,6 +238,10 @@ class Engine:
         if again := self._done & set(self._names):
             raise PlanError(f"step {self.step} was called twice for the pass {sorted(again)[0]!r}: which pass is the "
                             "second call? Name it, or make all passes in one batch.")
+        if len(self._now.passes) > 1 and len(self._names) > 1 and any(
+                isinstance(leaf, Tensor) for leaf in tree_leaves(arguments.get("cross_attention_kwargs"))):
+            raise PlanError("cross_attention_kwargs hold tensors, and nobody can say which of their rows are of which "
+                            "pass: take a plan of one pass, which holds for all.")
         inside = arguments.get("down_intrablock_additional_residuals") is not None or (
             arguments.get("down_block_additional_residuals") is not None
             and arguments.get("mid_block_additional_residual") is None)  # an adapter too, as it was written once
@@ -470,11 +416,6 @@ class _Group:
     kept: np.ndarray
 
 
-def _is_own(module: nn.Module) -> bool:
-    """Say whether a module carries, as an attribute, the forward that its class has anyway."""
-    return getattr(vars(module).get("forward"), "__func__", None) is type(module).forward
-
-
 def _chunks(value: Tensor, members: Sequence[int], rows: int, batch: int) -> Tensor:
     """Take some passes' rows of what has a row an image; give all else as it is."""
     if not value.ndim or len(value) != batch:
@@ -485,90 +426,3 @@ def _chunks(value: Tensor, members: Sequence[int], rows: int, batch: int) -> Ten
 def _packing(output: Any) -> Callable[[Tensor], Any]:
     """Give what puts another tensor in place of a network's output."""
     return (lambda value: (value,)) if isinstance(output, tuple) else (lambda value: type(output)(sample=value))
-
-
-class _Names(StateManager):
-    """Where diffusers' `cache_context` says which pass the next calls make."""
-
-    def __init__(self, engine: Engine):
-        super().__init__(BaseState)
-        self.engine = engine
-
-    def set_context(self, context: Any) -> None:
-        self.engine.name(context and getattr(context, "name", context))
-
-
-class _Hook(ModelHook):
-    """One of an engine's hooks, on a module that cannot be copied meanwhile: the copy would run the original."""
-
-    def __init__(self, engine: Engine):
-        super().__init__()
-        self.engine = engine
-
-    def __deepcopy__(self, memo: dict) -> None:
-        raise PlanError(f"{self.engine.plan.title} is on this network, which cannot be copied, or counted, meanwhile: "
-                        "leave its block, or disable() it, first.")
-
-
-class _ModelHook(_Hook):
-    """Stands at the network's door, whoever calls it; hears the names of passes that a pipeline gives."""
-
-    _is_stateful = True
-
-    def __init__(self, engine: Engine):
-        super().__init__(engine)
-        self.names = _Names(engine)
-
-    def new_forward(self, module: nn.Module, *args, **kwargs) -> Any:
-        if not self.engine.on:  # something still holds the hooked forward
-            return self.fn_ref.original_forward(*args, **kwargs)
-        return self.engine.run(self.fn_ref.original_forward, args, kwargs)
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        return module
-
-
-class _LayerHook(_Hook):
-    """Runs one module of a layer, or passes on what the layer stands for."""
-
-    def __init__(self, engine: Engine, place: int, gives_output: bool):
-        super().__init__(engine)
-        self.place, self.gives_output = place, gives_output
-
-    def new_forward(self, module: nn.Module, *args, **kwargs) -> Tensor | tuple[Tensor]:
-        if self.engine.on and not self.engine.runs(self.place):
-            if not self.gives_output:  # the layer's last module gives the value
-                return args[0] if args else kwargs["hidden_states"]
-            output = self.engine.get(self.place)
-            return (output,) if isinstance(module, Transformer2DModel) else output
-        output = self.fn_ref.original_forward(*args, **kwargs)
-        if self.gives_output and self.engine.on:
-            self.engine.put(self.place, lambda: output[0] if isinstance(output, tuple) else output)
-        return output
-
-
-class _ResidualHook(_LayerHook):
-    """Runs one block, or adds to its input the change that it stands for."""
-
-    def new_forward(self, module: nn.Module, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        if self.engine.on and not self.engine.runs(self.place):
-            return hidden_states + self.engine.get(self.place)
-        output = self.fn_ref.original_forward(hidden_states, *args, **kwargs)
-        if self.engine.on:
-            self.engine.put(self.place, lambda: output - hidden_states)
-        return output
-
-
-class _LevelHook(_Hook):
-    """Skips a level of which no cell runs, its concatenations with it."""
-
-    def __init__(self, engine: Engine, level: str, places: list[int]):
-        super().__init__(engine)
-        self.places = places
-        self.gives_skips = level.startswith("down")
-
-    def new_forward(self, module: nn.Module, *args, **kwargs) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
-        if not self.engine.on or any(self.engine.runs(place) for place in self.places):
-            return self.fn_ref.original_forward(*args, **kwargs)
-        outputs = tuple(self.engine.get(place) for place in self.places)
-        return (outputs[-1], outputs) if self.gives_skips else outputs[-1]

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from lib.grid.engine import HOOK, Engine
+from lib.grid.engine import Engine
+from lib.grid.hooks import HOOK
 from lib.grid.plan import NoiseSchedule, Plan
 
 LIMIT = 500

@@ -21,6 +21,7 @@ from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
+from lib.grid.blocks import input_shape
 from lib.grid.plan import NoiseSchedule
 from lib.teachers.data import HUB
 from lib.teachers.training import own_share, train
@@ -162,7 +163,7 @@ def check_draws(model: ModelMixin, shape: tuple[int, int, int]) -> None:
     ValueError
         Saying which resolution or data it needs.
     """
-    drawn = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
+    drawn = input_shape(model)
     if drawn != shape:
         raise ValueError(f"the checkpoint draws images of {drawn}, the data's are {shape} (channels, height, width): "
                          f"set resolution to {drawn[1]}, or take data with {drawn[0]} channels")
