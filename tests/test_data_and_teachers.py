@@ -82,6 +82,99 @@ def test_grey_pictures_stay_grey(tmp_path):
     assert torch.allclose(found.images[:, 0, 0, 0], torch.arange(10) * 25 / 127.5 - 1)
 
 
+@pytest.mark.parametrize("names", [[f"train_{i}" for i in range(6)] + [f"test_{i}" for i in range(6)],
+                                   [f"val-{i}" for i in range(12)], [f"a[{i}]*" for i in range(12)],
+                                   [f"train/{i}" for i in range(6)] + [f"test/{i}" for i in range(6)],
+                                   [f"run [v1]/{i}" for i in range(12)], [f"deep/train/x/{i}" for i in range(12)]])
+def test_all_files_of_a_folder_are_read_whatever_their_names(names, tmp_path, capsys):
+    for i, name in enumerate(names):
+        path = tmp_path / "run [v1]" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((9, 9), 20 * i, np.uint8)).save(path)
+    (tmp_path / "run [v1]" / "._hidden.png").write_bytes(b"no image")
+    (tmp_path / "run [v1]" / "notes.txt").write_text("words")
+    found = data.load(str(tmp_path / "run [v1]"), 8, 0.25, 0)
+    values = sorted(data.to_uint8(found.images[:, 0, 0, 0]).tolist())
+    assert values == [20 * i for i in range(12)]
+    assert "12 of 13 files are images" in capsys.readouterr().out
+
+
+def test_parquet_files_are_read_whatever_their_names(folder, tmp_path):
+    (tmp_path / "run [v1]").mkdir()
+    for i, name in enumerate(("train-0", "test-[1]")):
+        parquet(tmp_path / "run [v1]" / f"{name}.parquet", {"image": encoded(folder)[6 * i:6 * i + 6],
+                                                            "labels": [i] * 6})
+    found = data.load(str(tmp_path / "run [v1]"), 8, 0.25, 0)
+    assert len(found.images) == 12 and torch.bincount(found.labels).tolist() == [6, 6]
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    ramp = (np.arange(64, dtype=np.uint16) * 1040).reshape(8, 8)
+    for i in range(10):
+        Image.fromarray(ramp).save(tmp_path / f"{i}.png")
+    found = data.load(str(tmp_path), 8, 0.2, 0)
+    assert len(found.images[0].unique()) == 64
+    np.testing.assert_allclose((found.images[0, 0].numpy() + 1) / 2, ramp / 65535, atol=1 / 255)
+    Image.fromarray(ramp.astype(np.float32) / 65535).save(tmp_path / "0.tiff")
+    with pytest.raises(ValueError, match=r"0\.tiff: no image that can be read \(grey values that are no whole numbers"):
+        data.load(str(tmp_path), 8, 0.2, 0)
+
+
+@pytest.mark.parametrize("colourful", [0, 19])
+def test_one_image_in_colour_makes_all_be_read_in_colour(colourful, tmp_path):
+    for i in range(20):
+        grey = np.full((9, 9), 10 * i, np.uint8)
+        picture = np.stack([grey, 0 * grey, grey], -1) if i == colourful else grey
+        Image.fromarray(picture).save(tmp_path / f"{i:02d}.png")
+    found = data.load(str(tmp_path), 8, 0.2, 0)
+    assert found.images.shape == (20, 3, 8, 8)
+    for i in range(20):
+        wanted = [10 * i, 0 if i == colourful else 10 * i, 10 * i]
+        assert data.to_uint8(found.images[i, :, 4, 4]).tolist() == wanted
+
+
+@pytest.mark.parametrize(("mode", "pixel", "seen"), [
+    ("RGBA", (0, 100, 200, 0), [255, 255, 255]), ("RGBA", (0, 100, 200, 255), [0, 100, 200]), ("LA", (0, 0), [255]),
+    ("LA", (40, 255), [40]), ("P", 1, [255, 255, 255])])
+def test_what_is_transparent_shows_white(mode, pixel, seen, tmp_path):
+    picture = Image.new(mode, (9, 9), pixel)
+    if mode == "P":
+        picture.putpalette([0, 0, 0, 10, 20, 30])
+    for i in range(10):
+        picture.save(tmp_path / f"{i}.png", **({"transparency": 1} if mode == "P" else {}))
+    found = data.load(str(tmp_path), 8, 0.2, 0)
+    assert data.to_uint8(found.images[0, :, 4, 4]).tolist() == seen
+
+
+@pytest.mark.parametrize(("labels", "message"), [
+    ([-1] * 12, r"row 0 .*: the label is -1, must lie in 0\.\.11: number the classes from 0 on"),
+    ([0] * 11 + [10**10], r"row 11 .*: the label is 10000000000, must lie in 0\.\.11"),
+    ([1] * 5 + [None] + [0] * 6, r"row 5 .*: no label, where the first image has one: label all images or none"),
+    ([None] + [3] * 11, r"row 1 .*: the label is 3, where the first image has none"),
+    ([0.5] * 12, r"row 0 .*: the label is 0.5, must be a whole number")])
+@pytest.mark.parametrize("column", ["label", "labels"])
+def test_labels_that_name_no_class_are_refused(labels, message, column, folder, tmp_path):
+    records = {"image": encoded(folder), column: pd.array(labels, dtype="Int64") if None in labels else labels}
+    with pytest.raises(ValueError, match=message):
+        data.load(parquet(tmp_path / "all.parquet", records), 8, 0.25, 0)
+
+
+def test_no_label_at_all_is_none(folder, tmp_path):
+    records = {"image": encoded(folder), "label": pd.array([None] * 12, dtype="Int64")}
+    assert not data.load(parquet(tmp_path / "all.parquet", records), 8, 0.25, 0).labels.any()
+
+
+def test_what_a_study_cannot_show_is_refused_in_a_sentence(folder):
+    with pytest.raises(ValueError, match="class 0 has 6 images, and the study wants 12 of each"):
+        data.load(str(folder), 8, 0.25, 0).check_enough()
+    few = data.load("digits", 8, 0.005, 0)
+    with pytest.raises(ValueError, match="9 images are held out, and the study wants 16: raise held_out"):
+        few.check_enough()
+    (folder / "metadata.csv").write_text("file_name,label\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv says something about the images, which is not read here"):
+        data.load(str(folder), 8, 0.25, 0)
+
+
 def test_what_is_no_data_set_is_refused_by_name(folder, tmp_path):
     pictures = encoded(folder)
     broken = [*pictures[:7], {"bytes": pictures[7]["bytes"][:40], "path": "7.png"}, *pictures[8:]]

@@ -1,5 +1,6 @@
 """Noise to images under a plan: the same noise gives the same image, whatever the batch."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -61,15 +62,17 @@ class Conditions:
 
     @classmethod
     def drawn(cls, model: nn.Module, noise: Tensor) -> Self | None:
-        """Draw each image's label from its own noise, where a network reads labels and nothing else; else give None.
+        """Draw each image's label, where a network reads labels and nothing else; else give None.
 
-        So one noise gives one image, whatever the batch, for class-conditional networks too.
+        A label is drawn by the hash of all of its image's noise: one noise gives one image, whatever the batch, and no
+        part of the noise tells the label.
         """
         classes = model.config.get("num_embeds_ada_norm") or model.config.get("num_class_embeds")
         if set(example_conditions(model, 0, "cpu")) != {"class_labels"} or not classes:
             return None
-        shares = torch.special.ndtr(noise[:, 0, 0, 0].double())  # of a standard normal: even over 0..1
-        return cls({"class_labels": (shares * classes).long().clamp(max=classes - 1)})
+        draws = [hashlib.sha256(own.numpy().tobytes()).digest() for own in noise.detach().float().cpu()]
+        labels = [int.from_bytes(draw[:8]) % classes for draw in draws]
+        return cls({"class_labels": torch.tensor(labels, device=noise.device)})
 
     def rows(self, first: int, count: int) -> Self:
         """Give the conditions of some images."""
