@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from lib.grid import graphs, sampling
 from lib.grid.plan import NoiseSchedule, Plan
@@ -30,7 +31,13 @@ def plain(unet, schedule, deepcache, noise):
 def calls(own):
     """How often the network's Python runs: a replay runs none of it."""
     made = []
-    own.conv_in.register_forward_hook(lambda *_: made.append(1))
+
+    class Counted(nn.Conv2d):  # a hook would keep the network from being recorded
+        def forward(self, x):
+            made.append(1)
+            return super().forward(x)
+
+    own.conv_in.__class__ = Counted
     return made
 
 

@@ -15,6 +15,7 @@ from diffusers import (
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    LatteTransformer3DModel,
     LCMScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
@@ -104,6 +105,13 @@ def test_nested_conditions_are_guided_in_one_batch_and_apart():
         for apart in (False, True):
             images = sampling.sample(pipe.unet, pipe.scheduler, plan, latents, Conditions(given, null, 3.0, apart))
             torch.testing.assert_close(images, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+
+
+def test_transformers_that_walk_frames_are_refused():
+    model = LatteTransformer3DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2,
+                                    sample_size=8, patch_size=2, caption_channels=12, cross_attention_dim=16)
+    with pytest.raises(TypeError, match="LatteTransformer3DModel is not supported. Supported: UNet2DModel"):
+        blocks.describe(model)
 
 
 def test_a_network_without_a_size_says_so():

@@ -9,6 +9,7 @@ import pytest
 import reference
 import tiny
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import ModelHook as AccelerateHook
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from DeepCache import DeepCacheSDHelper
@@ -36,10 +37,15 @@ from diffusers import (
     UnCLIPScheduler,
     UniPCMultistepScheduler,
 )
-from diffusers.hooks import HookRegistry, PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+from diffusers.hooks import (
+    HookRegistry,
+    PyramidAttentionBroadcastConfig,
+    apply_group_offloading,
+    apply_pyramid_attention_broadcast,
+)
 from diffusers.hooks import ModelHook as DiffusersHook
 from diffusers.models.attention_processor import AttnProcessor2_0
-from doors import by_reference, check, full_plan, same, watched
+from doors import by_reference, check, full_plan, plans, random_plan, same, watched
 
 from lib.apply import Planned
 from lib.grid import blocks, cost, sampling
@@ -300,6 +306,99 @@ def test_hooks_that_are_put_on_in_the_block_stay(cheap):
         assert same(tiny.call(pipe, options), plain)
 
 
+@pytest.mark.parametrize("block", ["mid_block", "up_blocks.1.resnets.0", "up_blocks.0", ""])
+def test_a_hook_that_is_taken_from_beneath_leaves_the_plan_in_force(block):
+    pipe, options = tiny.made(tiny.three_levels)
+    plain, found = tiny.call(pipe, options), plans(pipe)
+    for plan in (found["deepcache 2"], found["held columns"], found["random 0"]):
+        with Planned(pipe, plan):
+            images = tiny.call(pipe, options)
+        registry = HookRegistry.check_if_exists_or_initialize(pipe.unet.get_submodule(block))
+        for where in ("between", "in a run"):
+            registry.register_hook(DiffusersHook(), "beside")
+
+            def taken(pipe, step, t, kept, where=where, registry=registry):
+                if where == "in a run" and step == 3:
+                    registry.remove_hook("beside")
+                return kept
+
+            with Planned(pipe, plan):
+                if where == "between":
+                    registry.remove_hook("beside")
+                if block or where == "between":
+                    assert same(tiny.call(pipe, options, callback_on_step_end=taken), images)
+                else:  # at the network's own door nobody is left to notice, but its blocks are
+                    with pytest.raises(PlanError, match="one of its blocks was called by itself|was not called"):
+                        tiny.call(pipe, options, callback_on_step_end=taken)
+                assert same(tiny.call(pipe, options), images)
+            assert same(tiny.call(pipe, options), plain)
+            assert "forward" not in vars(pipe.unet.get_submodule(block)) and not registry.hooks
+
+
+def test_a_hook_that_replaces_a_forward_in_the_block_stays(cheap):
+    pipe, options, plan = cheap
+
+    class Half(DiffusersHook):
+        def new_forward(self, module, *args, **kwargs):
+            return 0.5 * self.fn_ref.original_forward(*args, **kwargs)
+
+    HookRegistry.check_if_exists_or_initialize(pipe.unet.mid_block).register_hook(Half(), "half")
+    halved = tiny.call(pipe, options)
+    pipe.unet.mid_block._diffusers_hook.remove_hook("half")
+    with Planned(pipe, plan):
+        pipe.unet.mid_block._diffusers_hook.register_hook(Half(), "half")
+    assert same(tiny.call(pipe, options), halved)
+
+
+def test_a_module_that_is_replaced_in_the_block_is_named_and_leaving_works(cheap):
+    pipe, options, plan = cheap
+    plain, other = tiny.call(pipe, options), copy.deepcopy(pipe.unet.mid_block)
+    with Planned(pipe, plan):
+        pipe.unet.mid_block = other
+        with pytest.raises(PlanError, match="mid_block is another module than when plan .* was put on"):
+            tiny.call(pipe, options)
+    assert same(tiny.call(pipe, options), plain)
+    assert not any(getattr(getattr(module, "_diffusers_hook", None), "hooks", {}) for module in pipe.unet.modules())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_weights_that_lie_elsewhere_between_their_uses(cheap, seed):
+    """Sequential offloading: parameters are on the meta device but while their module runs."""
+    pipe, options, _ = cheap
+    plan = random_plan(full_plan(pipe), seed)
+    with Planned(pipe, plan):
+        images = tiny.call(pipe, options)
+    cpu_offload(pipe.unet, torch.device("cpu"))
+    with Planned(pipe, plan):
+        assert same(tiny.call(pipe, options), images)
+
+
+def test_layerwise_casting_keeps_its_computing_precision():
+    torch.manual_seed(0)
+    model = tiny.plain_unet().eval()
+    plan = full_plan(tiny.DDIMPipeline(model, tiny.ddim()), 4)
+    noise = torch.randn(1, 4, 8, 8)
+    wanted = sampling.sample(model, tiny.ddim(), plan, noise)
+    model.enable_layerwise_casting(torch.bfloat16, torch.float32)
+    images = sampling.sample(model, tiny.ddim(), plan, noise)
+    torch.testing.assert_close(images, wanted, rtol=0.1, atol=0.1 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize(("options", "works"), [
+    ({"offload_type": "block_level", "num_blocks_per_group": 2}, False), ({"offload_type": "leaf_level"}, True)])
+def test_group_offloading_works_leaf_by_leaf(cheap, options, works):
+    pipe, called, plan = cheap
+    with Planned(pipe, plan):
+        images = tiny.call(pipe, called)
+    apply_group_offloading(pipe.unet, torch.device("cpu"), torch.device("cpu"), **options)
+    if not works:
+        with pytest.raises(PlanError, match="group offloading is on .*, and a plan may skip the block that loads"):
+            Planned(pipe, plan).enable()
+    else:
+        with Planned(pipe, plan):
+            assert same(tiny.call(pipe, called), images)
+
+
 def test_other_caches_are_refused(cheap):
     pipe, options, plan = cheap
     helper = DeepCacheSDHelper(pipe=pipe)
@@ -339,6 +438,62 @@ CHANGES = {
 class Halved(AttnProcessor2_0):
     def __call__(self, *arguments, **options):
         return 0.5 * super().__call__(*arguments, **options)
+
+
+class Scaled(AttnProcessor2_0):
+    """A processor with a scale in a list, as IP adapters' have theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = [1.0]
+
+    def __call__(self, *arguments, **options):
+        return self.scale[0] * super().__call__(*arguments, **options)
+
+
+Scaled.__module__ = AttnProcessor2_0.__module__
+
+
+@pytest.mark.parametrize("what", ["a number", "a list"])
+def test_recordings_hear_of_what_a_callback_changes(what, tapes):
+    pipe, options = tiny.made(tiny.three_levels)
+    plan = Plan.deepcache(3, blocks.describe(pipe.unet).branch(3), full_plan(pipe))
+    processor, block = Scaled(), pipe.unet.mid_block.resnets[1]
+    pipe.unet.set_attn_processor(processor)
+
+    def put(number):
+        if what == "a list":
+            processor.scale[0] = number
+        else:
+            block.output_scale_factor = number
+
+    def changing(pipe, step, t, kept):
+        if step == 3:
+            put(3.0)
+        return kept
+
+    def run():
+        put(1.0)
+        return tiny.call(pipe, options, callback_on_step_end=changing)
+
+    wanted = by_reference(pipe, plan, run)
+    with Planned(pipe, plan):
+        for _ in range(3):
+            with watched(pipe.unet) as outputs:
+                run()
+            for one, other in zip(outputs, wanted, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
+    assert tapes
+
+
+def test_a_network_with_hooks_that_replays_would_not_run_is_not_recorded(tapes):
+    pipe, options = tiny.made(tiny.three_levels)
+    ran = []
+    pipe.unet.conv_in.register_forward_hook(lambda *_: ran.append(1))
+    with Planned(pipe, full_plan(pipe)):
+        for _ in range(3):
+            tiny.call(pipe, options)
+    assert len(ran) == 3 * tiny.STEPS and not tapes
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
@@ -419,6 +574,14 @@ def test_schedulers_that_walk_in_ways_of_their_own_are_refused(scheduler):
     plan = full_plan(pipe)
     pipe.scheduler = scheduler
     with pytest.raises(PlanError, match="walks in a way of its own, which plans do not know"):
+        Planned(pipe, plan)
+
+
+def test_schedulers_whose_timesteps_are_of_another_kind_are_refused():
+    pipe, _ = tiny.made(tiny.stable_diffusion)
+    plan = full_plan(pipe)
+    pipe.scheduler = EulerDiscreteScheduler(**tiny.NOISE, timestep_type="continuous", prediction_type="v_prediction")
+    with pytest.raises(PlanError, match="timestep_type=continuous, whose network reads other numbers"):
         Planned(pipe, plan)
 
 

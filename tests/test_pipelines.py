@@ -270,6 +270,15 @@ def test_guidance_that_is_switched_off_under_a_plan_of_two_passes():
         assert len(run()) == 1 and run().isfinite().all()
 
 
+@pytest.mark.parametrize("kind", [tiny.dit, tiny.stable_diffusion])
+def test_an_engine_alone_does_not_guess_whose_rows_they_are(kind):
+    pipe, options = tiny.made(kind)
+    plan = full_plan(pipe).guided((0, 4))
+    with Engine(tiny.network(pipe), plan, plan.schedule), pytest.raises(
+            PlanError, match="nobody says which rows of this batch are of which pass"):
+        tiny.call(pipe, options)
+
+
 def test_three_passes_are_right_or_refused():
     pipe, options = tiny.made(tiny.instructed)
     with Planned(pipe, full_plan(pipe).guided(every=2)):

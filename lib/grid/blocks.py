@@ -15,8 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 STEM = "stem"
@@ -259,14 +258,12 @@ def describe(model: nn.Module) -> Blocks:
                         "(lib.apply.Planned does so by itself.)")
     if isinstance(model, UNet2DModel | UNet2DConditionModel):
         return _unet(model)
-    stack = getattr(model, "transformer_blocks", ())
-    if len(stack) and all(isinstance(block, BasicTransformerBlock) for block in stack):
-        paths = {f"block{i}": f"transformer_blocks.{i}" for i in range(len(stack))}
+    if isinstance(model, DiTTransformer2DModel | PixArtTransformer2DModel):
+        paths = {f"block{i}": f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))}
         found = [Block(name, name, (paths[name],), (before,)) for before, name in pairwise([STEM, *paths])]
         return Blocks(tuple(found), paths, "residual")
-    raise TypeError(f"{type(model).__name__} is not supported. Supported: UNet2DModel, UNet2DConditionModel, and "
-                    "transformers whose transformer_blocks are BasicTransformerBlocks (DiTTransformer2DModel, "
-                    "PixArtTransformer2DModel).")
+    raise TypeError(f"{type(model).__name__} is not supported. Supported: UNet2DModel, UNet2DConditionModel, "
+                    "DiTTransformer2DModel and PixArtTransformer2DModel.")
 
 
 def input_shape(model: nn.Module) -> tuple[int, int, int]:

@@ -66,8 +66,8 @@ class Engine:
         """Go back to the first step and forget all that was cached."""
         self._now, self.life, self._first = self.plan, self.plan.life, 0
         self._cache: dict[str, _Pass] = {}
-        self._shapes: dict[int, tuple[torch.Size, torch.dtype]] = {}
-        self._scratch: dict[torch.dtype, Tensor] = {}
+        self._shapes: dict[int, tuple[torch.Size, torch.dtype, torch.device]] = {}
+        self._scratch: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._packed: Callable[[Tensor], Any] | None = None
         self.step, self._names = 0, self._now.passes
         self._done: set[str] = set()
@@ -77,6 +77,7 @@ class Engine:
         self.thread: int | None = None  # whose run it is; None until its first call
         if self.on:
             self._hooks.check()
+            self._dtype = self.model.dtype
 
     def at(self, step: int) -> None:
         """Say which step the next calls belong to."""
@@ -100,7 +101,7 @@ class Engine:
         self._cache, self._shapes, self.life, self._first = {}, {}, self._now.life, step
 
     def __enter__(self) -> Self:
-        self._weight = next(self.model.parameters())
+        self._weight, self._dtype = next(self.model.parameters()), self.model.dtype
         self._hooks.put_on()
         return self
 
@@ -134,7 +135,7 @@ class Engine:
         else:
             t = None  # is refused by `run`
         try:
-            return self.model(x_t.to(self._weight.dtype), timestep=t, **conditions).sample[:, :x_t.shape[1]]
+            return self.model(x_t.to(self._dtype), timestep=t, **conditions).sample[:, :x_t.shape[1]]
         finally:
             self._told, self._names = False, self._now.passes
 
@@ -165,6 +166,7 @@ class Engine:
         arguments = inspect.signature(forward).bind(*args, **kwargs).arguments
         sample = next(iter(arguments.values()))
         self._check_thread()
+        self._hooks.mend()
         if not self._told:
             self._arrive(arguments.get("timestep"))
         self._check_call(arguments)
@@ -237,7 +239,7 @@ class Engine:
                             "next batch.")
         if again := self._done & set(self._names):
             raise PlanError(f"step {self.step} was called twice for the pass {sorted(again)[0]!r}: which pass is the "
-                            "second call? Name it, or make all passes in one batch.")
+                            "second call? Name it, or make all passes in one batch; call reset() before a new run.")
         if len(self._now.passes) > 1 and len(self._names) > 1 and any(
                 isinstance(leaf, Tensor) for leaf in tree_leaves(arguments.get("cross_attention_kwargs"))):
             raise PlanError("cross_attention_kwargs hold tensors, and nobody can say which of their rows are of which "
@@ -267,6 +269,10 @@ class Engine:
             if switched_off:
                 self._names, shape = (GIVEN,), tuple(sample.shape)
         elif not known and not self._told and count > 1:
+            if not self.led:
+                raise PlanError(f"nobody says which rows of this batch are of which pass ({', '.join(self._names)}): "
+                                "put the plan on the pipeline (lib.apply.Planned), name each pass (cache_context), or "
+                                "take a plan of one pass.")
             if self._names != (NULL, GIVEN):
                 raise PlanError(f"pipelines that make their passes in one batch hold the null pass first, then the "
                                 f"given one; the plan has {', '.join(self._names)}.")
@@ -328,7 +334,7 @@ class Engine:
             return
         value = given()
         if not known:
-            self._shapes[place] = value.shape[1:], value.dtype
+            self._shapes[place] = value.shape[1:], value.dtype, value.device
         if self._group.kept[place]:
             self.store(place, value)
 
@@ -346,16 +352,16 @@ class Engine:
         """
         if self._group.read[place]:
             return self.value(place)
-        shape, dtype = self._shapes[place]
+        shape, *kind = self._shapes[place]
         rows = sum(memory.shape[0] for memory in self._group.memories)
-        return self.scratch(rows * shape.numel(), dtype).view(rows, *shape)
+        return self.scratch(rows * shape.numel(), *kind).view(rows, *shape)
 
-    def scratch(self, count: int, dtype: torch.dtype) -> Tensor:
+    def scratch(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Give so many numbers that belong to nobody."""
-        if dtype not in self._scratch or len(self._scratch[dtype]) < count:
+        if (dtype, device) not in self._scratch or len(self._scratch[dtype, device]) < count:
             with torch.inference_mode(False):  # one that every kind of context may write
-                self._scratch[dtype] = torch.zeros(count, dtype=dtype, device=self._weight.device)
-        return self._scratch[dtype][:count]
+                self._scratch[dtype, device] = torch.zeros(count, dtype=dtype, device=device)
+        return self._scratch[dtype, device][:count]
 
     def value(self, place: int) -> Tensor:
         """Make the value that a cell holds or forecasts for the current passes; it is the caller's own."""

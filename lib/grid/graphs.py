@@ -64,19 +64,26 @@ class GraphedEngine(Engine):
     def __enter__(self) -> Self:
         self._tape: _Recording | None = None  # the recording that is being made
         super().__enter__()
-        self._shelf = _shelf(self.model)
+        self._look()
         return self
 
     def reset(self) -> None:
         """Go back to the first step and forget all that was cached; and all recordings, if the network has changed."""
         super().reset()
         if self.on:
-            self._shelf = _shelf(self.model)
+            self._look()
+
+    def _look(self) -> None:
+        """Take the shelf that belongs to the network as it is now."""
+        self._shelf, self._glance = _shelf(self.model), _glance(self.model)
+        self._alive = _has_life_of_its_own(self.model)
 
     def call(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
         """Run the network at the current step, recorded if this kind of step has come before."""
         global _recording
-        if torch.is_grad_enabled() or not _recording:
+        if not self._told and self._glance != _glance(self.model):  # a callback has changed the network
+            self._look()
+        if torch.is_grad_enabled() or not _recording or self._alive:
             return forward(*args, **kwargs)
         leaves, tree = tree_flatten((args, kwargs))
         leaves = [leaf.to(self._weight.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -122,9 +129,9 @@ class GraphedEngine(Engine):
             return self._tape.reads[place]
         return super().get(place)
 
-    def scratch(self, count: int, dtype: torch.dtype) -> Tensor:
+    def scratch(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Give so many numbers that belong to nobody, where recordings find them again."""
-        return self._buffer(("scratch",), torch.empty(count, dtype=dtype, device=self._weight.device))
+        return self._buffer(("scratch",), torch.empty(count, dtype=dtype, device=device))
 
     def _kind(self, leaves: list, tree: str) -> tuple:
         """Give all that a recording hangs on, save the weights."""
@@ -172,7 +179,7 @@ class _Recording:
 
     inputs: list
     reads: dict[int, Tensor]
-    shapes: dict[int, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
+    shapes: dict[int, tuple[torch.Size, torch.dtype, torch.device]] = field(default_factory=dict)
     writes: dict[int, Tensor] = field(default_factory=dict)
     replay: Callable[[], None] | None = None
     output: Any = None
@@ -237,3 +244,21 @@ def _values(value: Any, depth: int = 4) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         return tuple(_values(item, depth - 1) for item in value)
     return type(value), id(value), _values(getattr(value, "__dict__", None), depth - 1)
+
+
+def _glance(model: nn.Module) -> list:
+    """Give what tells quickly that something was assigned to a module, or changed in an attention processor."""
+    seen = []
+    for module in model.modules():
+        own = vars(module)
+        seen.append([list(map(id, value)) if isinstance(value, list) else id(value) for value in own.values()])
+        if "processor" in own:
+            seen.append(_values(own["processor"]))
+    return seen
+
+
+def _has_life_of_its_own(model: nn.Module) -> bool:
+    """Say whether Python code that a replay would not run (others' hooks and processors) is within a network."""
+    return any((module is not model and (module._forward_hooks or module._forward_pre_hooks))
+               or not type(vars(module).get("processor")).__module__.startswith(("diffusers.", "builtins"))
+               for module in model.modules())

@@ -5,7 +5,7 @@ put hooks there too (offloading, caches, compilers): with some one can live, the
 """
 
 from collections.abc import Callable
-from functools import cached_property
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from diffusers import Transformer2DModel
@@ -26,6 +26,25 @@ CONTEXTS = {"cond": GIVEN, "uncond": NULL}
 """What pipelines that call the network once a pass name them (diffusers' `cache_context`)."""
 
 
+@dataclass
+class _Place:
+    """A module under a hook.
+
+    Attributes
+    ----------
+    path, module, hook : where it is, what it is, what lies on it
+    outer, inner : the module's forward, and the hook's part of it, as they were put on
+    compiled : what an in-place compiler had made of the module
+    """
+
+    path: str
+    module: nn.Module
+    hook: "_Hook"
+    outer: Callable
+    inner: Callable
+    compiled: Any
+
+
 class Hooks:
     """An engine's hooks on its model.
 
@@ -41,89 +60,118 @@ class Hooks:
 
     def __init__(self, engine: "Engine"):
         self.engine = engine
-        self._hooked: dict[str, Callable] = {}  # each module's forward, with the hook in it
-        self._compiled: dict[str, Any] = {}
+        self._places: list[_Place] = []
 
     def put_on(self) -> None:
         """Put all hooks on; if that fails, none stays."""
-        self._check_strangers()
         blocks = self.engine.blocks
+        hooks: list[tuple[str, _Hook]] = [("", _ModelHook(self.engine))]
+        for level, members in blocks.levels.items():
+            if len(members) > 1:
+                hooks.append((blocks.level_modules[level], _LevelHook(self.engine, level, members)))
+        for place, block in enumerate(blocks):
+            kind = _ResidualHook if blocks.cache == "residual" else _LayerHook
+            for path in block.modules:
+                hooks.append((path, kind(self.engine, place, gives_output=path == block.modules[-1])))
+        self._check_strangers({path for path, _ in hooks})
         try:
-            self._hook("", _ModelHook(self.engine))
-            for level, members in blocks.levels.items():
-                if len(members) > 1:
-                    self._hook(blocks.level_modules[level], _LevelHook(self.engine, level, members))
-            for place, block in enumerate(blocks):
-                for path in block.modules:
-                    kind = _ResidualHook if blocks.cache == "residual" else _LayerHook
-                    self._hook(path, kind(self.engine, place, gives_output=path == block.modules[-1]))
+            for path, hook in hooks:
+                self._places.append(_put(path, self.engine.model.get_submodule(path), hook))
         except BaseException:
             self.take_off()
             raise
 
     def take_off(self) -> None:
         """Take all hooks off."""
-        for path in list(self._hooked):
-            self._unhook(path)
+        while self._places:
+            _take(self._places.pop())
 
     @property
     def on(self) -> bool:
         """Whether they are on."""
-        return bool(self._hooked)
+        return bool(self._places)
 
-    def _hook(self, path: str, hook: ModelHook) -> None:
-        """Put a hook on a module, which runs uncompiled for as long: what a compiler saw of it knows no plan."""
-        module = self.engine.model.get_submodule(path)
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
-        self._hooked[path] = module.forward
-        self._compiled.setdefault(path, module._compiled_call_impl)
-        module._compiled_call_impl = None
-
-    def _unhook(self, path: str) -> ModelHook:
-        """Take a module's hook off; what was put around, or in place of, it in the meantime (offloading) stays."""
-        module = self.engine.model.get_submodule(path)
-        hook, hooked, now = module._diffusers_hook.get_hook(HOOK), self._hooked.pop(path), module.forward
-        module._diffusers_hook.remove_hook(HOOK, recurse=False)
-        if getattr(module, "_old_forward", None) is hooked:  # accelerate's, around ours
-            module._old_forward = module.forward
-        if now is not hooked:
-            module.forward = now
-        if _is_own(module):
-            del module.forward
-        module._compiled_call_impl = self._compiled[path]
-        return hook
+    def mend(self) -> None:
+        """Put our part back where diffusers, taking a hook from beneath ours, has taken ours as well."""
+        for place in self._places:
+            reference = place.hook.fn_ref
+            if reference.forward is not place.inner:
+                reference.original_forward, reference.forward = reference.forward, place.inner
 
     def check(self) -> None:
-        """Put hooks that something took off (offloading, between two calls of a pipeline) on again."""
-        self._check_strangers()
-        for path, forward in list(self._hooked.items()):
-            module = self.engine.model.get_submodule(path)
-            around = module._diffusers_hook._hook_order[-1] != HOOK or getattr(module, "_old_forward", None) is forward
-            if module.forward is forward or around:
+        """Put hooks that something took off (offloading, between two calls of a pipeline) on again.
+
+        Raises
+        ------
+        PlanError
+            If a module is another one than it was, or somebody else caches it.
+        """
+        self.mend()
+        self._check_strangers({place.path for place in self._places})
+        for number, place in enumerate(self._places):
+            module, name = place.module, place.path or "the network"
+            if self.engine.model.get_submodule(place.path) is not module:
+                raise PlanError(f"{name} is another module than when {self.engine.plan.title} was put on: leave the "
+                                "block, or disable() the plan, and put it on again.")
+            around = module._diffusers_hook._hook_order[-1] != HOOK or (
+                getattr(module, "_old_forward", None) is place.outer)
+            if module.forward is place.outer or around:
                 continue
             if not hasattr(module, "_hf_hook") and not _is_own(module):
-                raise PlanError(REPLACED.format(path or "the network"))
-            self._hook(path, self._unhook(path))
+                raise PlanError(REPLACED.format(name))
+            _take(place)
+            self._places[number] = _put(place.path, module, place.hook)
 
-    def _check_strangers(self) -> None:
-        """Refuse a model that somebody else caches: two caches do not know of each other."""
+    def _check_strangers(self, own: set[str]) -> None:
+        """Refuse a model that somebody else caches, or loads in groups: they know nothing of blocks that do not run."""
         for path, module in self.engine.model.named_modules():
-            registry = getattr(module, "_diffusers_hook", None)
-            for name, hook in (registry.hooks.items() if registry else ()):
-                if name == HOOK and hook.engine is not self.engine:
+            registry, name = getattr(module, "_diffusers_hook", None), path or "the network"
+            for kind, hook in (registry.hooks.items() if registry else ()):
+                if kind == HOOK and hook.engine is not self.engine:
                     raise PlanError(f"{hook.engine.plan.title} is on this network: leave its block, or disable() it, "
                                     "first.")
-                if any(word in name for word in CACHES):
-                    raise PlanError(f"the cache {name!r} is on {path or 'the network'}: disable_cache() first.")
+                if any(word in kind for word in CACHES):
+                    raise PlanError(f"the cache {kind!r} is on {name}: disable_cache() first.")
+                group = getattr(hook, "group", None)
+                if "prefetch" in kind or "tracker" in kind or (group is not None and (
+                        getattr(group, "stream", None) is not None or (path and path in own))):
+                    raise PlanError(f"group offloading is on {name}, by groups of blocks or ahead of time, and a plan "
+                                    "may skip the block that loads the next: offload leaf by leaf without a stream, or "
+                                    "the whole model.")
             known = (registry and registry.hooks) or hasattr(module, "_hf_hook") or _is_own(module)
-            if path in self._own_paths and "forward" in vars(module) and not known:
-                raise PlanError(REPLACED.format(path or "the network"))
+            if path in own and "forward" in vars(module) and not known:
+                raise PlanError(REPLACED.format(name))
 
-    @cached_property
-    def _own_paths(self) -> set[str]:
-        """The modules on which a plan lies."""
-        blocks = self.engine.blocks
-        return {"", *blocks.level_modules.values(), *(path for block in blocks for path in block.modules)}
+
+def _put(path: str, module: nn.Module, hook: "_Hook") -> _Place:
+    """Put a hook on a module, which runs uncompiled for as long: what a compiler saw of it knows no plan."""
+    compiled, module._compiled_call_impl = module._compiled_call_impl, None
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
+    return _Place(path, module, hook, module.forward, hook.fn_ref.forward, compiled)
+
+
+def _take(place: _Place) -> None:
+    """Take a hook off; what was put around, or in place of, it in the meantime (offloading) stays.
+
+    (diffusers' own removal would take a hook that lies above along.)
+    """
+    module, reference = place.module, place.hook.fn_ref
+    registry = module._diffusers_hook
+    number = registry._fn_refs.index(reference)
+    below = reference.original_forward if reference.forward is place.inner else reference.forward
+    if getattr(module, "_old_forward", None) is place.outer:  # accelerate's, around ours
+        module._old_forward = below
+    if number + 1 < len(registry._fn_refs):
+        above = registry._fn_refs[number + 1]
+        setattr(above, "forward" if above.original_forward is None else "original_forward", below)
+    elif module.forward is place.outer:
+        module.forward = below
+    for known in (registry._fn_refs, registry._hook_order):
+        known.pop(number)
+    del registry.hooks[HOOK]
+    if _is_own(module):
+        del module.forward
+    module._compiled_call_impl = place.compiled
 
 
 def _is_own(module: nn.Module) -> bool:

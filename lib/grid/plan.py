@@ -73,6 +73,9 @@ class NoiseSchedule(_Part):
                 raise PlanError(f"the noise schedule has {option}={str(given)[:40]}, which plans do not know. Where "
                                 f"the model allows, pass {kind}.from_config(config, {option}="
                                 f"{None if option == 'trained_betas' else False}).")
+        if config.get("timestep_type", "discrete") != "discrete":
+            raise PlanError(f"the noise schedule has timestep_type={config.timestep_type}, whose network reads other "
+                            "numbers than the timesteps that plans know.")
         if _is_one_of(FLOWS, scheduler) or config.get("use_flow_sigmas"):
             shift = config.get("shift", config.get("flow_shift", 1.0))
             return FlowSchedule(train_timesteps=config.num_train_timesteps, shift=float(shift))
