@@ -92,7 +92,7 @@ def test_all_files_of_a_folder_are_read_whatever_their_names(names, tmp_path, ca
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((9, 9), 20 * i, np.uint8)).save(path)
     (tmp_path / "run [v1]" / "._hidden.png").write_bytes(b"no image")
-    (tmp_path / "run [v1]" / "notes.txt").write_text("words")
+    (tmp_path / "run [v1]" / "notes.pdf").write_text("words")
     found = data.load(str(tmp_path / "run [v1]"), 8, 0.25, 0)
     values = sorted(data.to_uint8(found.images[:, 0, 0, 0]).tolist())
     assert values == [20 * i for i in range(12)]

@@ -92,3 +92,9 @@ def test_a_notebook_binds_its_own_names_and_no_others():
         TeacherTraining.bind({name: value for name, value in values.items() if name != "widths"})
     with pytest.raises(ParamsError, match="batch_size: Input should be greater than or equal to 1"):
         TeacherTraining.bind(values | {"batch_size": 0})
+
+
+@pytest.mark.parametrize("study", ["../params/digits", "/etc/passwd", "", "digits.yaml", "./digits"])
+def test_a_study_is_a_name_and_no_path(study):
+    with pytest.raises(params.ParamsError, match="unknown study"):
+        params.load(study)

@@ -98,6 +98,17 @@ def logged(path, plan):
     return error(plan)
 
 
+@pytest.mark.parametrize("cut", [1, 7, 40, 300, "zeros"])
+def test_a_journal_whose_end_was_cut_off_goes_on(teacher, tmp_path, cut):
+    journal = tmp_path / "journal"
+    run(teacher, journal, trials=12)
+    written = journal.read_bytes()
+    journal.write_bytes(written + bytes(50) if cut == "zeros" else written[:-cut])
+    known = {one.plan.key for one in run(teacher, journal, trials=12)}
+    found = run(teacher, journal, trials=20)
+    assert len({one.plan.key for one in found}) == 20 and known <= {one.plan.key for one in found}
+
+
 @pytest.mark.parametrize("storage", ["journal", "database"])
 def test_two_workers_share_the_trials(teacher, tmp_path, storage):
     where = tmp_path / "journal" if storage == "journal" else f"sqlite:///{tmp_path}/search.db"

@@ -70,7 +70,7 @@ class GraphedEngine(Engine):
     def reset(self) -> None:
         """Go back to the first step and forget all that was cached; and all recordings, if the network has changed."""
         super().reset()
-        if self.on:
+        if self.on and (self.led or self._glance != _glance(self.model)):
             self._look()
 
     def _look(self) -> None:
@@ -247,8 +247,8 @@ def _values(value: Any, depth: int = 4) -> Any:
 
 
 def _glance(model: nn.Module) -> list:
-    """Give what tells quickly that something was assigned to a module, or changed in an attention processor."""
-    seen = []
+    """Give what tells quickly that something was assigned to a module, moved, or changed in an attention processor."""
+    seen: list = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
     for module in model.modules():
         own = vars(module)
         seen.append([list(map(id, value)) if isinstance(value, list) else id(value) for value in own.values()])

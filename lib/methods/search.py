@@ -113,12 +113,20 @@ def pareto(found: Iterable[Found]) -> list[Found]:
 class _Journal(JournalFileBackend):
     """Optuna's journal without waiting for the disk: a trial is a record a gene, and hundreds of waits took most of it.
 
-    What a killed process has written is kept all the same; a power cut may lose the last trials.
+    What a killed process has written is kept all the same; a power cut may lose the last trials. A last record that was
+    cut off is taken out: it would be read as the beginning of the next one.
     """
 
     def __init__(self, path: str):
         self._path, self._writing = path, JournalFileOpenLock(path)
         super().__init__(path, self._writing)
+        self._writing.acquire()
+        try:
+            with open(path, "r+b") as file:
+                whole = file.read().rfind(b"\n") + 1
+                file.truncate(whole)
+        finally:
+            self._writing.release()
 
     def append_logs(self, logs: list[dict]) -> None:
         self._writing.acquire()

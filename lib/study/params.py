@@ -319,7 +319,7 @@ def load(study: str) -> dict[str, Common]:
         If the study is unknown, or a section or key is unknown, missing, of another type or out of range.
     """
     path = paths.PARAMS / f"{study}.yaml"
-    if not path.exists():
+    if study not in studies():  # nor any path
         raise ParamsError(f"unknown study {study!r}: no params/{study}.yaml. There are: {', '.join(studies())}.")
     try:
         content = YAML(typ="safe", pure=True).load(path.read_text())  # YAML 1.2: 1e-4 is a number

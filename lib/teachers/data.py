@@ -199,7 +199,8 @@ def _of_folder(source: str) -> Iterator[tuple[str, str, int | None]]:
     if told := next((file for file in files if file.name in ("metadata.csv", "metadata.jsonl")), None):
         raise ValueError(f"{told} says something about the images, which is not read here: put each class into a "
                          "subfolder of its name, or images and labels into a parquet file")
-    pictures = [file for file in files if file.suffix.lower() in Image.registered_extensions()]
+    readable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    pictures = [file for file in files if file.suffix.lower() in readable]
     if not pictures:
         raise ValueError(f"{source} holds neither images nor parquet files.")
     print(f"{source}: {len(pictures)} of {len(files)} files are images")
