@@ -159,6 +159,17 @@ def test_labels_that_name_no_class_are_refused(labels, message, column, folder, 
         data.load(parquet(tmp_path / "all.parquet", records), 8, 0.25, 0)
 
 
+def test_a_digest_is_of_all_that_a_source_holds(folder, tmp_path):
+    known = {data.digest(str(folder)), data.digest("digits"), data.digest("hub:a/b"), data.digest("hub:a/b@c")}
+    picture = folder / "cats" / "00.png"
+    picture.rename(folder / "cats" / "x.png")
+    known.add(data.digest(str(folder)))
+    Image.fromarray(np.zeros((12, 20, 3), np.uint8)).save(folder / "cats" / "x.png")
+    known.add(data.digest(str(folder)))
+    known.add(data.digest(parquet(tmp_path / "all.parquet", {"image": encoded(folder)})))
+    assert len(known) == 7 and data.digest(str(folder)) in known
+
+
 def test_no_label_at_all_is_none(folder, tmp_path):
     records = {"image": encoded(folder), "label": pd.array([None] * 12, dtype="Int64")}
     assert not data.load(parquet(tmp_path / "all.parquet", records), 8, 0.25, 0).labels.any()

@@ -271,7 +271,8 @@ def test_a_finished_stage_leaves_numbers_and_no_state(tmp_path, monkeypatch):
 def test_half_done_work_hangs_on_what_came_before_and_on_its_own_modules_alone(tmp_path, monkeypatch):
     shutil.copytree(paths.ROOT / "lib", tmp_path / "lib", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(paths.NOTEBOOKS, tmp_path / "notebooks")
-    shutil.copy(paths.ROOT / "dvc.yaml", tmp_path)
+    for name in ("dvc.yaml", "requirements.lock"):
+        shutil.copy(paths.ROOT / name, tmp_path)
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setattr(paths, "DATA", tmp_path / "data")
@@ -292,6 +293,18 @@ def test_half_done_work_hangs_on_what_came_before_and_on_its_own_modules_alone(t
         assert (key() != begun) == hangs, name
         path.write_text(text)
     assert key() == begun
+
+
+def test_half_done_work_hangs_on_the_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "DATA", tmp_path / "data")
+    (tmp_path / "pictures").mkdir()
+    picture = tmp_path / "pictures" / "a.png"
+    values = params.load("smoke")["00_teacher_training"].model_copy(update={"data": str(tmp_path / "pictures")})
+    found = set()
+    for content in (b"one", b"another", b"one"):
+        picture.write_bytes(content)
+        found.add(stage.Stage("00_teacher_training", values).work.name)
+    assert len(found) == 2
 
 
 # ---- the environments -----------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import torch
 from ruamel.yaml import YAML
 
 from lib.study import params, paths
+from lib.teachers import data
 
 
 class Stage:
@@ -44,8 +45,9 @@ class Stage:
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, on CUDA too
 
     def _digest(self) -> str:
-        """Hash all that a half-done result may hang on: parameters and code up to this stage, and its modules."""
+        """Hash all that a half-done result may hang on: data, parameters and code up to this stage, its libraries."""
         digest = hashlib.sha256(self.params.model_dump_json().encode())
+        digest.update(data.digest(self.params.data).encode() + (paths.ROOT / "requirements.lock").read_bytes())
         stages = YAML(typ="safe", pure=True).load((paths.ROOT / "dvc.yaml").read_text())["stages"]
         for name in stages[self.notebook]["do"]["deps"]:
             if name.startswith("lib/"):

@@ -4,9 +4,11 @@ Besides scikit-learn's digits, which come with the package: folders of images, p
 Files are read here, all that there are: libraries take names such as "train" or "test" for splits and leave others out.
 """
 
+import hashlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -79,8 +81,8 @@ def load(source: str, resolution: int, held_out: float, seed: int) -> DataSet:
     ----------
     source : str
         "digits" (scikit-learn's), a folder of images (if each lies in a subfolder, the subfolder's name is its label),
-        a parquet file or a folder of them (whole numbers in a column label or labels), or "hub:OWNER/NAME" or
-        "hub:OWNER/NAME:SPLIT" (split "train", if none is given).
+        a parquet file or a folder of them (whole numbers in a column label or labels), or "hub:OWNER/NAME",
+        "hub:OWNER/NAME:SPLIT" (split "train", if none is given) or "hub:OWNER/NAME@REVISION:SPLIT".
     resolution : int
         Pixels a side: images are cut to their middle square and resized bicubically, with antialiasing. They are grey
         if all are; 16 bits become 8; what is transparent shows white.
@@ -98,6 +100,23 @@ def load(source: str, resolution: int, held_out: float, seed: int) -> DataSet:
     train, rest = train_test_split(np.arange(len(images)), test_size=held_out, random_state=seed,
                                    stratify=None if rare else labels)
     return DataSet(source, images, labels, torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(rest)))
+
+
+def digest(source: str) -> str:
+    """Give a hash of what a source holds, so that nothing goes on from what other images left.
+
+    Of "digits" it is the version of the package that ships them, of the hub the name with its revision (name one, and
+    the data cannot change), of files their names and bytes.
+    """
+    path = Path(source)
+    if source == "digits":
+        return f"scikit-learn {version('scikit-learn')}"
+    if source.startswith(HUB) or not path.exists():
+        return source
+    found = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+        found.update(str(file.relative_to(path)).encode() + hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest()
 
 
 def digits(resolution: int) -> tuple[Tensor, Tensor]:
@@ -230,8 +249,9 @@ def _of_hub(source: str) -> Iterator[tuple[str, bytes | str, int | None]]:
     import datasets  # slow to import, and all else needs none of it
 
     name, _, split = source.removeprefix(HUB).partition(":")
+    name, _, revision = name.partition("@")
     try:
-        table = datasets.load_dataset(name, split=split or "train")
+        table = datasets.load_dataset(name, split=split or "train", revision=revision or None)
     except Exception as error:  # whatever the library raises of a source that it cannot read
         raise ValueError(f"{source} cannot be read as a data set: {type(error).__name__}: {error}") from None
     image, label = _columns(source, table.column_names)

@@ -190,7 +190,8 @@ def load(source: Path | str, device: str = "cpu") -> tuple[ModelMixin, Scheduler
     Parameters
     ----------
     source : Path or str
-        A folder that `save` or any diffusers pipeline wrote (a teacher's or a student's), or "hub:OWNER/NAME".
+        A folder that `save` or any diffusers pipeline wrote (a teacher's or a student's), or "hub:OWNER/NAME", or
+        "hub:OWNER/NAME@REVISION".
 
     Raises
     ------
@@ -200,17 +201,15 @@ def load(source: Path | str, device: str = "cpu") -> tuple[ModelMixin, Scheduler
         If the pipeline has neither a UNet nor a transformer, or one of a library that is not trusted here; if its
         scheduler walks in a way that no plan knows.
     """
-    hub = str(source).startswith(HUB)
-    name = str(source).removeprefix(HUB)
-    if not hub and not (Path(source) / "model_index.json").exists():
+    if not str(source).startswith(HUB) and not (Path(source) / "model_index.json").exists():
         raise FileNotFoundError(f"no teacher in {source}. Notebook 00_teacher_training makes it; a pipeline of the "
                                 f"Hugging Face hub is written {HUB}OWNER/NAME.")
-    parts = DiffusionPipeline.load_config(name)
+    name, parts = _index(source)
     part = next((part for part in ("unet", "transformer") if part in parts), None)
     if part is None:
         raise ValueError(f"{source} is a {parts.get('_class_name')} without unet and transformer: no plan fits it.")
-    model = _class(source, parts, part, ModelMixin).from_pretrained(name, subfolder=part, use_safetensors=True)
-    saved = _class(source, parts, "scheduler", SchedulerMixin).from_pretrained(name, subfolder="scheduler")
+    model = _class(source, parts, part, ModelMixin).from_pretrained(**name, subfolder=part, use_safetensors=True)
+    saved = _class(source, parts, "scheduler", SchedulerMixin).from_pretrained(**name, subfolder="scheduler")
     NoiseSchedule.check_kind(saved)
     schedule = saved
     if "beta_start" in saved.config and not isinstance(saved, DDIMScheduler):  # some add noise in units of their own
@@ -233,13 +232,19 @@ def decoder(source: Path | str, device: str = "cpu") -> Callable[[Tensor], Tenso
 
     None, where a pipeline draws the images themselves.
     """
-    name = str(source).removeprefix(HUB)
-    parts = DiffusionPipeline.load_config(name)
+    name, parts = _index(source)
     part = next((part for part in ("vae", "vqvae") if part in parts), None)
     if part is None:
         return None
-    vae = _class(source, parts, part, ModelMixin).from_pretrained(name, subfolder=part, use_safetensors=True)
+    vae = _class(source, parts, part, ModelMixin).from_pretrained(**name, subfolder=part, use_safetensors=True)
     return partial(_decoded, vae.eval().requires_grad_(False).to(device))
+
+
+def _index(source: Path | str) -> tuple[dict, dict]:
+    """Give where a pipeline lies, as `from_pretrained` takes it, and its index: the classes of its parts."""
+    name, _, revision = str(source).removeprefix(HUB).partition("@" if str(source).startswith(HUB) else "\0")
+    where = {"pretrained_model_name_or_path": name, "revision": revision or None}
+    return where, DiffusionPipeline.load_config(**where)
 
 
 def _class(source: Path | str, parts: dict, part: str, base: type) -> type:
