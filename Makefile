@@ -7,8 +7,6 @@ export PYTHONUNBUFFERED := 1
 # Compiled modules are kept, whatever the shell says: else each notebook compiles all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 # Freed memory stays with the process: else the C library hands every activation back to the system and faults it in again.
-# Threads that wait give the processor away: a little slower alone, many times faster beside another busy process.
-study lab: export OMP_WAIT_POLICY := PASSIVE
 export MALLOC_TRIM_THRESHOLD_ := 1000000000
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 

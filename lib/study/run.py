@@ -49,7 +49,6 @@ def notebook(name: str, study: str) -> Path:
                                  f"too much and lacks {sorted(set(values) - found) or 'nothing'}.")
     executed = paths.writable(paths.DATA / study / name) / "notebook.ipynb"
     os.environ.setdefault("TQDM_MININTERVAL", "10")  # a line of progress every ten seconds
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # beside another busy process; see the Makefile
     print(f"{name}, study {study}:", flush=True)
     papermill.execute_notebook(source, executed, values, kernel_name="python3", cwd=paths.ROOT, progress_bar=False,
                                stdout_file=sys.stdout, stderr_file=sys.stderr, config=LOCAL_SOCKETS)

@@ -1,4 +1,4 @@
-"""Beside another busy process: how much longer sampling takes, with threads that wait passively and without."""
+"""Beside another busy process: how much longer sampling takes, with threads that wait passively and as the library has them."""
 
 import os
 import subprocess
