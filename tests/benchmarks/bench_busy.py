@@ -1,4 +1,4 @@
-"""Beside another busy process: how much longer sampling takes, with threads that wait passively and as the library has them."""
+"""Beside another busy process: how much longer sampling takes, with threads that wait passively and without."""
 
 import os
 import subprocess
