@@ -83,7 +83,7 @@ def project(tmp_path_factory):
     for name in ("lib", "notebooks", "params"):
         shutil.copytree(paths.ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(paths.ROOT / ".dvc", root / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
-    for name in ("dvc.yaml", ".gitignore", ".dvcignore"):
+    for name in ("dvc.yaml", "requirements.lock", ".gitignore", ".dvcignore"):
         shutil.copy(paths.ROOT / name, root / name)
     (root / "params.yaml").write_text("studies:\n  - smoke\n")
     command(root, "git", "init", "--quiet")
