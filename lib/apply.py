@@ -217,8 +217,8 @@ def images(model: str, plan: Path, out: Path, *, count: int, seed: int, device: 
     noise = sampling.noise("report", seed, int(own[0]), len(own), shape)
     made, seconds = _timed(network, schedule, walk, noise, precision, "sampling" if state.is_main_process else None)
     paths.writable(out)
-    made = made if decode is None else decode(made)
-    for number, pixels in zip(own, to_uint8(made).permute(0, 2, 3, 1).numpy()):
+    pictures = decode or (lambda made: made)
+    for number, pixels in zip(own, to_uint8(pictures(made)).permute(0, 2, 3, 1).numpy()):
         Image.fromarray(pixels.squeeze()).save(out / f"{number:06d}.png")
     state.wait_for_everyone()
     if state.is_main_process:
@@ -232,7 +232,7 @@ def images(model: str, plan: Path, out: Path, *, count: int, seed: int, device: 
                 sampling.sample(network, schedule, plan, few, precision=precision)
         theirs, slow = _timed(network, schedule, full, few, precision, "the full run")
         ours, fast = _timed(network, schedule, walk, few, precision, "the plan")
-        noisy = float((ours - theirs).square().mean())
+        noisy = float((pictures(ours) - pictures(theirs)).square().mean())
         print(f"beside all {len(walk.grid)} steps, on {len(few)} images: {fewer:.2f} times fewer executed MACs, "
               f"{slow / fast:.2f} times faster, {costs.kept(walk) / 2**20:.2f} MiB an image kept between steps, "
               f"PSNR {10 * math.log10(4 / max(noisy, 1e-10)):.1f} dB")

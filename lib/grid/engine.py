@@ -59,6 +59,7 @@ class Engine:
         self.solver = solvers.of(plan)
         self._abscissae = solvers.abscissae(plan.timesteps, plan.schedule, plan.abscissa).tolist()
         self._hooks = Hooks(self)
+        self._signature = inspect.signature(model.forward)
         self.closed = led
         self.reset()
 
@@ -163,7 +164,7 @@ class Engine:
 
     def run(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
         """Give what the network gives at the current step: its `forward` runs for the passes that compute."""
-        arguments = inspect.signature(forward).bind(*args, **kwargs).arguments
+        arguments = self._signature.bind(*args, **kwargs).arguments
         sample = next(iter(arguments.values()))
         self._check_thread()
         self._hooks.mend()

@@ -94,7 +94,7 @@ class GraphedEngine(Engine):
             shelf.seen.add(kind)
             return forward(*args, **kwargs)
         if kind not in shelf.recordings and len(shelf.recordings) >= LIMIT:
-            shelf = self._shelf = _new_shelf(self.model, shelf.seen)
+            shelf = self._shelf = _new_shelf(self.model, shelf.portrait, shelf.seen)
         values = {int(place): self.value(int(place)) for place in self._group.read.nonzero()[0]}
         try:
             recording = shelf.recordings[kind] = shelf.recordings.get(kind) or self._record(forward, leaves, tree,
@@ -201,15 +201,16 @@ _shelves: WeakKeyDictionary[nn.Module, _Shelf] = WeakKeyDictionary()
 
 def _shelf(model: nn.Module) -> _Shelf:
     """Give a network's recordings; none, once it is another network than it was."""
-    if model not in _shelves or _shelves[model].portrait != _portrait(model):
-        return _new_shelf(model, set())
+    portrait = _portrait(model)
+    if model not in _shelves or _shelves[model].portrait != portrait:
+        return _new_shelf(model, portrait, set())
     return _shelves[model]
 
 
-def _new_shelf(model: nn.Module, seen: set[tuple]) -> _Shelf:
+def _new_shelf(model: nn.Module, portrait: tuple, seen: set[tuple]) -> _Shelf:
     """Put an empty shelf, with a pool of its own, in place of a network's."""
     pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
-    _shelves[model] = _Shelf(_portrait(model), pool, seen)
+    _shelves[model] = _Shelf(portrait, pool, seen)
     return _shelves[model]
 
 

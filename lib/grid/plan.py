@@ -32,6 +32,11 @@ GIVEN, NULL = "given", "null"
 """The pass with the condition, which is never dropped, and the one without."""
 ORDERS = {"ddim": 1, "dpmsolver++": 3, "plms": 4, "pndm": 4, "unipc": 2, "euler": 1, "learned": 9}
 """The solvers and their highest orders."""
+OWN_WAYS = ("CMStochasticIterativeScheduler", "DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler",
+            "LCMScheduler", "RePaintScheduler", "TCDScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
+"""Schedulers of betas whose networks, or walks, are of another kind: consistency models, inversions, repainting."""
+FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+"""Schedulers of flow matching."""
 
 
 class PlanError(ValueError):
@@ -103,13 +108,6 @@ class NoiseSchedule(_Part):
             raise PlanError(f"a {kind} walks in a way of its own, which plans do not know. They know schedules of "
                             "betas (DDIMScheduler, DPMSolverMultistepScheduler, ...) and of flow matching "
                             "(FlowMatchEulerDiscreteScheduler).")
-
-
-OWN_WAYS = ("CMStochasticIterativeScheduler", "DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler",
-            "LCMScheduler", "RePaintScheduler", "TCDScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
-"""Schedulers of betas whose networks, or walks, are of another kind: consistency models, inversions, repainting."""
-FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
-"""Schedulers of flow matching."""
 
 
 def _is_one_of(names: Sequence[str], scheduler) -> bool:

@@ -242,7 +242,9 @@ def decoder(source: Path | str, device: str = "cpu") -> Callable[[Tensor], Tenso
 
 def _index(source: Path | str) -> tuple[dict, dict]:
     """Give where a pipeline lies, as `from_pretrained` takes it, and its index: the classes of its parts."""
-    name, _, revision = str(source).removeprefix(HUB).partition("@" if str(source).startswith(HUB) else "\0")
+    name, revision = str(source), ""
+    if name.startswith(HUB):
+        name, _, revision = name.removeprefix(HUB).partition("@")
     where = {"pretrained_model_name_or_path": name, "revision": revision or None}
     return where, DiffusionPipeline.load_config(**where)
 
