@@ -160,6 +160,23 @@ def test_a_second_thread_is_refused_and_the_first_one_told(cheap):
         assert same(found[0], images)
 
 
+def test_a_second_thread_is_refused_by_an_engine_alone(cheap):
+    pipe, _, plan = cheap
+    x_t, texts, told = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16), []
+
+    def other():
+        with pytest.raises(PlanError, match="two threads sample with it at once"):
+            pipe.unet(x_t, plan.timesteps[1], texts)
+        told.append(1)
+
+    with Engine(pipe.unet, plan, plan.schedule):
+        pipe.unet(x_t, plan.timesteps[0], texts)
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert told
+
+
 @pytest.mark.parametrize("given", [{"timesteps": [900, 500, 3]}, {"sigmas": [3.0, 1.0]}])
 def test_timesteps_of_the_callers_own_are_refused(cheap, given):
     pipe, options, plan = cheap
@@ -242,13 +259,20 @@ def test_compiled_networks_run_as_they_are_under_a_plan(kind):
     with pytest.raises(TypeError, match=r"take its own, model\._orig_mod"):
         Engine(compiled, plan, plan.schedule)
     setattr(pipe, part, own)
-    for module in (own, next(iter(own.children()))):
-        module.compile(backend="eager")  # in place
-    for block in (own.down_blocks if part == "unet" else own.transformer_blocks):
-        block.compile(backend="eager")
+    ran = []
+
+    def counting(graph, _):
+        return lambda *inputs: ran.append(1) or graph(*inputs)
+
+    next(iter(own.children())).compile(backend="eager")  # in place; no block of the plan's
+    for module in (own, *(own.down_blocks if part == "unet" else own.transformer_blocks)):
+        module.compile(backend=counting)
     np.testing.assert_allclose(tiny.call(pipe, options), plain, atol=1e-5)
+    assert ran
+    ran.clear()
     with Planned(pipe, plan):
         assert same(tiny.call(pipe, options), wanted)
+    assert not ran
     assert own._compiled_call_impl is not None
     np.testing.assert_allclose(tiny.call(pipe, options), plain, atol=1e-5)
 

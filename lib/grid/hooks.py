@@ -66,9 +66,10 @@ class Hooks:
         """Put all hooks on; if that fails, none stays."""
         blocks = self.engine.blocks
         hooks: list[tuple[str, _Hook]] = [("", _ModelHook(self.engine))]
+        layers = {path for block in blocks for path in block.modules}
         for level, members in blocks.levels.items():
-            if len(members) > 1:
-                hooks.append((blocks.level_modules[level], _LevelHook(self.engine, level, members)))
+            if (path := blocks.level_modules[level]) not in layers:  # a transformer's block, and the middle, are both
+                hooks.append((path, _LevelHook(self.engine, level, members)))
         for place, block in enumerate(blocks):
             kind = _ResidualHook if blocks.cache == "residual" else _LayerHook
             for path in block.modules:
