@@ -1,6 +1,7 @@
 """Controls cost what the plan costs."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -57,38 +58,60 @@ def table(teacher):
     real, drawn = (torch.from_numpy(rng.standard_normal((2000, 3))) for _ in range(2))
     ddim = Plan.full(teacher.timesteps, teacher.schedule, teacher.blocks, 1)
     best = Plan.full(teacher.timesteps, teacher.schedule, teacher.blocks, 2)
-    return controls.Table(lambda plan: drawn + 3 / plan.steps / plan.order, lambda plan: plan.steps,
-                          Judge(real, "a classifier"), best, ddim)
+    moved = cache(lambda far: drawn + far)  # the same tensor for the same plan, as a bank gives it
+    far = {"a classifier": 3, "another": 2, None: 3}
+    return controls.Table(lambda plan, by=None: moved(far[by] / plan.steps / plan.order),
+                          lambda plan: drawn[:500] + 3 / plan.steps / plan.order, lambda plan: plan.steps,
+                          Judge(real, "a classifier"), Judge(real, "another"), best, ddim)
 
 
 def few(teacher, steps, order=1):
     return Plan.few_steps(steps, "uniform", teacher, order)
 
 
+def corrected(table, plan, judge=None):
+    judge = judge or table.judge
+    return judge.score(table.features(plan, by=judge.extractor)).estimate.value
+
+
 def test_a_row_holds_cost_score_and_ratios_to_both_teachers(table, teacher):
     row = table.rows({"five": few(teacher, 5)}, "control").iloc[0]
-    own, best, ddim = (distance(table.features(plan), table.judge.real) for plan in (few(teacher, 5), table.reference,
-                                                                                      table.ddim))
+    own, best, ddim = (corrected(table, plan) for plan in (few(teacher, 5), table.reference, table.ddim))
     assert (row["name"], row["kind"], row["n"], row["extractor"]) == ("five", "control", 2000, "a classifier")
-    assert row["macs"] == 5 and row["macs_ratio"] == 2
+    assert row["macs"] == 5 and row["macs_ratio"] == 2 and row["second_extractor"] == "another"
+    assert row["raw"] == pytest.approx(distance(table.features(few(teacher, 5)), table.judge.real))
     assert row["score"] == pytest.approx(own) and row["score_low"] < own < row["score_high"]
+    assert row["second_score"] == pytest.approx(corrected(table, few(teacher, 5), table.second))
     assert row["ratio"] == pytest.approx(own / best) and row["ddim_ratio"] == pytest.approx(own / ddim)
-    assert row["ratio_low"] < row["ratio"] < row["ratio_high"]
-    assert 0 <= row["precision"] <= 1 and 0 <= row["recall"] <= 1
+    assert row["ratio_low"] < row["ratio"] < row["ratio_high"] and row["ratio_word"] == "worse"
+    assert 0 <= row["precision_low"] <= row["precision"] <= row["precision_high"] <= 1
+    assert row["recall_low"] < row["recall"] < row["recall_high"]
     assert row["paired"] == pytest.approx(3 * (3 / 5 - 3 / 20) ** 2), "the same noise, moved alike in three features"
 
 
-def test_verdicts_say_who_is_better(table, teacher):
+def test_words_say_who_is_better_and_the_strongest_is_chosen_elsewhere(table, teacher):
     others = [Control("worse", ((few(teacher, 2), 1.0),)), Control("same", ((few(teacher, 5), 1.0),)),
               Control("better", ((few(teacher, 5, order=2), 1.0),)),
               Control("between", ((few(teacher, 4), 0.5), (few(teacher, 6), 0.5)))]
     rows = table.beside("mine", few(teacher, 5), others).set_index("name")
-    assert rows.loc[["worse", "same", "better"], "better"].tolist() == ["plan", "tie", "control"]
+    assert rows.loc[["worse", "same", "better"], "plan_over_control_word"].tolist() == ["better", "as good", "worse"]
+    assert rows.loc[["worse", "better"], "second_over_control_word"].tolist() == ["better", "worse"]
     assert rows.loc["worse", "plan_over_control_high"] < 1 < rows.loc["better", "plan_over_control_low"]
-    assert rows.loc["same", "plan_over_control"] == 1
+    assert rows.loc["same", "plan_over_control"] == pytest.approx(1)
     assert rows.loc["between", "macs"] == rows.loc["between", "plan_macs"] == 5
-    four, six = (distance(table.features(few(teacher, steps)), table.judge.real) for steps in (4, 6))
+    four, six = (corrected(table, few(teacher, steps)) for steps in (4, 6))
     assert rows.loc["between", "score"] == pytest.approx(np.sqrt(four * six))
+    assert rows.index[rows["strongest"]].tolist() == ["better"]
+    lucky = replace(table, select=lambda plan: table.features(few(teacher, 2) if plan.order == 2 else plan))
+    rows = lucky.beside("mine", few(teacher, 5), others).set_index("name")
+    assert rows.index[rows["strongest"]].tolist() == ["same"], "whatever the report's noise says"
+
+
+def test_a_summary_counts_and_says_what_would_decide():
+    words = pd.Series(["better", "undecided", "undecided", "worse"])
+    text = controls.summary(words, pd.Series([1.0, 4000.0, 8000.0, 2.0]), 700)
+    assert text == ("4 comparisons at n = 700: 1 better, 0 as good, 2 undecided, 1 worse. Were there no differences at "
+                    "all, chance would call 0.2 better or worse. Half of the undecided would be decided by n = 6,000.")
 
 
 def test_features_in_many_rows_are_judged_once_each(table, teacher, monkeypatch):
@@ -100,7 +123,7 @@ def test_features_in_many_rows_are_judged_once_each(table, teacher, monkeypatch)
         return {"recall": float(features[0, 0])}
 
     monkeypatch.setattr(Judge, "further", further)
-    kept = replace(table, features=lambda plan: seen[plan.steps])
+    kept = replace(table, features=lambda plan, by=None: seen[plan.steps], select=lambda plan: seen[plan.steps])
     rows = kept.beside("mine", table.ddim, [Control(name, ((few(teacher, 4), 1.0),)) for name in ("one", "two")])
     rows = pd.concat([rows, kept.rows({"mine": table.ddim}, "control")])
     assert rows["recall"].tolist() == [float(seen[steps][0, 0]) for steps in (4, 4, teacher.steps)]
@@ -108,4 +131,4 @@ def test_features_in_many_rows_are_judged_once_each(table, teacher, monkeypatch)
 
 
 def test_the_best_solver_is_the_one_with_the_lower_score(table):
-    assert controls.best_solver(table.judge, table.features, [table.ddim, table.reference]) is table.reference
+    assert controls.best_solver(table.judge, table.select, [table.ddim, table.reference]) is table.reference

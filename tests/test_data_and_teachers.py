@@ -1,6 +1,7 @@
 """Data and teachers: splits, files, what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -160,7 +161,7 @@ def test_labels_that_name_no_class_are_refused(labels, message, column, folder, 
 
 
 def test_a_digest_is_of_all_that_a_source_holds(folder, tmp_path):
-    known = {data.digest(str(folder)), data.digest("digits"), data.digest("hub:a/b"), data.digest("hub:a/b@c")}
+    known = {data.digest(str(folder)), data.digest("digits"), data.digest("hub:a/b@c"), data.digest("hub:a/b@d:test")}
     picture = folder / "cats" / "00.png"
     picture.rename(folder / "cats" / "x.png")
     known.add(data.digest(str(folder)))
@@ -168,6 +169,22 @@ def test_a_digest_is_of_all_that_a_source_holds(folder, tmp_path):
     known.add(data.digest(str(folder)))
     known.add(data.digest(parquet(tmp_path / "all.parquet", {"image": encoded(folder)})))
     assert len(known) == 7 and data.digest(str(folder)) in known
+
+
+def test_the_hub_is_asked_for_the_revision_that_nobody_named(monkeypatch):
+    asked = []
+
+    def info(_, name, repo_type):
+        asked.append((name, repo_type))
+        if len(asked) == 3:
+            raise OSError("no network")
+        return SimpleNamespace(sha=f"revision {len(asked)}")
+
+    monkeypatch.setattr(data.HfApi, "repo_info", info)
+    assert data.digest("hub:a/b:test") != data.digest("hub:a/b:test"), "the repository has moved on"
+    with pytest.raises(ValueError, match="which revision hub:a/b is .OSError.: name one, hub:a/b@REVISION"):
+        data.digest("hub:a/b", "model")
+    assert asked == [("a/b", "dataset"), ("a/b", "dataset"), ("a/b", "model")]
 
 
 def test_no_label_at_all_is_none(folder, tmp_path):

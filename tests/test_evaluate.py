@@ -1,6 +1,7 @@
 """Scores: torch-fidelity's numbers, and intervals that mean what they say."""
 
 import copy
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -8,17 +9,24 @@ import torch
 import torch_fidelity
 
 from lib.grid.plan import Plan
-from lib.judging import evaluate, extractor
-from lib.judging.evaluate import Bank, Judge, distance, interval, jackknife
+from lib.judging import banks, estimates, evaluate, extractor
+from lib.judging.banks import Bank
+from lib.judging.estimates import Comparison, Estimate, Score, jackknife, pseudo_values
+from lib.judging.evaluate import Judge, distance
 from lib.teachers import data
 
 
 @pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
+def extractors(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("extractor")
-    extractor.save(folder, extractor.Classifier(1, 16, 10))
+    extractor.save(folder, extractor.Extractor("classes", 1, 16, 10), extractor.Extractor("denoising", 1, 16, 256))
     return extractor.load(folder)
+
+
+@pytest.fixture(scope="module")
+def classifier(extractors):
+    return extractors[0]
 
 
 @pytest.fixture(scope="module")
@@ -58,22 +66,90 @@ def test_the_distance_of_two_gaussians_is_the_formulas():
 
 def test_the_jackknifes_interval_of_a_mean_is_the_textbooks():
     sample = torch.from_numpy(np.random.default_rng(1).gamma(9.0, 1.0, (2000, 1)))
-    estimate = interval(jackknife(lambda s: float(s.mean()), sample))
+    estimate = Estimate.of(pseudo_values(jackknife(lambda s: float(s.mean()), sample)))
     half = 2.093 * float(sample.std()) / np.sqrt(2000)  # t with 19 degrees of freedom
     assert estimate.value == pytest.approx(float(sample.mean()))
     assert (estimate.high - estimate.low) / 2 == pytest.approx(half, rel=0.4)
 
 
-def test_intervals_of_paired_ratios_cover_the_truth():
-    """Two generators whose true distances are 1 and 2, from common noise: of 40 intervals about 38 hold the ratio 2."""
-    rng, hits = np.random.default_rng(2), 0
-    judge = Judge(torch.from_numpy(rng.standard_normal((50_000, 2))), "it")
-    one = torch.tensor([1.0, 0.0])
-    for _ in range(40):
-        noise = torch.from_numpy(rng.standard_normal((1000, 2)))
-        ratio = judge.ratio(noise + np.sqrt(2) * one, noise + one)
-        hits += ratio.low <= 2 <= ratio.high
-    assert hits >= 34
+def test_the_bias_of_a_variance_over_n_is_taken_out():
+    """The maximum-likelihood variance is (n - 1) / n of the unbiased one: the jackknife gives just that."""
+    sample = torch.from_numpy(np.random.default_rng(1).normal(size=(20, 1)))
+    values = jackknife(lambda s: float(s.var(unbiased=False)), sample)
+    assert Estimate.of(pseudo_values(values)).value == pytest.approx(float(sample.var()))
+    assert estimates.uncorrected(values).value == pytest.approx(float(sample.var(unbiased=False)))
+
+
+def shifted(name, features, generator):
+    """Move features a known way."""
+    return {"none": lambda x: x, "moved": lambda x: x + 0.35, "narrowed": lambda x: 0.75 * x,
+            "noisy": lambda x: x + 0.7 * torch.randn(x.shape, generator=generator)}[name](features)
+
+
+def simulate(real, names, n, runs, seed=0):
+    """Draw images again and again from the real ones, moved a known way: give the true distances and all scores."""
+    judge, generator = Judge(real, "it"), torch.Generator().manual_seed(seed)
+    m = len(real)
+    true, scores = {}, {name: [] for name in names}
+    for name in names:
+        moved = shifted("none" if name == "noisy" else name, real, generator).numpy()
+        sigma = np.cov(moved.T, bias=True) + 0.49 * np.eye(real.shape[1]) * (name == "noisy")
+        true[name] = distance({"mu": moved.mean(0), "sigma": sigma}, judge.statistics)
+    for _ in range(runs):
+        rows = real[torch.randint(m, (n,), generator=generator)]
+        for name in names:
+            scores[name].append(judge.score(shifted(name, rows, generator)))
+    return true, scores
+
+
+def test_intervals_cover_the_true_distance_and_a_perfect_sampler_is_at_the_floor():
+    """From a bootstrap of real features: the whole simulation is in tests/benchmarks/bench_coverage.py."""
+    pixels = data.digits(8)[0].flatten(1).double()
+    axes = torch.linalg.svd(pixels - pixels.mean(0), full_matrices=False).Vh[:8]
+    real = (pixels - pixels.mean(0)) @ axes.T
+    true, scores = simulate(real / real.std(), ["none", "moved", "narrowed", "noisy"], n=200, runs=60)
+    for name, found in scores.items():
+        covered = np.mean([one.estimate.low <= true[name] <= one.estimate.high for one in found])
+        assert covered >= 0.9, (name, covered)
+        assert np.mean([one.estimate.value for one in found]) == pytest.approx(true[name], abs=0.03), name
+    assert np.mean([one.raw for one in scores["none"]]) > 0.1, "of a perfect sampler, as it comes"
+    assert np.mean([one.above_floor for one in scores["none"]]) <= 0.07
+    ratios = [Comparison.of(a, b, 200).ratio for a, b in zip(scores["noisy"], scores["moved"])]
+    ratio, given = true["noisy"] / true["moved"], [one for one in ratios if not np.isnan(one.value)]
+    assert len(given) > 50 and np.mean([one.low <= ratio <= one.high for one in given]) >= 0.87
+
+
+def scored(value, error, seed=0):
+    """A score of a given value whose interval reaches `error` to either side."""
+    draws = np.random.default_rng(seed).normal(size=20)
+    draws = (draws - draws.mean()) / draws.std(ddof=1)
+    return Score(value + 0.3, value + draws * error * np.sqrt(20) / 2.093)
+
+
+def other(value, error):
+    return scored(value, error, seed=1)
+
+
+@pytest.mark.parametrize(("mine", "theirs", "word", "holds"), [
+    (scored(1.0, 0.01), other(1.2, 0.01), "better", "yes"), (scored(1.2, 0.01), other(1.0, 0.01), "worse", "no"),
+    (scored(1.02, 0.002), other(1.0, 0.002), "worse", "yes"), (scored(1.0, 0.01), other(1.0, 0.01), "as good", "yes"),
+    (scored(1.0, 0.2), other(1.0, 0.2), "undecided", "undecided"),
+    (scored(0.0, 0.01), other(0.0, 0.01), "as good", "yes"),  # a margin of 5 % of 0.3 decides at the floor
+    (scored(0.0, 0.1), other(0.01, 0.1), "undecided", "undecided"), (scored(0.5, 0.1), other(0.0, 0.1), "worse", "no")])
+def test_words_mean_one_thing(mine, theirs, word, holds):
+    found = Comparison.of(mine, theirs, 100)
+    assert (found.word, found.holds) == (word, holds)
+    assert np.isnan(found.ratio.value) == (not (mine.above_floor and theirs.above_floor))
+    assert (found.needed <= 100) == (word != "undecided")
+
+
+def test_what_is_needed_decides():
+    near = Comparison.of(scored(1.0, 0.2), other(1.2, 0.2), 100)
+    assert near.word == "undecided"
+    shrink = np.sqrt(100 / (1.01 * near.needed))
+    assert Comparison.of(scored(1.0, 0.2 * shrink), other(1.2, 0.2 * shrink), 100).word != "undecided"
+    shrink = np.sqrt(100 / (0.97 * near.needed))
+    assert Comparison.of(scored(1.0, 0.2 * shrink), other(1.2, 0.2 * shrink), 100).word == "undecided"
 
 
 def test_a_ratio_to_itself_is_one_and_pairs_beat_independent_noise():
@@ -81,10 +157,10 @@ def test_a_ratio_to_itself_is_one_and_pairs_beat_independent_noise():
     real, a = (torch.from_numpy(rng.standard_normal((2000, 3))) for _ in range(2))
     a = a + 0.5
     judge = Judge(real, "it")
-    same = judge.ratio(a, a)
-    assert (same.value, same.low, same.high) == (1, 1, 1)
-    paired = judge.ratio(a * 1.01, a)
-    apart = judge.ratio(a[torch.randperm(2000)] * 1.01, a)
+    same = judge.ratio(a, a).ratio
+    assert (same.value, same.low, same.high) == pytest.approx((1, 1, 1))
+    paired = judge.ratio(a * 1.01, a).ratio
+    apart = judge.ratio(a[torch.randperm(2000)] * 1.01, a).ratio
     assert paired.high - paired.low < 0.5 * (apart.high - apart.low)
 
 
@@ -93,40 +169,102 @@ def test_an_interpolated_control_lies_between_its_two_plans():
     real = torch.from_numpy(rng.standard_normal((2000, 2)))
     near, far = real + 0.5, real + 1.0
     judge = Judge(real, "it")
-    middle = judge.compare([(near, 0.5), (far, 0.5)], [(near, 1.0)])
-    assert middle.value == pytest.approx(np.sqrt(distance(far, real) / distance(near, real)), rel=1e-6)
+    values = [judge.score(one).estimate.value for one in (near, far)]
+    middle = judge.blend([(near, 0.5), (far, 0.5)])
+    assert middle.estimate.value == pytest.approx(np.sqrt(values[0] * values[1]), rel=1e-6)
+    assert judge.compare([(near, 0.5), (far, 0.5)], [(near, 1.0)]).ratio.value == pytest.approx(
+        np.sqrt(values[1] / values[0]), rel=1e-6)
+    floor = judge.blend([(real, 0.5), (far, 0.5)]).estimate.value
+    assert floor == pytest.approx((judge.score(real).estimate.value + values[1]) / 2), "a sum, where one may be 0"
 
 
-def test_a_bank_samples_once_and_keeps_features(unet, schedule, teacher, classifier, tmp_path, monkeypatch):
+def test_precision_and_recall_are_a_slow_ones_with_each_block_left_out():
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    generator = torch.Generator().manual_seed(0)
+    real, made = torch.randn(150, 4, generator=generator), 1.2 * torch.randn(120, 4, generator=generator)
+    for found, name in zip(evaluate.precision_and_recall(made, real), ("precision", "recall")):
+        values = jackknife(lambda part: prc_features_to_metric(part, real, verbose=False)[name], made)  # noqa: B023
+        slow = estimates.uncorrected(values)
+        assert (found.value, found.low, found.high) == pytest.approx((slow.value, slow.low, slow.high), abs=1e-6), name
+
+
+def test_judges_that_contradict_each_other_are_found():
+    a, b, c = scored(1.0, 0.01), other(1.2, 0.01), other(1.0, 0.5)
+    found = evaluate.disagreements({"one": (a, b), "two": (b, a), "three": (c, c)}, 100)
+    assert found[["better", "worse"]].to_numpy().tolist() == [["one", "two"]]
+    assert found["first"][0] == pytest.approx(1 / 1.2) and found["second"][0] == pytest.approx(1.2)
+
+
+def test_a_bank_samples_once_and_keeps_features(unet, schedule, teacher, extractors, tmp_path, monkeypatch):
     def bank(**options):
-        return Bank("report", unet, schedule, classifier, count=5, seed=0, precision="fp32", work=tmp_path, **options)
+        usual = {"count": 5, "seed": 0, "precision": "fp32", "work": tmp_path}
+        return Bank("report", unet, schedule, extractors, **usual | options)
 
-    plan = Plan.few_steps(2, "uniform", teacher)
+    plan, (first_judge, second_judge) = Plan.few_steps(2, "uniform", teacher), extractors
     features = bank().features(plan)
-    assert torch.equal(features, extractor.embed(classifier, bank().images(plan, 5)))
+    assert torch.equal(features, extractor.embed(first_judge, bank().images(plan, 5)))
     first = bank()
     first.features(plan)
     first.save(tmp_path / "features.safetensors")
-    monkeypatch.setattr(evaluate.sampling, "sample", lambda *_, **__: pytest.fail("sampled again"))
+    monkeypatch.setattr(banks.sampling, "sample", lambda *_, **__: pytest.fail("sampled again"))
+    seen = bank().features(plan, by=second_judge.name)
     assert torch.equal(bank().features(plan), features), "from the work folder"
     for file in tmp_path.glob("report-*/*"):
         file.unlink()
     known = [tmp_path / "features.safetensors"]
     assert torch.equal(bank(known=known).features(plan), features), "from an earlier stage"
-    other = Bank("report", unet, schedule, classifier, count=5, seed=1, precision="fp32", work=tmp_path, known=known)
+    assert torch.equal(bank(known=known).features(plan, by=second_judge.name), seen), "both judges'"
     with pytest.raises(pytest.fail.Exception, match="sampled again"):
-        other.features(plan)
+        bank(seed=1, known=known).features(plan)
+    monkeypatch.setattr(banks, "version", lambda library: "another")
+    with pytest.raises(pytest.fail.Exception, match="sampled again"):
+        bank(known=known).features(plan)
 
 
-def test_the_extractor_comes_back_from_its_folder_and_rounds_to_pixels(classifier, digits, tmp_path):
-    trained_on_cuda = copy.deepcopy(classifier).to(memory_format=torch.channels_last)
-    extractor.save(tmp_path, trained_on_cuda)
+def test_the_extractors_come_back_from_their_folder_and_round_to_pixels(extractors, digits, tmp_path):
+    trained_on_cuda = [copy.deepcopy(one).to(memory_format=torch.channels_last) for one in extractors]
+    extractor.save(tmp_path, *trained_on_cuda)
     again = extractor.load(tmp_path)
-    assert again.name == classifier.name
+    assert [one.name for one in again] == [one.name for one in extractors]
+    assert [one.name.partition("-")[0] for one in again] == ["classifier", "denoiser"]
     images = digits.images[:50]
-    assert torch.equal(extractor.embed(again, images), extractor.embed(classifier, data.to_uint8(images)))
+    for one in again:
+        assert torch.equal(extractor.embed(one, images), extractor.embed(one, data.to_uint8(images)))
     with pytest.raises(FileNotFoundError, match="00_teacher_training makes it"):
         extractor.load(tmp_path / "none")
+
+
+def test_any_of_torch_fidelitys_extractors_may_be_the_second_judge(classifier, digits, tmp_path):
+    extractor.save(tmp_path, classifier, f"torch-fidelity:{classifier.name}")
+    _, borrowed = extractor.load(tmp_path)
+    images = digits.images[:20]
+    assert borrowed.name == classifier.name
+    assert torch.equal(extractor.embed(borrowed, images), extractor.embed(classifier, images))
+    extractor.save(tmp_path, classifier, "torch-fidelity:nonsense")
+    with pytest.raises(ValueError, match="no extractor 'nonsense'; it has: .*dinov2-vit-s-14"):
+        extractor.load(tmp_path)
+    extractor.save(tmp_path, classifier, "torch-fidelity:inception-v3-compat")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extractor, "create_feature_extractor", Mock(side_effect=OSError("no network")))
+        with pytest.raises(ValueError, match="weights of inception-v3-compat cannot be had .no network"):
+            extractor.load(tmp_path)
+
+
+def test_extractors_learn_their_tasks_and_two_of_one_task_are_refused(digits, tmp_path):
+    fit = {"steps": 250, "seed": 0, "device": "cpu", "precision": "fp32"}
+    unlabelled = data.DataSet("mine", digits.images, torch.zeros_like(digits.labels), digits.train, digits.held_out)
+    made = {task: extractor.fit(unlabelled, task, work=tmp_path / task, **fit) for task in ("classes", "denoising")}
+    assert made["classes"].name.startswith("turns"), "without labels, how images were turned"
+    with torch.no_grad():
+        seen = digits.images[digits.held_out]
+        noisy = seen + 0.5 * torch.randn(seen.shape, generator=torch.Generator().manual_seed(0))
+        cleaned = made["denoising"](noisy)[1].unflatten(1, seen.shape[1:])
+    ignorant = (digits.images[digits.train].mean(0) - seen).square().mean()  # the mean image, whatever it is shown
+    assert (cleaned - seen).square().mean() < 0.8 * ignorant
+    assert extractor.embed(made["denoising"], seen).var(dim=0).mean() == pytest.approx(1, rel=0.2)
+    with pytest.raises(ValueError, match="the first judge learned rotation already"):
+        extractor.save(tmp_path, made["classes"], made["classes"])
 
 
 def test_a_shrunk_covariance_is_sound_where_a_plain_one_is_not():

@@ -70,7 +70,8 @@ def test_a_stage_depends_on_just_what_its_notebook_reads(notebook):
     done = yaml(paths.ROOT / "dvc.yaml")["stages"][notebook]["do"]
     source = "\n".join(c.source for c in nbformat.read(paths.NOTEBOOKS / f"{notebook}.ipynb", 4).cells)
     read = set(re.findall(r'stage\.read\("([^"]+)"\)', source))
-    assert {dep.removeprefix("data/${item}/") for dep in done["deps"] if "${item}" in dep} == read
+    assert {dep.removeprefix("data/${item}/") for dep in done["deps"] if "${item}" in dep} == read | {"sources.json"}
+    assert "requirements.lock" in done["deps"]
 
 
 # ---- what a change re-runs ------------------------------------------------------------------------------------------
@@ -85,7 +86,8 @@ def project(tmp_path_factory):
     shutil.copytree(paths.ROOT / ".dvc", root / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
     for name in ("dvc.yaml", "requirements.lock", ".gitignore", ".dvcignore"):
         shutil.copy(paths.ROOT / name, root / name)
-    (root / "params.yaml").write_text("studies:\n  - smoke\n")
+    pipeline = root / "dvc.yaml"
+    pipeline.write_text(pipeline.read_text().replace("      digits: digits\n", "      smoke: smoke\n"))
     command(root, "git", "init", "--quiet")
     command(root, "git", "config", "user.name", "tests")
     command(root, "git", "config", "user.email", "tests@localhost")
@@ -126,7 +128,7 @@ def dvc(root, *words):
 def changed(root):
     """The stages that `dvc repro` would run for their own sake; what follows runs if their results differ."""
     dvc(root, "repro", "code")
-    return set(re.findall(r"Running stage '(\w+)@smoke'", dvc(root, "repro", "--dry")))
+    return set(re.findall(r"Running stage '(\w+)@smoke'", dvc(root, "repro", "--dry"))) - {"sources"}
 
 
 @pytest.fixture
@@ -151,7 +153,7 @@ def test_nothing_runs_twice(project):
 
 
 def test_prose_and_outputs_of_a_notebook_re_run_nothing(project, change):
-    change("notebooks/00_teacher_training.ipynb", "Real scans of handwritten digits", "Scans of digits")
+    change("notebooks/00_teacher_training.ipynb", "real scans of handwritten digits", "scans of digits")
     change("notebooks/00_teacher_training.ipynb", '"outputs": []',
            '"outputs": [{"name": "stdout", "output_type": "stream", "text": ["seen\\n"]}]')
     change("notebooks/00_teacher_training.ipynb", '"execution_count": null', '"execution_count": 7')
@@ -187,6 +189,29 @@ def test_a_module_re_runs_the_stages_that_import_it(project, change, module, exp
     assert changed(project) == expected
 
 
+@pytest.mark.parametrize("path", ["data/smoke/sources.json", "requirements.lock"])
+def test_other_images_and_other_libraries_re_run_everything(project, change, path):
+    first = (project / path).read_text().split("\n")[0]
+    change(path, first, first + "2")
+    assert changed(project) >= set(STAGES)
+
+
+def test_a_folder_whose_images_were_replaced_is_another_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "DATA", tmp_path / "data")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "mine").mkdir()
+    changed_values = {"data": str(tmp_path / "pictures"), "checkpoint": str(tmp_path / "mine")}
+    values = params.load("smoke")["00_teacher_training"].model_copy(update=changed_values)
+    monkeypatch.setattr(params, "load", lambda _: {"00_teacher_training": values})
+    noted = set()
+    for picture, weights in ((b"one", b"1"), (b"another", b"1"), (b"one", b"2"), (b"one", b"1")):
+        (tmp_path / "pictures" / "a.png").write_bytes(picture)
+        (tmp_path / "mine" / "model.safetensors").write_bytes(weights)
+        run.note_sources("smoke")
+        noted.add((tmp_path / "data" / "smoke" / "sources.json").read_text())
+    assert len(noted) == 3
+
+
 def test_a_result_re_runs_what_reads_it(project, change):
     change("data/smoke/01_teacher_analysis/costs.json", "costs", "other costs")
     assert "04_schedule_search" in dvc(project, "status", "04_schedule_search")
@@ -208,7 +233,7 @@ def test_metrics_show_and_an_experiment_runs_for_real(project):
 
 
 def test_a_bare_repro_runs_digits_alone():
-    assert yaml(paths.ROOT / "params.yaml") == {"studies": ["digits"]}
+    assert yaml(paths.ROOT / "dvc.yaml")["vars"] == [{"studies": {"digits": "digits"}}]
 
 
 # ---- the runner -----------------------------------------------------------------------------------------------------
@@ -222,21 +247,50 @@ def test_unknown_names_are_refused_before_any_work():
     assert done.returncode == 1 and "error: unknown study 'nope'" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_study_is_listed_only_while_it_runs(tmp_path, monkeypatch):
-    (tmp_path / "params.yaml").write_text("# kept\nstudies:\n  - digits\n")
+def test_a_study_is_listed_only_while_it_runs_and_no_tracked_file_changes(tmp_path, monkeypatch):
+    shutil.copy(paths.ROOT / "dvc.yaml", tmp_path)
     monkeypatch.setattr(paths, "ROOT", tmp_path)
-    seen = []
+    seen, more = [], tmp_path / "params.yaml"
 
     def repro(words, cwd):
-        seen.append((words[-1], yaml(tmp_path / "params.yaml")["studies"]))
+        seen.append((words[-1], yaml(more)["studies"] if more.exists() else None))
         return subprocess.CompletedProcess(words, returncode=len(seen) - 1)
 
     monkeypatch.setattr(run.subprocess, "run", repro)
     run.study("smoke")
     with pytest.raises(SystemExit, match="The study digits stopped. What it finished is kept"):
         run.study("digits")
-    assert seen == [("publish@smoke", ["digits", "smoke"]), ("publish@digits", ["digits"])]
-    assert (tmp_path / "params.yaml").read_text() == "# kept\nstudies:\n  - digits\n"
+    assert seen == [("publish@smoke", {"smoke": "smoke"}), ("publish@digits", None)]
+    assert {path.name for path in tmp_path.iterdir()} == {"dvc.yaml"}
+
+
+def test_dvc_takes_a_study_that_is_listed_beside(project):
+    (project / "params.yaml").write_text("studies:\n  digits: digits\n")
+    try:
+        assert {"publish@digits", "publish@smoke"} <= set(dvc(project, "stage", "list", "--name-only").split())
+        assert command(project, "git", "status", "--porcelain", "params.yaml") == "", "git ignores the file"
+    finally:
+        (project / "params.yaml").unlink()
+
+
+@pytest.fixture
+def crowded(monkeypatch):
+    """Run a notebook on a machine that is so busy, and give what its kernel's threads are told."""
+    def run_one(percent):
+        told = []
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        monkeypatch.setattr(run.psutil, "cpu_percent", lambda interval: percent)
+        monkeypatch.setattr(run.papermill, "execute_notebook",
+                            lambda *_, **__: told.append(os.environ.get("OMP_WAIT_POLICY")) or sys.exit())
+        with pytest.raises(SystemExit):
+            run.notebook("00_teacher_training", "smoke")
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        return told[0]
+    return run_one
+
+
+def test_threads_wait_idly_only_beside_others(crowded):
+    assert crowded(3.0) is None and crowded(50.0) == "PASSIVE"
 
 
 def test_a_notebook_with_other_parameters_than_its_dataclass_is_refused(tmp_path, monkeypatch):

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 import pandas as pd
+from torch import Tensor
 
 from lib.grid.blocks import Blocks
 from lib.grid.plan import Plan
-from lib.judging.evaluate import Estimate, Judge, imitation
+from lib.judging.estimates import WORDS, Comparison, columns
+from lib.judging.evaluate import Judge, paired
 
 FEW_STEPS = {"DDIM, uniform": (1, "uniform"), "DDIM, quadratic": (1, "quadratic"),
              "DPM-Solver++, uniform": (2, "uniform"), "DPM-Solver++, quadratic": (2, "quadratic")}
@@ -98,9 +100,11 @@ class Table:
 
     Attributes
     ----------
-    features : callable(plan) -> Tensor, (n, D), of images from one bank of noise
+    features : callable(plan, by=extractor) -> Tensor, (n, D), of images from the report's bank of noise
+    select : callable(plan) -> Tensor, (m, D), of images from the bank on which things are chosen
     macs : callable(plan) -> executed MACs
     judge : Judge
+    second : Judge, trained on another task, whose word stands beside the first's
     reference : Plan
         The teacher at T steps under its best solver; ratios are to its score and MACs.
     ddim : Plan
@@ -108,52 +112,90 @@ class Table:
     """
 
     features: Callable
+    select: Callable
     macs: Callable[[Plan], int]
     judge: Judge
+    second: Judge
     reference: Plan
     ddim: Plan
 
     def row(self, control: Control, kind: str) -> dict:
         """Score one way to spend MACs: a plan, or two whose scores are interpolated on the log (the rest linearly).
 
-        `paired` is the squared distance of the features to the reference's from the same noise, `imitation`.
+        `paired` is the squared distance of the features to the reference's from the same noise. Columns of the second
+        judge begin with second_.
         """
-        parts = [(self.features(plan), weight) for plan, weight in control.plans]
         macs = sum(weight * self.macs(plan) for plan, weight in control.plans)
-        reference = self.features(self.reference)
-        further = [self._further(one) | {"paired": imitation(one, reference, "paired")} for one, _ in parts]
-        return {"name": control.name, "kind": kind, "extractor": self.judge.extractor, "n": len(parts[0][0]),
+        score, second = (judge.blend(self._seen(control, judge)) for judge in (self.judge, self.second))
+        further = [self._further(self.features(plan)) for plan, _ in control.plans]
+        weights = [weight for _, weight in control.plans]
+        return {"name": control.name, "kind": kind, "extractor": self.judge.extractor,
+                "second_extractor": self.second.extractor, "n": len(self.features(control.plans[0][0])),
                 "steps": "-".join(str(plan.steps) for plan, _ in control.plans), "macs": macs,
                 "macs_ratio": self.macs(self.reference) / macs,
-                **_columns("score", self.judge.compare(parts, [])),
-                **_columns("ratio", self.judge.compare(parts, [(reference, 1.0)])),
-                **_columns("ddim_ratio", self.judge.compare(parts, [(self.features(self.ddim), 1.0)])),
-                **{name: sum(weight * one[name] for one, (_, weight) in zip(further, parts)) for name in further[0]}}
+                "raw": score.raw, **columns("score", score.estimate), **columns("second_score", second.estimate),
+                **self._against(control, self.reference, self.judge).columns("ratio"),
+                **self._against(control, self.reference, self.second).columns("second_ratio"),
+                **self._against(control, self.ddim, self.judge).columns("ddim_ratio"),
+                **{name: sum(weight * one[name] for one, weight in zip(further, weights)) for name in further[0]}}
+
+    def _seen(self, control: Control, judge: Judge) -> list[tuple[Tensor, float]]:
+        return [(self.features(plan, by=judge.extractor), weight) for plan, weight in control.plans]
+
+    def _against(self, control: Control, plan: Plan, judge: Judge) -> Comparison:
+        return judge.compare(self._seen(control, judge), [(self.features(plan, by=judge.extractor), 1.0)])
 
     @cached_property
     def _further(self) -> Callable:
-        """`Judge.further`, once for each plan's features: one plan may stand in many rows."""
-        return cache(self.judge.further)
+        """What else there is to say of features, once for each plan's: one plan may stand in many rows."""
+        def further(features: Tensor) -> dict[str, float]:
+            far = paired(features, self.features(self.reference))
+            return {**self.judge.further(features), **columns("paired", far)}
+
+        return cache(further)
 
     def rows(self, plans: Mapping[str, Plan], kind: str) -> pd.DataFrame:
         """Score several plans, in their order."""
         return pd.DataFrame([self.row(Control(name, ((plan, 1.0),)), kind) for name, plan in plans.items()])
 
     def beside(self, name: str, plan: Plan, controls: Iterable[Control]) -> pd.DataFrame:
-        """Score controls, each with the plan's score over its own: below 1 the plan is better."""
-        own, rows = [(self.features(plan), 1.0)], []
+        """Score controls, each with the plan's score over its own: `plan_over_control` below 1 is better.
+
+        `strongest` is true of that control whose score is least on the bank on which things are chosen: chosen on the
+        report's noise, the luckiest would be taken for it.
+        """
+        own, rows = Control(name, ((plan, 1.0),)), []
         for control in controls:
-            against = self.judge.compare(own, [(self.features(part), weight) for part, weight in control.plans])
+            over, second = (judge.compare(self._seen(own, judge), self._seen(control, judge))
+                            for judge in (self.judge, self.second))
+            chosen = [(self.select(part), weight) for part, weight in control.plans]
             rows.append({"plan": name, "plan_macs": self.macs(plan), **self.row(control, "control"),
-                         **_columns("plan_over_control", against),
-                         "better": "plan" if against.high < 1 else "control" if against.low > 1 else "tie"})
-        return pd.DataFrame(rows)
+                         **over.columns("plan_over_control"), **second.columns("second_over_control"),
+                         "select_score": self.judge.blend(chosen).estimate.value})
+        table = pd.DataFrame(rows)
+        return table.assign(strongest=table["select_score"] == table["select_score"].min())
+
+
+def summary(words: pd.Series, needs: pd.Series, n: int) -> str:
+    """Say how many comparisons a table holds, how they came out, what chance alone would give, what would decide more.
+
+    Parameters
+    ----------
+    words, needs : columns of `Comparison`
+    n : images of each
+    """
+    counts = ", ".join(f"{(words == word).sum()} {word}" for word in WORDS)
+    text = (f"{len(words)} comparisons at n = {n:,}: {counts}. Were there no differences at all, chance would call "
+            f"{len(words) / 20:.1f} better or worse.")
+    open_ = needs[words == "undecided"]
+    return text + f" Half of the undecided would be decided by n = {open_.median():,.0f}." * bool(open_.notna().any())
 
 
 def best_solver(judge: Judge, features: Callable, teachers: Iterable[Plan]) -> Plan:
-    """Give the plan with the best score: the reference among the teacher's solvers."""
-    return min(teachers, key=lambda plan: judge.score(features(plan)).value)
+    """Give the plan with the best score: the reference among the teacher's solvers.
 
-
-def _columns(name: str, estimate: Estimate) -> dict[str, float]:
-    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+    Parameters
+    ----------
+    features : callable(plan) -> Tensor, of images from the bank on which things are chosen
+    """
+    return min(teachers, key=lambda plan: judge.score(features(plan)).estimate.value)

@@ -1,35 +1,40 @@
-"""How good the images are: distances between sets of features, with intervals from a jackknife over noise.
+"""How good the images are: distances between sets of features, and what judges say of them.
 
 The *score* is the FID-like distance between all generated images and the whole data set, in the features of
-`lib.judging.extractor`. Its interval and that of its ratio to the teacher's come from leaving out one block of noise
-indices after another: both sets of images come from the same noise, so the ratio is compared in pairs.
+`lib.judging.extractor`, less the bias of a finite sample: a perfect sampler scores 0, give or take.
 """
 
-import hashlib
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import pairwise
-from pathlib import Path
+from itertools import permutations
 
 import numpy as np
 import pandas as pd
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from safetensors.torch import load_file, save_file
+import torch
 from scipy import stats
 from sklearn.covariance import ledoit_wolf
-from torch import Tensor, nn
+from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
-from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-from lib.grid import blocks, sampling
 from lib.grid.plan import Plan
 from lib.judging import extractor
+from lib.judging.banks import Bank
+from lib.judging.estimates import (
+    Comparison,
+    Estimate,
+    Score,
+    blend,
+    columns,
+    jackknife,
+    left_out,
+    pseudo_values,
+    uncorrected,
+)
 
-GROUPS = 20
-"""Blocks of noise indices that the jackknife leaves out one by one."""
+NEIGHBOURS = 3
+"""k of precision and recall."""
 PRC_IMAGES = 5_000
 """Precision and recall compare all pairs: of so many generated images at most, and as many real ones."""
 
@@ -37,18 +42,6 @@ KINDS = ("rfid", "rfid, shrunk", "paired")
 """Ways to measure how far images lie from the teacher's: see `Imitation`."""
 
 Statistics = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
 def statistics(features: Tensor, shrink: bool = False) -> Statistics:
@@ -80,45 +73,6 @@ def distance(a: Tensor | Statistics, b: Tensor | Statistics) -> float:
     return fid_statistics_to_metric(a, b, False)[KEY_METRIC_FID]
 
 
-def jackknife(value: Callable[[Tensor], float], sample: Tensor, groups: int = GROUPS) -> np.ndarray:
-    """Give the log of a positive statistic of a sample, then the same with one block of rows after another left out.
-
-    Paired samples (row i of all of them comes from the same noise) have paired logs: their differences are the logs of
-    ratios.
-
-    Parameters
-    ----------
-    value : callable(sample) -> float, > 0
-    sample : Tensor, n rows
-    groups : int, G blocks
-
-    Returns
-    -------
-    logs : (1 + G,), float
-    """
-    n = len(sample)
-    edges = np.linspace(0, n, groups + 1).astype(int)
-    return np.log([value(sample), *(value(sample[np.r_[0:a, b:n]]) for a, b in pairwise(edges))])
-
-
-def interval(logs: np.ndarray) -> Estimate:
-    """Give what a jackknife's logs estimate.
-
-    Parameters
-    ----------
-    logs : (1 + G,), float, from `jackknife`, or weighted sums of such
-
-    Returns
-    -------
-    estimate : Estimate
-        exp(log value +- t s), s^2 = (G - 1) / G * sum of squared deviations (Efron and Tibshirani 1993, chapter 11)
-    """
-    whole, left, groups = logs[0], logs[1:], len(logs) - 1
-    error = np.sqrt((groups - 1) / groups * np.sum((left - left.mean()) ** 2))
-    reach = stats.t.ppf(0.975, groups - 1) * error
-    return Estimate(*(float(np.exp(whole + side)) for side in (0, -reach, reach)))
-
-
 @dataclass(frozen=True)
 class Judge:
     """Scores features of generated images against a data set's.
@@ -140,113 +94,96 @@ class Judge:
         return statistics(self.real)
 
     @cached_property
-    def _logs(self) -> Callable[[Tensor], np.ndarray]:
-        """Give the jackknife of features' score, worked out once: one plan stands in many comparisons."""
-        return cache(lambda generated: jackknife(lambda part: distance(part, self.statistics), generated))
+    def score(self) -> Callable[[Tensor], Score]:
+        """Give the score of features (n, D), worked out once: one plan stands in many comparisons."""
+        def score(generated: Tensor) -> Score:
+            values = jackknife(lambda part: distance(part, self.statistics), generated)
+            return Score(float(values[0]), pseudo_values(values))
 
-    def score(self, generated: Tensor) -> Estimate:
-        """Give the distance to the data set, with its interval."""
-        return self.compare([(generated, 1.0)], [])
+        return cache(score)
 
-    def ratio(self, generated: Tensor, teacher: Tensor) -> Estimate:
-        """Give the score over the teacher's score from the same noise, with the interval of the pair."""
-        return self.compare([(generated, 1.0)], [(teacher, 1.0)])
-
-    def compare(self, a: Sequence[tuple[Tensor, float]], b: Sequence[tuple[Tensor, float]]) -> Estimate:
-        """Give the score of `a` over that of `b`, each a geometric mean with weights; with no `b`, the score of `a`.
+    def blend(self, parts: Sequence[tuple[Tensor, float]]) -> Score:
+        """Give the weighted mean score of several sets of features, as `blend` does.
 
         A control that brackets a cost is [(cheaper, w), (dearer, 1 - w)]: its score is interpolated on the log.
         """
-        parts = [*a, *((features, -weight) for features, weight in b)]
-        return interval(sum(weight * self._logs(features) for features, weight in parts))
+        return blend([(self.score(features), weight) for features, weight in parts])
 
-    def trainings(self, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> dict[str, float]:
+    def compare(self, a: Sequence[tuple[Tensor, float]], b: Sequence[tuple[Tensor, float]]) -> Comparison:
+        """Compare the blended score of `a` with that of `b`."""
+        return Comparison.of(self.blend(a), self.blend(b), len(a[0][0]))
+
+    def ratio(self, generated: Tensor, teacher: Tensor) -> Comparison:
+        """Compare a score with the teacher's from the same noise."""
+        return self.compare([(generated, 1.0)], [(teacher, 1.0)])
+
+    def trainings(self, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> dict[str, float | str]:
         """Compare two kinds of model, each trained several times (or once, for all of the other's).
 
         Returns
         -------
-        ratio : dict of ratio, ratio_low, ratio_high: the geometric mean over the pairs of trainings, with the interval
-            of the noise; and least, greatest: the single pairs' extremes
+        ratio : columns of the `Comparison` of all trainings together, its interval that of the noise; and least,
+            greatest: the single pairs' extreme ratios
         """
         count = max(len(mine), len(theirs))
         pairs = [(mine[i % len(mine)], theirs[i % len(theirs)]) for i in range(count)]
         together = self.compare([(a, 1 / count) for a, _ in pairs], [(b, 1 / count) for _, b in pairs])
-        single = [self.ratio(a, b).value for a, b in pairs]
-        return {"ratio": together.value, "ratio_low": together.low, "ratio_high": together.high, "least": min(single),
-                "greatest": max(single)}
+        single = [self.ratio(a, b).ratio.value for a, b in pairs]
+        return {**together.columns("ratio"), "least": min(single), "greatest": max(single)}
 
     def further(self, generated: Tensor) -> dict[str, float]:
-        """Give kernel distance (x 1000), precision and recall (k = 3) as torch-fidelity computes them."""
+        """Give kernel distance (x 1000; KID of torch-fidelity), precision and recall, these with intervals."""
         size = min(1000, len(generated), len(self.real))
         kid = kid_features_to_metric(generated, self.real, kid_subsets=20, kid_subset_size=size, verbose=False)
         some = self.real[::-(-len(self.real) // PRC_IMAGES)]
-        prc = prc_features_to_metric(generated[:PRC_IMAGES], some, verbose=False)
-        return {"kid_x1e3": 1e3 * kid[KEY_METRIC_KID_MEAN], "precision": prc[KEY_METRIC_PRECISION],
-                "recall": prc[KEY_METRIC_RECALL]}
+        precision, recall = precision_and_recall(generated[:PRC_IMAGES], some)
+        return {"kid_x1e3": 1e3 * kid[KEY_METRIC_KID_MEAN], **columns("precision", precision),
+                **columns("recall", recall)}
 
 
-class Bank:
-    """What the extractor sees of images sampled from one bank of noise: each plan is sampled once.
+def judges(extractors: Sequence[extractor.Extractor], images: Tensor) -> list[Judge]:
+    """Give a judge for each extractor, over the images of the whole data set."""
+    return [Judge(extractor.embed(one, images), one.name) for one in extractors]
+
+
+def disagreements(scores: Mapping[str, tuple[Score, Score]], n: int) -> pd.DataFrame:
+    """Find the pairs that one judge surely orders one way and the other surely the other way.
 
     Parameters
     ----------
-    name : str, of the bank of noise (`lib.grid.sampling.BANKS`)
-    model, schedule : a model and its noise schedule
-    classifier : the extractor
-    count : int, n images
-    seed : int, of the bank
-    precision : "fp32" or "bf16"
-    work : Path
-        Folder that keeps the features of each plan as they come, so that an interrupted run goes on.
-    known : Path of files of features that `save` wrote; those of the same bank are taken
+    scores : name to both judges' scores
+    n : images of each
+
+    Returns
+    -------
+    pairs : columns better, worse (names, as the first judge has it), first, second (each judge's ratio of the two)
     """
+    pairs = []
+    for (one, mine), (other, theirs) in permutations(scores.items(), 2):
+        first, second = (Comparison.of(a, b, n) for a, b in zip(mine, theirs))
+        if (first.word, second.word) == ("better", "worse"):
+            pairs.append({"better": one, "worse": other, "first": first.ratio.value, "second": second.ratio.value})
+    return pd.DataFrame(pairs, columns=["better", "worse", "first", "second"])
 
-    def __init__(self, name: str, model: nn.Module, schedule: SchedulerMixin, classifier: extractor.Classifier, *,
-                 count: int, seed: int, precision: str, work: Path, known: Iterable[Path] = ()):
-        self.name, self.model, self.schedule, self.classifier = name, model, schedule, classifier
-        self.count, self.seed, self.precision = count, seed, precision
-        self.key = hashlib.sha256(f"{digest(model)} {classifier.name} {name} {seed} {count} {precision}".encode()
-                                  ).hexdigest()[:16]
-        self.work = work / f"{name}-{self.key}"
-        self.work.mkdir(parents=True, exist_ok=True)
-        self._features: dict[str, Tensor] = {}
-        for path in known:
-            for name_, tensor in load_file(path).items():
-                key, _, plan = name_.partition("/")
-                if key == self.key:
-                    self._features[plan] = tensor
 
-    def noise(self, count: int | None = None) -> Tensor:
-        """Give the first `count` (or all) noises of the bank, (n, C, H, W)."""
-        return sampling.noise(self.name, self.seed, 0, count or self.count, blocks.input_shape(self.model))
+def precision_and_recall(generated: Tensor, real: Tensor) -> tuple[Estimate, Estimate]:
+    """Give how many generated images lie near real ones, and how many real images near generated ones.
 
-    def images(self, plan: Plan, count: int) -> Tensor:
-        """Sample the bank's first `count` images under a plan, (count, C, H, W), about [-1, 1]."""
-        return sampling.sample(self.model, self.schedule, plan, self.noise(count), precision=self.precision)
+    Near is: as near as the other image's third neighbour of its own kind (Kynkaanniemi et al. 2019). The values are
+    torch-fidelity's; the intervals come from leaving out blocks of noise indices.
 
-    def features(self, plan: Plan, title: str | None = None) -> Tensor:
-        """Give the features of the bank's images under a plan, (n, D).
+    Parameters
+    ----------
+    generated, real : Tensor, (n, D) and (m, D), features
+    """
+    def radii(among: Tensor) -> Tensor:
+        return among.kthvalue(NEIGHBOURS + 1).values  # the nearest is the image itself
 
-        Parameters
-        ----------
-        title : of a progress bar; None for none
-        """
-        if plan.key not in self._features:
-            path = self.work / f"{plan.key}.safetensors"
-            if path.exists():
-                self._features[plan.key] = load_file(path)["features"]
-            else:
-                images = sampling.sample(self.model, self.schedule, plan, self.noise(), precision=self.precision,
-                                         title=title)
-                self._features[plan.key] = extractor.embed(self.classifier, images)
-                partial = path.with_suffix(f".{os.getpid()}")  # workers may write the same features at once
-                save_file({"features": self._features[plan.key]}, partial)
-                partial.replace(path)
-        return self._features[plan.key]
-
-    def save(self, path: Path) -> None:
-        """Write the features of all plans seen so far to one file."""
-        save_file({f"{self.key}/{plan}": tensor for plan, tensor in self._features.items()}, path)
+    across, among = torch.cdist(generated, real), torch.cdist(generated, generated)
+    near = (across <= radii(torch.cdist(real, real))).any(dim=1).float()
+    kept = [np.arange(len(generated)), *left_out(len(generated))]
+    recall = [float((across[rows] <= radii(among[rows][:, rows])[:, None]).any(dim=0).float().mean()) for rows in kept]
+    return uncorrected(np.array([float(near[rows].mean()) for rows in kept])), uncorrected(np.array(recall))
 
 
 @dataclass(frozen=True)
@@ -268,6 +205,11 @@ class Imitation:
     teacher: Plan
     kind: str = "rfid, shrunk"
 
+    @property
+    def key(self) -> str:
+        """What the errors hang on."""
+        return f"{self.kind} {self.bank.key} {self.teacher.key} {self.bank.extractors[0].name}"
+
     def __call__(self, plan: Plan) -> float:
         """Give the error of a plan."""
         return imitation(self.bank.features(plan), self.bank.features(self.teacher), self.kind)
@@ -276,9 +218,15 @@ class Imitation:
 def imitation(features: Tensor, teacher: Tensor, kind: str) -> float:
     """Give the distance of features (n, D) to the teacher's from the same noise, by a measure of `KINDS`."""
     if kind == "paired":
-        return float((features.double() - teacher.double()).square().sum(dim=1).mean())
+        return paired(features, teacher).value
     shrink = {"rfid": False, "rfid, shrunk": True}[kind]
     return distance(statistics(features, shrink), statistics(teacher, shrink))
+
+
+def paired(features: Tensor, teacher: Tensor) -> Estimate:
+    """Give the mean squared distance of features (n, D) to the teacher's, noise by noise, with its interval."""
+    gaps = (features.double() - teacher.double()).square().sum(dim=1)
+    return uncorrected(jackknife(lambda part: float(part.mean()), gaps))
 
 
 def rank_agreement(plans: Sequence[Tensor], final: Sequence[float], judge: Judge, teacher: Tensor,
@@ -309,12 +257,3 @@ def rank_agreement(plans: Sequence[Tensor], final: Sequence[float], judge: Judge
         rows += [{"kind": kind, "images": size, "tau": np.mean(found), "tau_low": min(found), "tau_high": max(found)}
                  for kind, found in taus.items()]
     return pd.DataFrame(rows)
-
-
-def digest(model: nn.Module) -> str:
-    """Give a hash of a model's configuration and weights."""
-    config = {key: value for key, value in model.config.items() if not key.startswith("_")}  # "_" holds the folder
-    total = hashlib.sha256(str(sorted(config.items())).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        total.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return total.hexdigest()[:16]

@@ -1,8 +1,10 @@
-"""The feature extractor behind every score: a small classifier trained on the study's own data.
+"""The feature extractors behind every score: two small networks trained on the study's own data, for different tasks.
 
 Inception's weights cannot be assumed to be at hand, and Inception has never seen digits of 16 x 16 pixels. So a small
-classifier gives the features, registered with torch-fidelity under a name that holds a hash of its weights; that name
-stands beside every number, and only Inception's distance is ever called FID.
+classifier gives the features, and a second network, which learned without any label to take noise out of images, says
+whether the first is to be believed. Each is registered with torch-fidelity under a name that holds a hash of its
+weights; that name stands beside every number, and only Inception's distance is ever called FID. Where weights can be
+had, any of torch-fidelity's own extractors may be the second judge.
 """
 
 import hashlib
@@ -15,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch_fidelity import register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+from torch_fidelity.utils import create_feature_extractor
 
 from lib.teachers.data import DataSet, to_uint8
 from lib.teachers.training import own_share, train
@@ -22,28 +26,31 @@ from lib.teachers.training import own_share, train
 LAYER = "embedding"
 WIDTH = 64  # features
 
-_registered: set[str] = set()
+TASKS = {"classes": "classifier", "rotation": "turns", "denoising": "denoiser"}
+"""What an extractor may learn, and how the names of such extractors begin."""
+BORROWED = "torch-fidelity:"
+"""So begins a judge that is one of torch-fidelity's own extractors, such as torch-fidelity:dinov2-vit-s-14."""
 
 
-class Classifier(nn.Module):
-    """Three convolutions, an embedding of 64 features, one linear layer on top.
+class Extractor(nn.Module):
+    """Three convolutions, an embedding of 64 features, one linear layer on top for the task.
 
     The features are scaled by one number so that their mean variance over the training images is 1: then distances mean
     about the same from one extractor to the next.
     """
 
-    def __init__(self, channels: int, resolution: int, classes: int):
+    def __init__(self, task: str, channels: int, resolution: int, outputs: int):
         super().__init__()
-        self.shape = {"channels": channels, "resolution": resolution, "classes": classes}
+        self.made_of = {"task": task, "channels": channels, "resolution": resolution, "outputs": outputs}
         self.body = nn.Sequential(nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(),
                                   nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
                                   nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten())
         self.embedding = nn.Linear(64 * (-(-resolution // 4)) ** 2, WIDTH)
-        self.head = nn.Linear(WIDTH, classes)
+        self.head = nn.Linear(WIDTH, outputs)
         self.register_buffer("scale", torch.ones(()))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Map images (n, C, H, W) in [-1, 1] to features (n, 64) and logits (n, classes)."""
+        """Map images (n, C, H, W) in [-1, 1] to features (n, 64) and the task's outputs (n, outputs)."""
         raw = self.embedding(self.body(images))
         return raw * self.scale, self.head(F.relu(raw))
 
@@ -53,70 +60,119 @@ class Classifier(nn.Module):
         digest = hashlib.sha256()
         for key, tensor in sorted(self.state_dict().items()):
             digest.update(key.encode() + tensor.cpu().contiguous().numpy().tobytes())
-        return f"classifier-{digest.hexdigest()[:8]}"
+        return f"{TASKS[self.made_of['task']]}-{digest.hexdigest()[:8]}"
 
 
-def fit(data: DataSet, *, steps: int, seed: int, device: str, precision: str, work: Path) -> Classifier:
-    """Train a classifier on the training part of `data`, each batch moved by up to a pixel.
+class Borrowed(nn.Module):
+    """One of torch-fidelity's own extractors, with its weights as torch-fidelity finds or fetches them.
 
-    Where all images have one label it learns to tell how they were turned (Gidaris et al. 2018).
+    Raises
+    ------
+    ValueError
+        If torch-fidelity has none of this name, or its weights cannot be had.
+    """
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+        if name not in FEATURE_EXTRACTORS_REGISTRY:
+            raise ValueError(f"judge: torch-fidelity has no extractor {name!r}; it has: "
+                             f"{', '.join(FEATURE_EXTRACTORS_REGISTRY)}")
+        layer = FEATURE_EXTRACTORS_REGISTRY[name].get_default_feature_layer_for_metric("fid")
+        try:
+            self.net = create_feature_extractor(name, [layer], cuda=False, verbose=False)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"judge: the weights of {name} cannot be had ({error}). Fetch them where there is a "
+                             "network, or take the judge denoising or rotation.") from None
+        self.colours = self.net.get_dummy_input_for_compile().shape[1]
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        """Map images (n, C, H, W) in [-1, 1] to features (n, D)."""
+        pixels = to_uint8(images).expand(-1, max(self.colours, images.shape[1]), -1, -1)
+        return self.net(pixels)[0].float().flatten(1),
+
+
+def fit(data: DataSet, task: str, *, steps: int, seed: int, device: str, precision: str, work: Path) -> Extractor:
+    """Train an extractor on the training part of `data`, each batch moved by up to a pixel.
+
+    Parameters
+    ----------
+    task : of `TASKS`
+        Tell the classes; or how images were turned (Gidaris et al. 2018); or what they were before noise of up to 1 was
+        added (Vincent et al. 2008). Where all images have one label, classes become turns.
     """
     images, labels = data.images[data.train], data.labels[data.train]
-    if not data.labels.any():
+    if task == "classes" and not data.labels.any():
+        task = "rotation"
+    if task == "rotation":
         images = torch.cat([images.rot90(quarters, (2, 3)) for quarters in range(4)])
         labels = torch.arange(4).repeat_interleave(len(data.train))
     torch.manual_seed(seed)
-    classifier = Classifier(data.shape[0], data.shape[1], int(labels.max()) + 1).to(device)
+    outputs = images[0].numel() if task == "denoising" else int(labels.max()) + 1
+    made = Extractor(task, data.shape[0], data.shape[1], outputs).to(device)
 
     def loss(model: nn.Module, generator: torch.Generator, _: float) -> Tensor:
         rows = own_share(torch.randint(len(images), (128,), generator=generator))
         down, right = torch.randint(-1, 2, (2,), generator=generator).tolist()
-        moved = torch.roll(images[rows], (down, right), dims=(2, 3)).to(device)
-        return F.cross_entropy(model(moved)[1].float(), labels[rows].to(device), label_smoothing=0.05)
+        moved = torch.roll(images[rows], (down, right), dims=(2, 3))
+        if task == "denoising":
+            strength = torch.rand(len(moved), 1, 1, 1, generator=generator)
+            noisy = moved + strength * torch.randn(moved.shape, generator=generator)
+            return F.mse_loss(model(noisy.to(device))[1].float(), moved.flatten(1).to(device))
+        return F.cross_entropy(model(moved.to(device))[1].float(), labels[rows].to(device), label_smoothing=0.05)
 
-    train(classifier, loss, steps=steps, lr=2e-3, ema_decay=0.99, weight_decay=1e-2, seed=seed, device=device,
-          precision=precision, work=work, title="extractor")
-    classifier.eval().requires_grad_(False)
-    spread = embed(classifier, images).var(dim=0).sum()
-    classifier.scale.copy_((WIDTH / spread).sqrt())
-    return classifier
+    train(made, loss, steps=steps, lr=2e-3, ema_decay=0.99, weight_decay=1e-2, seed=seed, device=device,
+          precision=precision, work=work, title=f"extractor, {task}")
+    made.eval().requires_grad_(False)
+    spread = embed(made, images).var(dim=0).sum()
+    made.scale.copy_((WIDTH / spread).sqrt())
+    return made
 
 
-def accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
+def accuracy(classifier: Extractor, images: Tensor, labels: Tensor) -> float:
     """Give the fraction of images whose label is right, in [0, 1]."""
     return float((read(classifier, images) == labels).float().mean())
 
 
 @torch.inference_mode()
-def read(classifier: Classifier, images: Tensor) -> Tensor:
+def read(classifier: Extractor, images: Tensor) -> Tensor:
     """Give the label that the classifier reads in each image, (n,), int64, on the CPU."""
     return classifier(images.to(classifier.head.weight.device))[1].argmax(1).cpu()
 
 
-def save(folder: Path, classifier: Classifier) -> None:
-    """Write weights and shape."""
+def save(folder: Path, first: Extractor, second: Extractor | str) -> None:
+    """Write weights and shape of both judges' extractors; of a borrowed one (``torch-fidelity:NAME``) its name."""
+    if isinstance(second, Extractor) and first.name == second.name:
+        raise ValueError("judge: the first judge learned rotation already, as the data have no labels: take denoising")
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in classifier.state_dict().items()},
-              folder / "classifier.safetensors")
-    (folder / "classifier.json").write_text(json.dumps(classifier.shape))
+    for place, one in (("first", first), ("second", second)):
+        if isinstance(one, Extractor):
+            save_file({name: tensor.contiguous() for name, tensor in one.state_dict().items()},
+                      folder / f"{place}.safetensors")
+        about = one.made_of if isinstance(one, Extractor) else {"borrowed": one.removeprefix(BORROWED)}
+        (folder / f"{place}.json").write_text(json.dumps(about))
 
 
-def load(folder: Path, device: str = "cpu") -> Classifier:
-    """Read what `save` wrote, and register it with torch-fidelity."""
-    if not (folder / "classifier.json").exists():
-        raise FileNotFoundError(f"no extractor in {folder}. Notebook 00_teacher_training makes it.")
-    classifier = Classifier(**json.loads((folder / "classifier.json").read_text()))
-    classifier.load_state_dict(load_file(folder / "classifier.safetensors"))
-    classifier.eval().requires_grad_(False).to(device)
-    _register(classifier)
-    return classifier
+def load(folder: Path, device: str = "cpu") -> tuple[Extractor, Extractor | Borrowed]:
+    """Read what `save` wrote, the first judge's extractor and the second's, and register them with torch-fidelity."""
+    found = []
+    for place in ("first", "second"):
+        if not (folder / f"{place}.json").exists():
+            raise FileNotFoundError(f"no extractor in {folder}. Notebook 00_teacher_training makes it.")
+        about = json.loads((folder / f"{place}.json").read_text())
+        one = Borrowed(about["borrowed"]) if "borrowed" in about else Extractor(**about)
+        if isinstance(one, Extractor):
+            one.load_state_dict(load_file(folder / f"{place}.safetensors"))
+            _register(one)
+        found.append(one.eval().requires_grad_(False).to(device))
+    return tuple(found)
 
 
-def _register(classifier: Classifier) -> None:
+def _register(extractor: Extractor) -> None:
     class Registered(FeatureExtractorBase):
         def __init__(self, name, features_list, **_):
             super().__init__(name, features_list)
-            self.classifier = classifier
+            self.extractor = extractor
 
         @staticmethod
         def get_provided_features_list():
@@ -132,19 +188,18 @@ def _register(classifier: Classifier) -> None:
 
         @staticmethod
         def get_dummy_input_for_compile():
-            shape = classifier.shape
+            shape = extractor.made_of
             return torch.zeros(1, shape["channels"], shape["resolution"], shape["resolution"], dtype=torch.uint8)
 
         def forward(self, images: Tensor) -> tuple[Tensor]:
-            return (embed(self.classifier, images),)
+            return (embed(self.extractor, images),)
 
-    if classifier.name not in _registered:  # torch-fidelity takes a name once a process
-        register_feature_extractor(classifier.name, Registered)
-        _registered.add(classifier.name)
+    if extractor.name not in FEATURE_EXTRACTORS_REGISTRY:  # torch-fidelity takes a name once a process
+        register_feature_extractor(extractor.name, Registered)
 
 
 @torch.inference_mode()
-def embed(classifier: Classifier, images: Tensor) -> Tensor:
+def embed(extractor: Extractor | Borrowed, images: Tensor) -> Tensor:
     """Give the features of images, as stored pixels would give them.
 
     Parameters
@@ -153,8 +208,8 @@ def embed(classifier: Classifier, images: Tensor) -> Tensor:
 
     Returns
     -------
-    features : Tensor, (n, 64), float32, on the CPU
+    features : Tensor, (n, D), float32, on the CPU
     """
     pixels = images if images.dtype == torch.uint8 else to_uint8(images)
-    device = classifier.head.weight.device
-    return torch.cat([classifier(part.to(device).float() / 127.5 - 1)[0].cpu() for part in pixels.split(1000)])
+    device = next(extractor.parameters()).device
+    return torch.cat([extractor(part.to(device).float() / 127.5 - 1)[0].cpu() for part in pixels.split(1000)])

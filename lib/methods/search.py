@@ -5,31 +5,41 @@ goes into a storage, a journal file or a database, so that a search resumes afte
 several machines, work on one.
 """
 
+import hashlib
 import json
 import multiprocessing
 import secrets
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import optuna
 import torch
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import NSGAIISampler, RandomSampler
 from optuna.samplers.nsgaii import PolynomialMutation
-from optuna.storages import JournalStorage
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryFailedTrialCallback, fail_stale_trials
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
 from tqdm import tqdm
 
 from lib.grid.plan import Plan
 
+warnings.filterwarnings("ignore", "Heartbeat of storage is supposed")  # to be used by Optuna's own loop; see `_alive`
+
 REDRAWS = 500
 """Genomes over the budget, or known, one after another, at which the search ends."""
+HEARTBEAT = 30
+"""Seconds between two signs of life of a database's workers; a trial without one for twice as long is queued again."""
+SAMPLES = 8
+"""Genomes that are decoded to know a space by what it means."""
 MUTATIONS = 4
 """Genes that a child changes, on average: of a long genome many mean nothing at its number of segments."""
 
@@ -62,13 +72,15 @@ def search(space: Space, error: Callable[[Plan], float], macs: Callable[[Plan], 
     Parameters
     ----------
     space : Space
-    error, macs : callable(plan), both minimised
+    error, macs : callable(plan), both minimised; what an error hangs on is its `key`, where it has one
         With several workers they, and the space, are sent to other processes: no lambdas.
     population : int, of NSGA-II; the start genomes should not outnumber it
     storage : Path or str
         A journal file, or the URL of a database (``sqlite:///...``, ``postgresql://...``) that several machines share.
-        If it holds trials of this title, the search goes on from them. One worker on a journal repeats exactly; where
-        several workers or machines share the work, the order in which they come to the storage is chance.
+        If it holds trials of this title and of what is searched here (space, error, budget, method), the search goes on
+        from them. One worker on a journal repeats exactly; where several workers or machines share the work, the order
+        in which they come to the storage is chance. What a dead worker was at is queued again, in a database
+        when its signs of life stop.
     budget : int, MACs; dearer genomes are drawn again before they cost an evaluation
     start : genomes to begin with (known schedules)
     method : "nsga2" or "random"
@@ -91,8 +103,7 @@ def search(space: Space, error: Callable[[Plan], float], macs: Callable[[Plan], 
     if isinstance(storage, Path):  # what runs there is what a killed search lost; in a database it may be another's
         for trial in study.get_trials(states=[TrialState.RUNNING]):
             study.tell(trial.number, state=TrialState.FAIL)
-            if genome := trial.system_attrs.get("fixed_params"):
-                study.enqueue_trial(genome)
+            study.enqueue_trial(trial.system_attrs.get("fixed_params", trial.params))
     with tqdm(total=trials, initial=len(job.look(study)), desc=title, unit="plan") as bar:
         if workers == 1:
             job.work(study, bar)
@@ -154,14 +165,34 @@ class _Job:
     found: dict[str, Found] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
 
+    @cached_property
+    def name(self) -> str:
+        """The study's name in the storage: the title, and a digest of what is searched.
+
+        The space is known by its genes' ranges and by the plans, with their costs, that some fixed genomes mean.
+        """
+        distributions = dict(self.space.distributions())
+        draw = optuna.create_study(sampler=RandomSampler(seed=0))
+        plans = [self.space.decode(draw.ask(distributions).params) for _ in range(SAMPLES)]
+        about = [{name: distribution_to_json(one) for name, one in distributions.items()},
+                 [(plan.key, int(self.macs(plan))) for plan in plans],
+                 getattr(self.error, "key", None), self.budget, self.method]
+        return f"{self.title} {hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]}"
+
+    @cached_property
+    def opened(self) -> BaseStorage:
+        """The storage, as Optuna has it."""
+        if isinstance(self.storage, Path):
+            return JournalStorage(_Journal(str(self.storage)))
+        return RDBStorage(self.storage, heartbeat_interval=HEARTBEAT, failed_trial_callback=RetryFailedTrialCallback())
+
     def open(self) -> optuna.Study:
         """Open the storage, with a sampler that does not repeat what a killed one or another worker drew."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        storage = self.storage
-        if isinstance(storage, Path):
-            storage = JournalStorage(_Journal(str(storage)))
-        study = optuna.create_study(storage=storage, study_name=self.title, load_if_exists=True,
-                                    directions=["minimize"] * 2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # signs of life
+            study = optuna.create_study(storage=self.opened, study_name=self.name, load_if_exists=True,
+                                        directions=["minimize"] * 2)
         seed = self.seed + len(study.trials)
         if self.method == "random":
             study.sampler = RandomSampler(seed=seed)
@@ -191,8 +222,12 @@ class _Job:
             if plan.key in found:  # a copy would only crowd the population
                 study.tell(trial, state=TrialState.FAIL)
                 repeats += 1
+            elif self._elsewhere(study, trial.number, plan.key):
+                study.tell(trial, state=TrialState.FAIL)
+                time.sleep(0.1)
             else:
-                error = self.error(plan)
+                with self._alive(trial.number):
+                    error = self.error(plan)
                 study.tell(trial, [error, cost])
                 self.seen.add(trial.number)  # no need to decode it again
                 self.found.setdefault(plan.key, Found(plan, error, cost, trial.params))
@@ -204,8 +239,46 @@ class _Job:
             if bar is not None:
                 _show(bar, self.look(study), before)
 
+    def _elsewhere(self, study: optuna.Study, number: int, key: str) -> bool:
+        """Say whether a worker who asked earlier is at the same plan: of two the later gives way."""
+        genes = set(self.space.distributions())
+        for _ in range(20):  # what is being asked this very moment has not all its genes yet
+            others = [trial for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
+                      if trial.number < number]
+            if all(set(trial.params) == genes for trial in others):
+                break
+            time.sleep(0.05)
+        return any(self.space.decode(trial.params).key == key for trial in others if set(trial.params) == genes)
+
+    @contextmanager
+    def _alive(self, number: int) -> Iterator[None]:
+        """Give signs of life of a trial to a database; a journal's trials are looked after when it is opened again."""
+        if isinstance(self.storage, Path):
+            yield
+            return
+        study = self.opened.get_study_id_from_name(self.name)
+        trial = self.opened.get_trial_id_from_study_id_trial_number(study, number)
+        done = threading.Event()
+
+        def beat() -> None:
+            self.opened.record_heartbeat(trial)
+            while not done.wait(HEARTBEAT):
+                self.opened.record_heartbeat(trial)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
     def _ask(self, study: optuna.Study, distributions: dict[str, BaseDistribution]) -> tuple[optuna.Trial, Plan, int]:
         """Ask for a genome within the budget; dearer ones are told as failed: the sampler learns nothing of them."""
+        if isinstance(self.storage, str):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                fail_stale_trials(study)
         for _ in range(REDRAWS):
             trial = study.ask(distributions)
             _ = trial.relative_params  # where all genes were given: else NSGA-II takes the trial into no population

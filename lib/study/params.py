@@ -33,6 +33,12 @@ def _checkpoint(source: str) -> str:
     return source
 
 
+def _judge(task: str) -> str:
+    if task not in ("denoising", "rotation") and not task.startswith("torch-fidelity:"):
+        raise ValueError("must be denoising, rotation, or torch-fidelity:NAME, such as torch-fidelity:dinov2-vit-s-14")
+    return task
+
+
 class Common(BaseModel):
     """What every notebook of a study shares."""
 
@@ -43,6 +49,8 @@ class Common(BaseModel):
     resolution: int = Field(ge=8, le=512, multiple_of=8)  # pixels a side
     held_out: float = Field(gt=0, lt=1)  # fraction of the images that no training sees
     seed: int = Field(ge=0, lt=2**31)
+    report_seed: int = Field(ge=0, lt=2**31)  # of the noise behind every final score; nothing is chosen on it
+    judge: Annotated[str, AfterValidator(_judge)]  # the second judge's task, or torch-fidelity:NAME
     device: Literal["cpu", "cuda"]
     threads: Positive  # CPU threads; another number changes the last bits of every result
     precision: Literal["fp32", "bf16"]  # of the network, in training and sampling
@@ -105,7 +113,7 @@ class TeacherAnalysis(Common):
     sensitivity_images: int = Field(ge=2)
     sensitivity_stride: Positive  # every so many steps one row of the map
     latency_batch: Positive
-    latency_repeats: int = Field(ge=3)
+    latency_repeats: int = Field(ge=5)
     ddim_steps: list[Positive] = Field(min_length=2)  # step counts on the front, uniform spacing, order 1
     quadratic_steps: list[Positive] = Field(min_length=1)  # step counts on the front, quadratic spacing, order 1
     dpm_steps: list[Positive] = Field(min_length=2)  # step counts on the front, DPM-Solver++ of order 2
@@ -115,6 +123,7 @@ class TeacherAnalysis(Common):
     forecast_steps: list[Annotated[int, Field(ge=2)]] = Field(min_length=1)  # step counts under DeepCache
     forecast_intervals: list[Annotated[int, Field(ge=2)]]  # DeepCache's N at each of them
     forecast_orders: list[Literal[1, 2]]  # the solver's order at each of them
+    select_images: int = Field(ge=70)  # images on which the best solver and the strongest control are chosen
     search_images: int = Field(ge=10)  # images a candidate of searched steps
     trials: Positive  # candidates of searched steps
     population: int = Field(ge=2)  # of that search
@@ -171,7 +180,7 @@ class BlockSearch(Common):
     training_seeds: Seeds  # trainings of each student and control
     score_steps: int = Field(ge=2, le=1000)  # of DPM-Solver++, which samples every model
     latency_batch: Positive
-    latency_repeats: int = Field(ge=3)
+    latency_repeats: int = Field(ge=5)
 
 
 class JointLossAblation(Common):
@@ -213,7 +222,7 @@ class ScheduleSearch(Common):
     rank_sizes: list[Annotated[int, Field(ge=10)]] = Field(min_length=1)  # images behind rFID there
     dividend_steps: list[Positive] = Field(min_length=1)  # full steps at which one partial step each is added
     latency_batch: Positive
-    latency_repeats: int = Field(ge=3)
+    latency_repeats: int = Field(ge=5)
 
 
 class PrunerTraining(Common):
@@ -239,7 +248,7 @@ class PrunerTraining(Common):
     base_steps: int = Field(ge=2, le=1000)  # of the short DPM-Solver++ base
     base_keeps: list[Fraction]  # kept fractions of the short base's executed MACs
     latency_batch: Positive
-    latency_repeats: int = Field(ge=3)
+    latency_repeats: int = Field(ge=5)
 
 
 class Comparison(Common):
@@ -257,7 +266,7 @@ class Comparison(Common):
     batch_size: Positive  # images an update
     annealed_rate: float = Field(gt=0)  # root mean square of a step of the pruner's logits
     latency_batch: Positive
-    latency_repeats: int = Field(ge=3)
+    latency_repeats: int = Field(ge=5)
 
 
 class Transformer(Common):
@@ -280,13 +289,14 @@ class Transformer(Common):
     trials: Positive  # candidates of each search
     population: int = Field(ge=2)
     search_images: int = Field(ge=10)  # images a candidate
+    select_images: int = Field(ge=70)  # images on which the best solver and the strongest control are chosen
     updates: Positive  # of a pruner's training
     pruner_batch: Positive  # images an update
     pruner_rate: float = Field(gt=0)  # of SGD, with a cosine
     annealed_rate: float = Field(gt=0)  # root mean square of a step of the annealed pruner's logits
     thresholds: list[Annotated[float, Field(gt=0)]]  # of the caches that decide while they run
     latency_batch: Positive
-    latency_repeats: int = Field(ge=3)
+    latency_repeats: int = Field(ge=5)
 
 
 NOTEBOOKS: dict[str, type[Common]] = {

@@ -3,10 +3,14 @@
 import argparse
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
+from lib.judging.controls import summary
+from lib.judging.estimates import WORDS, Comparison, Estimate
 from lib.study import paths
 from lib.study.page import page
 from lib.study.params import NOTEBOOKS, ParamsError, studies
@@ -67,14 +71,14 @@ def students_table(study: str) -> str:
     tables = paths.REPORTS / study / "02_block_search" / "tables"
     seconds = pd.read_csv(tables / "seconds.csv")[["name", *FASTER]]
     table = pd.read_csv(tables / "students.csv").merge(seconds, on="name")
-    shown = pd.DataFrame({
-        "network": _marked(table["name"]),
-        "trainings": table["trainings"].astype(str), "times fewer MACs": table["macs_ratio"].map("{:.2f}".format),
-        "times fewer parameters": table["parameters_ratio"].map("{:.2f}".format),
-        "times faster [95 %]": _intervals(table, *FASTER), "score [95 %]": _intervals(table, "score"),
-        "over the teacher's, trained on [95 %]": _intervals(table, "ratio"),
-        "least and greatest of the trainings": [f"{row.least:.3g}, {row.greatest:.3g}" for row in table.itertuples()]})
-    return _scored(shown, table)
+    columns = {"trainings": table["trainings"].astype(str), "training": _optional(table, "training", str),
+               "times fewer MACs": table["macs_ratio"].map("{:.2f}".format),
+               "times fewer parameters": table["parameters_ratio"].map("{:.2f}".format),
+               "times faster [95 %]": _intervals(table, *FASTER), **_judged(table),
+               "over the teacher's, trained on [95 %]": _intervals(table, "ratio"),
+               "least and greatest of the trainings": [f"{row.least:.3g}, {row.greatest:.3g}"
+                                                       for row in table.itertuples()]}
+    return _scored(table, columns)
 
 
 def claims_table(study: str) -> str:
@@ -86,17 +90,31 @@ def claims_table(study: str) -> str:
 def _ways(table: pd.DataFrame) -> str:
     columns = {"M MACs an image": table["macs"].map(lambda macs: f"{macs / 1e6:.0f}"),
                "times fewer": table["macs_ratio"].map("{:.2f}".format),
-               "k parameters": table.get("parameters", pd.Series(dtype=float)).map(lambda count: f"{count / 1e3:.0f}"),
+               "k parameters": _optional(table, "parameters", lambda count: f"{count / 1e3:.0f}"),
                "ms an image": table["ms an image"].map("{:.2f}".format),
                "times faster [95 %]": _intervals(table, *FASTER),
-               "peak MB": table["peak MB"].map("{:.1f}".format), "score [95 %]": _intervals(table, "score"),
+               "peak MB": table["peak MB"].map("{:.1f}".format), **_judged(table),
                "over the best teacher's [95 %]": _intervals(table, "ratio"),
+               "second judge's [95 %]": _optional_intervals(table, "second_ratio"),
                "over DDIM's at T steps [95 %]": _intervals(table, "ddim_ratio"),
                **{name: table[name].map("{:.2f}".format) for name in ("precision", "recall", "paired")},
-               "cost": table.get("cost", pd.Series(dtype=float)).map("{:.0f}".format)}
-    shown = pd.DataFrame({"way to sample": _marked(table["name"]),
-                          **{title: cells for title, cells in columns.items() if len(cells)}})
-    return _scored(shown, table)
+               "cost": _optional(table, "cost", "{:.0f}".format), "training": _optional(table, "training", str)}
+    return _scored(table, columns)
+
+
+def _judged(table: pd.DataFrame) -> dict[str, pd.Series]:
+    """Give the columns of the score: as it comes, without its bias, and as the second judge has it."""
+    return {"raw": _optional(table, "raw", "{:.3g}".format), "score [95 %]": _intervals(table, "score"),
+            "second score [95 %]": _optional_intervals(table, "second_score")}
+
+
+def _optional(table: pd.DataFrame, column: str, text: Callable) -> pd.Series:
+    """Give a column as text; nothing where the table has none."""
+    return table[column].map(text) if column in table else pd.Series(dtype=str)
+
+
+def _optional_intervals(table: pd.DataFrame, column: str) -> pd.Series:
+    return _intervals(table, column) if column in table else pd.Series(dtype=str)
 
 
 def _marked(names: pd.Series) -> pd.Series:
@@ -104,10 +122,13 @@ def _marked(names: pd.Series) -> pd.Series:
     return names.where(~names.str.startswith(METHODS), "**" + names + "**")
 
 
-def _scored(shown: pd.DataFrame, table: pd.DataFrame) -> str:
-    """Write cells of text as a table, and below it on how many images and by whose features it was scored."""
+def _scored(table: pd.DataFrame, columns: dict[str, pd.Series]) -> str:
+    """Write the columns that are not empty as a table, and below it on how many images and by whose features it is."""
+    shown = pd.DataFrame({"name": _marked(table["name"]),
+                          **{title: cells for title, cells in columns.items() if len(cells)}})
     text = _markdown(shown.replace(r".*\bnan\b.*", "-", regex=True))
-    return f"{text}\n\nn = {table['n'].iloc[0]:,} images a row; features of {table['extractor'].iloc[0]}."
+    judges = [str(table[column].iloc[0]) for column in ("extractor", "second_extractor") if column in table]
+    return f"{text}\n\nn = {table['n'].iloc[0]:,} images a row; features of {' and '.join(judges)}."
 
 
 def _markdown(shown: pd.DataFrame) -> str:
@@ -120,15 +141,34 @@ def controls_table(study: str) -> str:
     reports = paths.REPORTS / study
     table = pd.concat([pd.read_csv(reports / notebook / "tables" / "controls.csv") for notebook in PLANNING],
                       ignore_index=True)
-    shown = []
+    shown, over = [], "plan_over_control"
+    if "strongest" not in table:
+        table = _older(table)
     for plan, rows in table.groupby("plan", sort=False):
-        strongest = rows.loc[rows["plan_over_control"].idxmax()]
-        ratio = _intervals(rows, "plan_over_control")[strongest.name]
-        counts = {title: str((rows["better"] == verdict).sum()) for title, verdict in
-                  {"controls that it beats": "plan", "ties with": "tie", "loses to": "control"}.items()}
+        strongest = rows[rows["strongest"]].iloc[0]
+        second = f"{strongest['second_over_control']:.3g}: {strongest['second_over_control_word']}"
+        second = "-" if pd.isna(strongest["second_over_control"]) else second
+        asked = strongest[f"{over}_word"] == "undecided" and pd.notna(strongest[f"{over}_needs"])
+        needs = f", n = {strongest[f'{over}_needs']:,.0f}" if asked else ""
+        counts = {f"{word} than" if word in ("better", "worse") else word: str((rows[f"{over}_word"] == word).sum())
+                  for word in WORDS}
         shown.append({"plan": plan, "its strongest control": strongest["name"],
-                      "score over that control's [95 %]": ratio} | counts)
-    return _markdown(pd.DataFrame(shown))
+                      "score over that control's [95 %]": _intervals(rows, over)[strongest.name],
+                      "that is": strongest[f"{over}_word"] + needs, "the second judge": second} | counts)
+    below = summary(table[f"{over}_word"], table[f"{over}_needs"], table["n"].iloc[0])
+    return f"{_markdown(pd.DataFrame(shown))}\n\n{below}"
+
+
+def _older(table: pd.DataFrame) -> pd.DataFrame:
+    """Give a table of before scores were corrected what it lacks: until `digits_full` has been run again.
+
+    Its words follow from its intervals; its strongest control was the strongest on the report's own noise.
+    """
+    ends = table[["plan_over_control", "plan_over_control_low", "plan_over_control_high"]].to_numpy()
+    found = [Comparison(Estimate(*row), Estimate(np.nan, np.nan, np.nan), np.nan, 0) for row in ends]
+    strongest = table.groupby("plan")["plan_over_control"].transform("max") == table["plan_over_control"]
+    return table.assign(plan_over_control_word=[one.word for one in found], plan_over_control_needs=np.nan,
+                        second_over_control=np.nan, second_over_control_word=np.nan, strongest=strongest)
 
 
 TABLES = {"results": results_table, "controls": controls_table, "transformer": transformer_table,

@@ -13,12 +13,15 @@ from pathlib import Path
 
 import nbformat
 import papermill
+import psutil
 from papermill.exceptions import PapermillExecutionError
 from ruamel.yaml import YAML
 from traitlets.config import Config
 
 from lib.study import params, paths
 
+BUSY = 20
+"""Percent of the processors that others use, from which on a notebook's threads wait without spinning."""
 LOCAL_SOCKETS = Config(KernelManager={"transport": "ipc"})  # the kernel listens to no network
 
 
@@ -49,6 +52,8 @@ def notebook(name: str, study: str) -> Path:
                                  f"too much and lacks {sorted(set(values) - found) or 'nothing'}.")
     executed = paths.writable(paths.DATA / study / name) / "notebook.ipynb"
     os.environ.setdefault("TQDM_MININTERVAL", "10")  # a line of progress every ten seconds
+    if psutil.cpu_percent(interval=1) > BUSY:  # alone, waiting idly would cost up to half the speed: `make bench`
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     print(f"{name}, study {study}:", flush=True)
     papermill.execute_notebook(source, executed, values, kernel_name="python3", cwd=paths.ROOT, progress_bar=False,
                                stdout_file=sys.stdout, stderr_file=sys.stderr, config=LOCAL_SOCKETS)
@@ -73,17 +78,28 @@ def teacher(study: str) -> None:
     networks.fit(images.images[images.train], work=Stage("00_teacher_training", p).work / "teacher", **p.recipe)
 
 
+def note_sources(study: str) -> None:
+    """Write ``data/<study>/sources.json``: what the study starts from. All stages depend on it."""
+    from lib.study.stage import sources, write_json  # torch, which running a notebook does not need here
+
+    first = params.load(study)["00_teacher_training"]
+    write_json(paths.writable(paths.DATA / study) / "sources.json", sources(first.data, first.checkpoint))
+
+
 def study(name: str) -> None:
-    """Run the whole pipeline for a study. One that ``params.yaml`` does not list is listed for as long as it runs."""
+    """Run the whole pipeline for a study. One that dvc.yaml does not list is listed beside for as long as it runs.
+
+    DVC takes more values from ``params.yaml``, which git ignores: no tracked file changes meanwhile.
+    """
     params.load(name)  # refuses an unknown study, or a wrong file, before any work
-    path = paths.ROOT / "params.yaml"
-    before = path.read_text()
-    if name not in YAML(typ="safe", pure=True).load(before)["studies"]:
-        path.write_text(f"{before}  - {name}\n")
+    listed = YAML(typ="safe", pure=True).load((paths.ROOT / "dvc.yaml").read_text())["vars"][0]["studies"]
+    more = paths.ROOT / "params.yaml"
+    if name not in listed:
+        more.write_text(f"studies:\n  {name}: {name}\n")
     try:
         done = subprocess.run([sys.executable, "-m", "dvc", "repro", f"publish@{name}"], cwd=paths.ROOT)
     finally:
-        path.write_text(before)
+        more.unlink(missing_ok=True)
     if done.returncode:
         raise SystemExit(f"The study {name} stopped. What it finished is kept: run the same command again.")
     print(f"\nDone. Figures and tables: {paths.REPORTS / name}\nExecuted notebooks:       {paths.DATA / name}")
@@ -96,6 +112,8 @@ def main() -> None:
     one = commands.add_parser("notebook", help="run one notebook")
     one.add_argument("name", help="the notebook's stem, such as 01_teacher_analysis")
     one.add_argument("--study", required=True)
+    start = commands.add_parser("sources", help="note what a study starts from")
+    start.add_argument("--study", required=True)
     alone = commands.add_parser("teacher", help="train a study's teacher, under accelerate launch by several processes")
     alone.add_argument("--study", required=True)
     whole = commands.add_parser("study", help="run the pipeline for a study")
@@ -106,11 +124,13 @@ def main() -> None:
             notebook(arguments.name, arguments.study)
         elif arguments.command == "teacher":
             teacher(arguments.study)
+        elif arguments.command == "sources":
+            note_sources(arguments.study)
         else:
             study(arguments.name)
     except PapermillExecutionError as error:
         raise SystemExit(f"{arguments.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}") from None
-    except (params.ParamsError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

@@ -47,7 +47,9 @@ class Stage:
     def _digest(self) -> str:
         """Hash all that a half-done result may hang on: data, parameters and code up to this stage, its libraries."""
         digest = hashlib.sha256(self.params.model_dump_json().encode())
-        digest.update(data.digest(self.params.data).encode() + (paths.ROOT / "requirements.lock").read_bytes())
+        checkpoint = next(iter(params.load(self.params.study).values())).checkpoint
+        digest.update(json.dumps(sources(self.params.data, checkpoint)).encode())
+        digest.update((paths.ROOT / "requirements.lock").read_bytes())
         stages = YAML(typ="safe", pure=True).load((paths.ROOT / "dvc.yaml").read_text())["stages"]
         for name in stages[self.notebook]["do"]["deps"]:
             if name.startswith("lib/"):
@@ -103,6 +105,14 @@ class Stage:
                                                          ("torch", "diffusers", "torch-fidelity", "optuna", "numpy")}})
         for left in self.work.parent.glob(f"{self.notebook}-*"):
             shutil.rmtree(left)
+
+
+def sources(images: str, checkpoint: str) -> dict[str, str]:
+    """Give what a study starts from, and digests of it: its images, and the teacher if it is not trained here."""
+    found = {"data": images, "data_digest": data.digest(images)}
+    if checkpoint:
+        found |= {"checkpoint": checkpoint, "checkpoint_digest": data.digest(checkpoint, "model")}
+    return found
 
 
 def write_json(path: Path, content: Mapping) -> None:

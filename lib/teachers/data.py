@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow
 import torch
 import torch.nn.functional as F
+from huggingface_hub import HfApi
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pyarrow import parquet
 from sklearn.datasets import load_digits
@@ -102,16 +103,35 @@ def load(source: str, resolution: int, held_out: float, seed: int) -> DataSet:
     return DataSet(source, images, labels, torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(rest)))
 
 
-def digest(source: str) -> str:
+def digest(source: str, kind: str = "dataset") -> str:
     """Give a hash of what a source holds, so that nothing goes on from what other images left.
 
-    Of "digits" it is the version of the package that ships them, of the hub the name with its revision (name one, and
-    the data cannot change), of files their names and bytes.
+    Of "digits" it is the version of the package that ships them, of the hub the revision (asked for, where none is
+    named), of files their names and bytes.
+
+    Parameters
+    ----------
+    source : str, as `load` takes it, or a model's folder or hub:OWNER/NAME
+    kind : "dataset" or "model", of the hub
+
+    Raises
+    ------
+    ValueError
+        If the hub does not say which revision it would give.
     """
     path = Path(source)
     if source == "digits":
         return f"scikit-learn {version('scikit-learn')}"
-    if source.startswith(HUB) or not path.exists():
+    if source.startswith(HUB):
+        name, _, revision = source.removeprefix(HUB).partition(":")[0].partition("@")
+        if not revision:
+            try:
+                revision = HfApi().repo_info(name, repo_type=kind).sha
+            except Exception as error:  # whatever the library raises of a repository that it cannot reach
+                raise ValueError(f"the hub does not say which revision {source} is ({type(error).__name__}): name one, "
+                                 f"{HUB}{name}@REVISION, and nothing has to be asked") from None
+        return f"{source} {revision}"
+    if not path.exists():
         return source
     found = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):

@@ -242,9 +242,13 @@ def front(table: pd.DataFrame, ylabel: str, value: str = "ratio", mark: float | 
 
     Parameters
     ----------
-    table : columns name, kind, macs_ratio, and `value` with _low and _high; rows of one family share `family`
+    table : columns name, kind, macs_ratio, and `value` with _low and _high; rows of one family share `family`. Where no
+        row has a value (the reference is at the floor), their scores are drawn
     mark : a line at this value ("at most 5 % worse"); None for none
     """
+    scale = "log"
+    if table[value].isna().all():
+        value, mark, ylabel, scale = "score", None, "score (the reference is at the floor)", "linear"
     figure, axes = plt.subplots(figsize=(WIDE, 4))
     variants = [family for family in dict.fromkeys(table["family"]) if family.partition(",")[0] in COLOURS]
     for family, rows in table.groupby("family", sort=False):
@@ -258,9 +262,10 @@ def front(table: pd.DataFrame, ylabel: str, value: str = "ratio", mark: float | 
         axes.axhline(mark, color="0.8", lw=0.8, ls="--", zorder=0)
         axes.annotate("5 % worse", (1, mark), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7,
                       color="0.5")
-    axes.set(xscale="log", yscale="log", xlabel="times fewer executed MACs than the teacher", ylabel=ylabel)
+    axes.set(xscale="log", yscale=scale, xlabel="times fewer executed MACs than the teacher", ylabel=ylabel)
     plain_logarithm(axes.xaxis)
-    plain_logarithm(axes.yaxis)
+    if scale == "log":
+        plain_logarithm(axes.yaxis)
     axes.legend(fontsize=6, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
@@ -269,6 +274,32 @@ def _own(family: str, variants: Sequence[str]) -> tuple:
     method = family.partition(",")[0]
     alike = [one for one in variants if one.partition(",")[0] == method]
     return COLOURS[method], VARIANTS[alike.index(family) % len(VARIANTS)], ""
+
+
+def judges(table: pd.DataFrame) -> Figure:
+    """Draw what the second judge says over what the first says, one point a plan, with 95 % intervals.
+
+    Parameters
+    ----------
+    table : columns family, score, second_score, each with _low and _high
+    """
+    figure, axes = plt.subplots(figsize=(WIDE, 3.6))
+    for family, rows in table.groupby("family", sort=False):
+        colour, marker, _ = CONTROLS.get(family, OTHER)
+        looks = {"hold": (STATES[HOLD][1], "^"), "line": (STATES[LINE][1], "o"), "parabola": (STATES[PARABOLA][1], "s")}
+        colour, marker = looks.get(family, (colour, marker))
+        bars = [[rows[name] - rows[f"{name}_low"], rows[f"{name}_high"] - rows[name]]
+                for name in ("score", "second_score")]
+        axes.errorbar(rows["score"], rows["second_score"], xerr=bars[0], yerr=bars[1], color=colour, marker=marker,
+                      ls="", ms=4, elinewidth=0.6, label=family)
+    axes.set(xlabel="score, first judge", ylabel="score, second judge")
+    for axis, name in (("x", "score"), ("y", "second_score")):
+        least = table[name][table[name] > 0].min()
+        axes.set(**{f"{axis}scale": "symlog" if (table[f"{name}_low"] <= 0).any() else "log"})
+        if (table[f"{name}_low"] <= 0).any() and np.isfinite(least):
+            getattr(axes, f"set_{axis}scale")("symlog", linthresh=least)
+    axes.legend(fontsize=6, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+    return figure
 
 
 def beside_controls(table: pd.DataFrame) -> Figure:

@@ -1,0 +1,91 @@
+"""Banks of noise: what extractors see of the images that each plan makes of one numbered store of noise."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lib.grid import blocks, sampling
+from lib.grid.plan import Plan
+from lib.judging import extractor
+
+
+class Bank:
+    """What the extractor sees of images sampled from one bank of noise: each plan is sampled once.
+
+    Parameters
+    ----------
+    name : str, of the bank of noise (`lib.grid.sampling.BANKS`)
+    model, schedule : a model and its noise schedule
+    extractors : all that look at the images; the first is asked where none is named
+    count : int, n images
+    seed : int, of the bank
+    precision : "fp32" or "bf16"
+    work : Path
+        Folder that keeps the features of each plan as they come, so that an interrupted run goes on.
+    known : Path of files of features that `save` wrote; those of the same bank are taken
+    """
+
+    def __init__(self, name: str, model: nn.Module, schedule: SchedulerMixin, extractors: Sequence[extractor.Extractor],
+                 *, count: int, seed: int, precision: str, work: Path, known: Iterable[Path] = ()):
+        self.name, self.model, self.schedule, self.extractors = name, model, schedule, extractors
+        self.count, self.seed, self.precision = count, seed, precision
+        libraries = " ".join(f"{library} {version(library)}" for library in ("torch", "diffusers"))
+        about = f"{digest(model)} {name} {seed} {count} {precision} {libraries}"
+        self.key = hashlib.sha256(about.encode()).hexdigest()[:16]
+        self.work = work / f"{name}-{self.key}"
+        self.work.mkdir(parents=True, exist_ok=True)
+        self._features: dict[str, dict[str, Tensor]] = {}  # of a plan, by each extractor's name
+        for path in known:
+            for name_, tensor in load_file(path).items():
+                key, plan, by = name_.split("/", 2)
+                if key == self.key:
+                    self._features.setdefault(plan, {})[by] = tensor
+
+    def noise(self, count: int | None = None) -> Tensor:
+        """Give the first `count` (or all) noises of the bank, (n, C, H, W)."""
+        return sampling.noise(self.name, self.seed, 0, count or self.count, blocks.input_shape(self.model))
+
+    def images(self, plan: Plan, count: int) -> Tensor:
+        """Sample the bank's first `count` images under a plan, (count, C, H, W), about [-1, 1]."""
+        return sampling.sample(self.model, self.schedule, plan, self.noise(count), precision=self.precision)
+
+    def features(self, plan: Plan, title: str | None = None, by: str | None = None) -> Tensor:
+        """Give the features of the bank's images under a plan, (n, D).
+
+        Parameters
+        ----------
+        title : of a progress bar; None for none
+        by : name of the extractor; None for the first
+        """
+        found = self._features.setdefault(plan.key, {})
+        path = self.work / f"{plan.key}.safetensors"
+        if not found and path.exists():
+            found.update(load_file(path))
+        if missing := [one for one in self.extractors if one.name not in found]:
+            images = sampling.sample(self.model, self.schedule, plan, self.noise(), precision=self.precision,
+                                     title=title)
+            found.update({one.name: extractor.embed(one, images) for one in missing})
+            partial = path.with_suffix(f".{os.getpid()}")  # workers may write the same features at once
+            save_file(found, partial)
+            partial.replace(path)
+        return found[by or self.extractors[0].name]
+
+    def save(self, path: Path) -> None:
+        """Write the features of all plans seen so far to one file."""
+        save_file({f"{self.key}/{plan}/{by}": tensor for plan, found in self._features.items()
+                   for by, tensor in found.items()}, path)
+
+
+def digest(model: nn.Module) -> str:
+    """Give a hash of a model's configuration and weights."""
+    config = {key: value for key, value in model.config.items() if not key.startswith("_")}  # "_" holds the folder
+    total = hashlib.sha256(str(sorted(config.items())).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return total.hexdigest()[:16]

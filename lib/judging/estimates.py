@@ -1,0 +1,185 @@
+"""What is known of a score: its value without the bias of a finite sample, its interval, and how it compares.
+
+All of it comes from one jackknife over blocks of noise indices (Efron and Tibshirani 1993, chapters 10 and 11).
+`tests/benchmarks/bench_coverage.py` shows by simulation what the intervals cover.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+from scipy import stats
+from torch import Tensor
+
+GROUPS = 20
+"""Blocks of noise indices that the jackknife leaves out one by one."""
+MARGIN = 0.05
+"""So much of another's score is no difference that matters: what "as good" and "at most 5 % worse" mean."""
+
+
+WORDS = ("better", "as good", "undecided", "worse")
+"""What a comparison may say: see `Comparison.word`."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+    @classmethod
+    def of(cls, pseudo: np.ndarray) -> "Estimate":
+        """Give the mean of a jackknife's pseudo-values, (G,), with its interval: mean +- t s / sqrt(G).
+
+        The mean is the bias-corrected statistic (Efron and Tibshirani 1993, chapters 10 and 11).
+        """
+        reach = stats.t.ppf(0.975, len(pseudo) - 1) * pseudo.std(ddof=1) / np.sqrt(len(pseudo))
+        return cls(*(float(pseudo.mean() + side) for side in (0, -reach, reach)))
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """A distance without the bias of a finite sample.
+
+    Attributes
+    ----------
+    raw : float
+        The distance as it comes, bias and all.
+    pseudo : (G,), float
+        The jackknife's pseudo-values; two scores from the same noise are paired block by block.
+    """
+
+    raw: float
+    pseudo: np.ndarray
+
+    @cached_property
+    def estimate(self) -> Estimate:
+        """The corrected distance with its interval, which may hold 0."""
+        return Estimate.of(self.pseudo)
+
+    @property
+    def above_floor(self) -> bool:
+        """Whether it surely lies above 0, so that it may stand in a ratio."""
+        return self.estimate.low > 0
+
+
+def blend(parts: Sequence[tuple[Score, float]]) -> Score:
+    """Give the weighted geometric mean of scores; the weighted sum, where one of them may be 0."""
+    scores, weights = [score for score, _ in parts], np.array([weight for _, weight in parts])
+    raw, values = (np.array(ones) for ones in ([one.raw for one in scores], [one.estimate.value for one in scores]))
+    pseudo = np.stack([one.pseudo for one in scores])
+    if not all(one.above_floor for one in scores):
+        return Score(float(weights @ raw), weights @ pseudo)
+    slopes = weights @ (pseudo / values[:, None] - 1)
+    return Score(float(np.exp(weights @ np.log(raw))), np.exp(weights @ np.log(values)) * (1 + slopes))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One score beside another's from the same noise.
+
+    Attributes
+    ----------
+    ratio : Estimate
+        In logs, by the delta method; NaN where one of the two is at the floor (its interval holds 0).
+    difference : Estimate
+        Decides there.
+    margin : float
+        The difference that does not matter: `MARGIN` of the other's raw score.
+    n : int, images of each
+    """
+
+    ratio: Estimate
+    difference: Estimate
+    margin: float
+    n: int
+
+    @classmethod
+    def of(cls, mine: Score, other: Score, n: int) -> "Comparison":
+        """Compare two scores from the same noise."""
+        ratio = Estimate(np.nan, np.nan, np.nan)
+        if mine.above_floor and other.above_floor:
+            a, b = mine.estimate.value, other.estimate.value
+            logs = Estimate.of(np.log(a / b) + mine.pseudo / a - other.pseudo / b)
+            ratio = Estimate(*(float(np.exp(end)) for end in (logs.value, logs.low, logs.high)))
+        return cls(ratio, Estimate.of(mine.pseudo - other.pseudo), MARGIN * other.raw, n)
+
+    @property
+    def _scale(self) -> tuple[Estimate, float, float]:
+        """What decides, 0 where both are alike, and the differences that do not matter."""
+        if np.isnan(self.ratio.value):
+            return self.difference, -self.margin, self.margin
+        ratio = self.ratio
+        return Estimate(*np.log([ratio.value, ratio.low, ratio.high])), np.log(1 - MARGIN), np.log(1 + MARGIN)
+
+    @property
+    def word(self) -> str:
+        """*better* or *worse* (surely another score), *as good* (surely within `MARGIN`), or *undecided*."""
+        found, least, most = self._scale
+        if found.high < 0 or found.low > 0:
+            return "better" if found.high < 0 else "worse"
+        return "as good" if least <= found.low and found.high <= most else "undecided"
+
+    @property
+    def holds(self) -> str:
+        """Whether it is at most `MARGIN` worse: yes, no or undecided."""
+        found, _, most = self._scale
+        return "yes" if found.high <= most else "no" if found.low > most else "undecided"
+
+    @property
+    def needed(self) -> float:
+        """The images it would take to decide on a word, were all as estimated: intervals shrink as 1 / sqrt(n)."""
+        found, least, most = self._scale
+        reach = (found.high - found.low) / 2
+        gaps = [abs(found.value), min(most - found.value, found.value - least)]
+        return min((self.n * (reach / gap) ** 2 for gap in gaps if gap > 0), default=np.inf)
+
+    def columns(self, name: str) -> dict[str, float | str]:
+        """Give it as a table's columns."""
+        return {**columns(name, self.ratio), **columns(f"{name}_difference", self.difference),
+                f"{name}_word": self.word, f"{name}_holds": self.holds, f"{name}_needs": self.needed}
+
+
+def columns(name: str, estimate: Estimate) -> dict[str, float]:
+    """Give an estimate as a table's columns: name, name_low, name_high."""
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+
+
+def jackknife(value: Callable[[Tensor], float], sample: Tensor, groups: int = GROUPS) -> np.ndarray:
+    """Give a statistic of a sample, then the same with one block of rows after another left out.
+
+    Parameters
+    ----------
+    value : callable(sample) -> float
+    sample : Tensor, n rows
+    groups : int, G blocks
+
+    Returns
+    -------
+    values : (1 + G,), float
+    """
+    return np.array([value(sample), *(value(sample[kept]) for kept in left_out(len(sample), groups))])
+
+
+def left_out(n: int, groups: int = GROUPS) -> list[np.ndarray]:
+    """Give the rows that stay as one block after another is left out."""
+    return [np.r_[0:a, b:n] for a, b in pairwise(np.linspace(0, n, groups + 1).astype(int))]
+
+
+def pseudo_values(values: np.ndarray) -> np.ndarray:
+    """Give (1 + G,) values of `jackknife` as G pseudo-values, G * whole - (G - 1) * left-out."""
+    groups = len(values) - 1
+    return groups * values[0] - (groups - 1) * values[1:]
+
+
+def uncorrected(values: np.ndarray) -> Estimate:
+    """Give (1 + G,) values of `jackknife` as the value itself with its interval."""
+    found = pseudo_values(values)
+    return Estimate.of(found - found.mean() + values[0])
