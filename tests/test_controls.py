@@ -59,8 +59,8 @@ def table(teacher):
     ddim = Plan.full(teacher.timesteps, teacher.schedule, teacher.blocks, 1)
     best = Plan.full(teacher.timesteps, teacher.schedule, teacher.blocks, 2)
     moved = cache(lambda far: drawn + far)  # the same tensor for the same plan, as a bank gives it
-    far = {"a classifier": 3, "another": 2, None: 3}
-    return controls.Table(lambda plan, by=None: moved(far[by] / plan.steps / plan.order),
+    far = {"a classifier": lambda calls: 3 / calls, "another": lambda calls: 0.05 * calls}  # the contrary
+    return controls.Table(lambda plan, by="a classifier": moved(far[by](plan.steps * plan.order)),
                           lambda plan: drawn[:500] + 3 / plan.steps / plan.order, lambda plan: plan.steps,
                           Judge(real, "a classifier"), Judge(real, "another"), best, ddim)
 
@@ -84,6 +84,9 @@ def test_a_row_holds_cost_score_and_ratios_to_both_teachers(table, teacher):
     assert row["second_score"] == pytest.approx(corrected(table, few(teacher, 5), table.second))
     assert row["ratio"] == pytest.approx(own / best) and row["ddim_ratio"] == pytest.approx(own / ddim)
     assert row["ratio_low"] < row["ratio"] < row["ratio_high"] and row["ratio_word"] == "worse"
+    other = corrected(table, table.reference, table.second)
+    assert row["second_ratio"] == pytest.approx(corrected(table, few(teacher, 5), table.second) / other)
+    assert row["second_ratio_word"] == "better"
     assert 0 <= row["precision_low"] <= row["precision"] <= row["precision_high"] <= 1
     assert row["recall_low"] < row["recall"] < row["recall_high"]
     assert row["paired"] == pytest.approx(3 * (3 / 5 - 3 / 20) ** 2), "the same noise, moved alike in three features"
@@ -95,7 +98,9 @@ def test_words_say_who_is_better_and_the_strongest_is_chosen_elsewhere(table, te
               Control("between", ((few(teacher, 4), 0.5), (few(teacher, 6), 0.5)))]
     rows = table.beside("mine", few(teacher, 5), others).set_index("name")
     assert rows.loc[["worse", "same", "better"], "plan_over_control_word"].tolist() == ["better", "as good", "worse"]
-    assert rows.loc[["worse", "better"], "second_over_control_word"].tolist() == ["better", "worse"]
+    assert rows.loc[["worse", "better"], "second_over_control_word"].tolist() == ["worse", "better"], "of the contrary"
+    twice = corrected(table, few(teacher, 5), table.second) / corrected(table, few(teacher, 2), table.second)
+    assert rows.loc["worse", "second_over_control"] == pytest.approx(twice)
     assert rows.loc["worse", "plan_over_control_high"] < 1 < rows.loc["better", "plan_over_control_low"]
     assert rows.loc["same", "plan_over_control"] == pytest.approx(1)
     assert rows.loc["between", "macs"] == rows.loc["between", "plan_macs"] == 5

@@ -161,7 +161,8 @@ def test_labels_that_name_no_class_are_refused(labels, message, column, folder, 
 
 
 def test_a_digest_is_of_all_that_a_source_holds(folder, tmp_path):
-    known = {data.digest(str(folder)), data.digest("digits"), data.digest("hub:a/b@c"), data.digest("hub:a/b@d:test")}
+    known = {data.digest(str(folder)), data.digest("digits"), data.digest(f"hub:a/b@{'c' * 40}"),
+             data.digest(f"hub:a/b@{'d' * 40}:test")}
     picture = folder / "cats" / "00.png"
     picture.rename(folder / "cats" / "x.png")
     known.add(data.digest(str(folder)))
@@ -174,17 +175,19 @@ def test_a_digest_is_of_all_that_a_source_holds(folder, tmp_path):
 def test_the_hub_is_asked_for_the_revision_that_nobody_named(monkeypatch):
     asked = []
 
-    def info(_, name, repo_type):
-        asked.append((name, repo_type))
-        if len(asked) == 3:
+    def info(_, name, repo_type, revision):
+        asked.append((name, repo_type, revision))
+        if len(asked) == 5:
             raise OSError("no network")
         return SimpleNamespace(sha=f"revision {len(asked)}")
 
     monkeypatch.setattr(data.HfApi, "repo_info", info)
     assert data.digest("hub:a/b:test") != data.digest("hub:a/b:test"), "the repository has moved on"
+    assert data.digest("hub:a/b@main") != data.digest("hub:a/b"), "a branch moves"
     with pytest.raises(ValueError, match="which revision hub:a/b is .OSError.: name one, hub:a/b@REVISION"):
         data.digest("hub:a/b", "model")
-    assert asked == [("a/b", "dataset"), ("a/b", "dataset"), ("a/b", "model")]
+    assert asked == [("a/b", "dataset", None), ("a/b", "dataset", None), ("a/b", "dataset", "main"),
+                     ("a/b", "dataset", None), ("a/b", "model", None)]
 
 
 def test_no_label_at_all_is_none(folder, tmp_path):

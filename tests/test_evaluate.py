@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from simulation import covered, simulate
 
 from lib.grid.plan import Plan
 from lib.judging import banks, estimates, evaluate, extractor
@@ -80,43 +81,24 @@ def test_the_bias_of_a_variance_over_n_is_taken_out():
     assert estimates.uncorrected(values).value == pytest.approx(float(sample.var(unbiased=False)))
 
 
-def shifted(name, features, generator):
-    """Move features a known way."""
-    return {"none": lambda x: x, "moved": lambda x: x + 0.35, "narrowed": lambda x: 0.75 * x,
-            "noisy": lambda x: x + 0.7 * torch.randn(x.shape, generator=generator)}[name](features)
-
-
-def simulate(real, names, n, runs, seed=0):
-    """Draw images again and again from the real ones, moved a known way: give the true distances and all scores."""
-    judge, generator = Judge(real, "it"), torch.Generator().manual_seed(seed)
-    m = len(real)
-    true, scores = {}, {name: [] for name in names}
-    for name in names:
-        moved = shifted("none" if name == "noisy" else name, real, generator).numpy()
-        sigma = np.cov(moved.T, bias=True) + 0.49 * np.eye(real.shape[1]) * (name == "noisy")
-        true[name] = distance({"mu": moved.mean(0), "sigma": sigma}, judge.statistics)
-    for _ in range(runs):
-        rows = real[torch.randint(m, (n,), generator=generator)]
-        for name in names:
-            scores[name].append(judge.score(shifted(name, rows, generator)))
-    return true, scores
-
-
 def test_intervals_cover_the_true_distance_and_a_perfect_sampler_is_at_the_floor():
     """From a bootstrap of real features: the whole simulation is in tests/benchmarks/bench_coverage.py."""
     pixels = data.digits(8)[0].flatten(1).double()
     axes = torch.linalg.svd(pixels - pixels.mean(0), full_matrices=False).Vh[:8]
     real = (pixels - pixels.mean(0)) @ axes.T
-    true, scores = simulate(real / real.std(), ["none", "moved", "narrowed", "noisy"], n=200, runs=60)
+    true, scores = simulate(real / real.std(), ["perfect", "moved", "narrowed", "noisy"], n=200, runs=60)
     for name, found in scores.items():
-        covered = np.mean([one.estimate.low <= true[name] <= one.estimate.high for one in found])
-        assert covered >= 0.9, (name, covered)
+        assert covered(true[name], [one.estimate for one in found]) >= 0.9, name
         assert np.mean([one.estimate.value for one in found]) == pytest.approx(true[name], abs=0.03), name
-    assert np.mean([one.raw for one in scores["none"]]) > 0.1, "of a perfect sampler, as it comes"
-    assert np.mean([one.above_floor for one in scores["none"]]) <= 0.07
-    ratios = [Comparison.of(a, b, 200).ratio for a, b in zip(scores["noisy"], scores["moved"])]
-    ratio, given = true["noisy"] / true["moved"], [one for one in ratios if not np.isnan(one.value)]
-    assert len(given) > 50 and np.mean([one.low <= ratio <= one.high for one in given]) >= 0.87
+    assert np.mean([one.raw for one in scores["perfect"]]) > 0.1, "as it comes"
+    assert np.mean([one.above_floor for one in scores["perfect"]]) <= 0.07
+    ratios = [compare(a, b, 200).ratio for a, b in zip(scores["noisy"], scores["moved"])]
+    given = [one for one in ratios if not np.isnan(one.value)]
+    assert len(given) > 50 and covered(true["noisy"] / true["moved"], given) >= 0.87
+
+
+def compare(mine, theirs, n):
+    return Comparison.of([(mine, 1.0)], [(theirs, 1.0)], n)
 
 
 def scored(value, error, seed=0):
@@ -134,22 +116,51 @@ def other(value, error):
     (scored(1.0, 0.01), other(1.2, 0.01), "better", "yes"), (scored(1.2, 0.01), other(1.0, 0.01), "worse", "no"),
     (scored(1.02, 0.002), other(1.0, 0.002), "worse", "yes"), (scored(1.0, 0.01), other(1.0, 0.01), "as good", "yes"),
     (scored(1.0, 0.2), other(1.0, 0.2), "undecided", "undecided"),
-    (scored(0.0, 0.01), other(0.0, 0.01), "as good", "yes"),  # a margin of 5 % of 0.3 decides at the floor
+    (scored(0.0, 0.01), other(0.0, 0.01), "as good", "yes"),  # a margin of 0.05 decides at the floor
     (scored(0.0, 0.1), other(0.01, 0.1), "undecided", "undecided"), (scored(0.5, 0.1), other(0.0, 0.1), "worse", "no")])
 def test_words_mean_one_thing(mine, theirs, word, holds):
-    found = Comparison.of(mine, theirs, 100)
+    found = compare(mine, theirs, 100)
     assert (found.word, found.holds) == (word, holds)
     assert np.isnan(found.ratio.value) == (not (mine.above_floor and theirs.above_floor))
     assert (found.needed <= 100) == (word != "undecided")
+    assert (found.needed_to_hold <= 100) == (holds != "undecided")
+
+
+def test_the_margin_at_the_floor_hangs_on_no_number_of_images():
+    generator = torch.Generator().manual_seed(0)
+    real = 3 * torch.randn(3000, 4, generator=generator)
+    judge = Judge(real, "it")
+    found = [judge.over(real[:n], real[:n] + 0.01) for n in (300, 3000)]
+    assert all(np.isnan(one.ratio.value) for one in found)
+    assert [one.margin for one in found] == pytest.approx(2 * [0.05 * float(real.var(dim=0).mean())])
+
+
+def test_too_few_images_for_a_judge_are_refused():
+    with pytest.raises(ValueError, match="60 images are too few for it's 64 features: raise score_images"):
+        Judge(torch.randn(500, 64), "it").score(torch.randn(60, 64))
+
+
+def test_trainings_say_whether_all_pairs_agree():
+    generator = torch.Generator().manual_seed(0)
+    real, noise = (torch.randn(2000, 3, generator=generator) for _ in range(2))
+    judge, (near, far, there) = Judge(real, "it"), (noise + 0.5, noise + 0.7, noise)
+    found = judge.trainings([near, far], [far, far])
+    assert found["ratio"] == pytest.approx(np.sqrt(found["least"] * found["greatest"])) and not found["agree"]
+    assert judge.trainings([near, near], [far])["agree"]
+    for some in ([near, there], [there, near]):
+        floor = judge.trainings(some, [far, far])
+        assert np.isnan(floor["least"]) and np.isnan(floor["greatest"]), "whichever comes first"
+        assert (floor["ratio_word"], floor["agree"]) == ("better", True)
+        assert estimates.text(floor, "ratio").endswith("] more") and "nan" not in estimates.text(floor, "ratio")
 
 
 def test_what_is_needed_decides():
-    near = Comparison.of(scored(1.0, 0.2), other(1.2, 0.2), 100)
+    near = compare(scored(1.0, 0.2), other(1.2, 0.2), 100)
     assert near.word == "undecided"
     shrink = np.sqrt(100 / (1.01 * near.needed))
-    assert Comparison.of(scored(1.0, 0.2 * shrink), other(1.2, 0.2 * shrink), 100).word != "undecided"
+    assert compare(scored(1.0, 0.2 * shrink), other(1.2, 0.2 * shrink), 100).word != "undecided"
     shrink = np.sqrt(100 / (0.97 * near.needed))
-    assert Comparison.of(scored(1.0, 0.2 * shrink), other(1.2, 0.2 * shrink), 100).word == "undecided"
+    assert compare(scored(1.0, 0.2 * shrink), other(1.2, 0.2 * shrink), 100).word == "undecided"
 
 
 def test_a_ratio_to_itself_is_one_and_pairs_beat_independent_noise():
@@ -157,10 +168,10 @@ def test_a_ratio_to_itself_is_one_and_pairs_beat_independent_noise():
     real, a = (torch.from_numpy(rng.standard_normal((2000, 3))) for _ in range(2))
     a = a + 0.5
     judge = Judge(real, "it")
-    same = judge.ratio(a, a).ratio
+    same = judge.over(a, a).ratio
     assert (same.value, same.low, same.high) == pytest.approx((1, 1, 1))
-    paired = judge.ratio(a * 1.01, a).ratio
-    apart = judge.ratio(a[torch.randperm(2000)] * 1.01, a).ratio
+    paired = judge.over(a * 1.01, a).ratio
+    apart = judge.over(a[torch.randperm(2000)] * 1.01, a).ratio
     assert paired.high - paired.low < 0.5 * (apart.high - apart.low)
 
 
@@ -174,6 +185,12 @@ def test_an_interpolated_control_lies_between_its_two_plans():
     assert middle.estimate.value == pytest.approx(np.sqrt(values[0] * values[1]), rel=1e-6)
     assert judge.compare([(near, 0.5), (far, 0.5)], [(near, 1.0)]).ratio.value == pytest.approx(
         np.sqrt(values[1] / values[0]), rel=1e-6)
+    product = judge.compare([(near, 1.0), (far, 1.0)], [(near, 1.0), (near, 1.0)])
+    assert product.ratio.value == pytest.approx(values[1] / values[0])
+    sums = judge.compare([(real, 1.0), (far, 1.0)], [(near, 1.0), (near, 1.0)])
+    assert np.isnan(sums.ratio.value), "no product with what may be 0, and none beside a sum"
+    floored = judge.score(real).estimate.value
+    assert sums.difference.value == pytest.approx(floored + values[1] - 2 * values[0])
     floor = judge.blend([(real, 0.5), (far, 0.5)]).estimate.value
     assert floor == pytest.approx((judge.score(real).estimate.value + values[1]) / 2), "a sum, where one may be 0"
 
@@ -251,7 +268,7 @@ def test_any_of_torch_fidelitys_extractors_may_be_the_second_judge(classifier, d
             extractor.load(tmp_path)
 
 
-def test_extractors_learn_their_tasks_and_two_of_one_task_are_refused(digits, tmp_path):
+def test_extractors_learn_their_tasks_and_a_judge_that_cannot_be_is_refused(digits, tmp_path):
     fit = {"steps": 250, "seed": 0, "device": "cpu", "precision": "fp32"}
     unlabelled = data.DataSet("mine", digits.images, torch.zeros_like(digits.labels), digits.train, digits.held_out)
     made = {task: extractor.fit(unlabelled, task, work=tmp_path / task, **fit) for task in ("classes", "denoising")}
@@ -263,8 +280,11 @@ def test_extractors_learn_their_tasks_and_two_of_one_task_are_refused(digits, tm
     ignorant = (digits.images[digits.train].mean(0) - seen).square().mean()  # the mean image, whatever it is shown
     assert (cleaned - seen).square().mean() < 0.8 * ignorant
     assert extractor.embed(made["denoising"], seen).var(dim=0).mean() == pytest.approx(1, rel=0.2)
-    with pytest.raises(ValueError, match="the first judge learned rotation already"):
-        extractor.save(tmp_path, made["classes"], made["classes"])
+    with pytest.raises(ValueError, match="the first judge learns rotation already"):
+        extractor.check_judge("rotation", unlabelled)
+    extractor.check_judge("rotation", digits)
+    with pytest.raises(ValueError, match="no extractor 'nonsense'"):
+        extractor.check_judge("torch-fidelity:nonsense", digits)
 
 
 def test_a_shrunk_covariance_is_sound_where_a_plain_one_is_not():

@@ -262,6 +262,12 @@ def test_a_study_is_listed_only_while_it_runs_and_no_tracked_file_changes(tmp_pa
         run.study("digits")
     assert seen == [("publish@smoke", {"smoke": "smoke"}), ("publish@digits", None)]
     assert {path.name for path in tmp_path.iterdir()} == {"dvc.yaml"}
+    more.write_text("studies:\n  mine: mine\n")
+    with pytest.raises(params.ParamsError, match="params.yaml is there and does not list smoke: add the line"):
+        run.study("smoke")
+    run_before, seen[:] = more.read_text(), seen[:0]
+    run.study("digits")
+    assert more.read_text() == run_before, "nobody else's list is touched"
 
 
 def test_dvc_takes_a_study_that_is_listed_beside(project):

@@ -42,18 +42,20 @@ def test_its_example_runs(tmp_path, monkeypatch, unet, schedule, capsys):
 def test_a_table_is_filled_from_a_studys_files(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "REPORTS", tmp_path)
     columns = ["plan", "name", "n", *(f"plan_over_control{end}" for end in ("", "_low", "_high", "_word", "_needs")),
-               "second_over_control", "second_over_control_word", "strongest"]
-    rows = {"04_schedule_search": [["A", "B", 700, 1.23456, 1.1, 1.3, "worse", 90, 1.4, "worse", True],
-                                   ["A", "C", 700, 1.5, 1.4, 1.6, "worse", 50, 0.5, "better", False]],
-            "05_pruner_training": [["D", "B", 700, 1.01, 0.9, 1.1, "undecided", 4321.4, 1, "as good", True]],
+               *(f"second_over_control{end}" for end in ("", "_low", "_high", "_word")), "strongest"]
+    rows = {"04_schedule_search": [["A", "B", 700, 1.23456, 1.1, 1.3, "worse", 90, 1.4, 1.2, 1.6, "worse", True],
+                                   ["A", "C", 700, 1.5, 1.4, 1.6, "worse", 50, 0.5, 0.4, 0.6, "better", False]],
+            "05_pruner_training": [["D", "B", 700, 1.01, 0.9, 1.1, "undecided", 4321.4, 1, 0.98, 1.02, "as good",
+                                    True]],
             "06_comparison": []}
     for notebook, some in rows.items():
         tables = tmp_path / "mine" / notebook / "tables"
         tables.mkdir(parents=True)
         pd.DataFrame(some, columns=columns).to_csv(tables / "controls.csv", index=False)
     text = report.filled("before\n<!-- controls:mine -->\nold\n<!-- end -->\nafter")
-    assert "| A | B | 1.23 [1.1, 1.3] | worse | 1.4: worse | 0 | 0 | 0 | 2 |" in text, "not C, luckier on this noise"
-    assert "| D | B | 1.01 [0.9, 1.1] | undecided, n = 4,321 | 1: as good | 0 | 0 | 1 | 0 |" in text
+    luckier = "not C, the stronger on this noise"
+    assert "| A | B | 1.23 [1.1, 1.3] | worse | 1.4 [1.2, 1.6]: worse | 0 | 0 | 0 | 2 |" in text, luckier
+    assert "| D | B | 1.01 [0.9, 1.1] | undecided, n = 4,321 | 1 [0.98, 1.02]: as good | 0 | 0 | 1 | 0 |" in text
     assert "3 comparisons at n = 700: 0 better, 0 as good, 1 undecided, 2 worse." in text
     assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter") and "old" not in text
 
@@ -79,7 +81,9 @@ def test_the_one_table_has_every_column_and_a_dash_for_what_was_not_measured(tmp
                f"{name}{end}": 1.0 for name in ("score", "second_score", "ratio", "second_ratio", "ddim_ratio")
                for end in ("", "_low", "_high")}
     rows = pd.DataFrame([row | {"name": "few", "cost": None},
-                         row | {"name": "DiP-GO, 22%", "times faster": None, "cost": 12.3, "second_ratio": None}])
+                         row | {"name": "DiP-GO, 22%", "times faster": None, "cost": 12.3, "second_ratio": None,
+                                "second_ratio_difference": 0.1, "second_ratio_difference_low": -0.1,
+                                "second_ratio_difference_high": 0.3}])
     for notebook, name, table in (("06_comparison", "everything", rows),
                                   ("07_transformer", "front", rows.drop(columns=["parameters", "cost", "training"]))):
         folder = tmp_path / "mine" / notebook / "tables"
@@ -90,7 +94,7 @@ def test_the_one_table_has_every_column_and_a_dash_for_what_was_not_measured(tmp
     rest = f"1.38 |{scores} 0.90 | 0.80 | 1.25 | - | some |"
     assert few == f"| few | 30 | 2.50 | 267 | 3.14 | 2.4 [2.3, 2.5] | 7.8 | {rest}"
     assert mine.startswith("| **DiP-GO, 22%** | 30 | 2.50 | 267 | 3.14 | - |") and mine.endswith("| 12 | some |")
-    assert " 1 [1, 1] | - | 1 [1, 1] |" in mine, "no ratio at the floor"
+    assert " 1 [1, 1] | 0.1 [-0.1, 0.3] more | 1 [1, 1] |" in mine, "no ratio at the floor"
     assert head.count("|") == few.count("|") == mine.count("|")
     assert below == "n = 2,000 images a row; features of a classifier and a denoiser."
     assert report.transformer_table("mine").splitlines()[2] == few.replace(" | 267", "").removesuffix(" - | some |")

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.trial import TrialState
 
 from lib.grid import blocks, cost
 from lib.grid.plan import NoiseSchedule, Plan, trailing
@@ -117,28 +118,84 @@ def test_another_space_error_or_budget_under_one_title_is_another_search(teacher
     assert len(asked) == before + 6, "and the same goes on from what it found"
 
 
-def test_a_dead_workers_trial_is_queued_again_when_its_signs_of_life_stop(teacher, tmp_path, monkeypatch):
+def job(teacher, storage, error=error, **options):
+    usual = {"trials": 6, "population": 4, "seed": 0, "budget": None, "method": "nsga2", "title": "search"}
+    return searching._Job(Toy(teacher), error, macs, storage=storage, **usual | options)
+
+
+def test_a_dead_workers_trial_is_queued_again_and_a_living_ones_is_not(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(searching, "HEARTBEAT", 1)
     database = f"sqlite:///{tmp_path}/search.db"
-    options = {"population": 4, "seed": 0, "storage": database}
+    seen, states = [], []
 
     def dies(plan):
         seen.append(plan.key)
         raise KeyboardInterrupt
 
-    seen = []
     with pytest.raises(KeyboardInterrupt):
-        search(Toy(teacher), dies, macs, trials=6, **options)
-    assert len(seen) == 1
+        job(teacher, database, dies).work(job(teacher, database).open())
 
-    def watched(plan):
+    def slow(plan):
+        if not seen[1:]:
+            time.sleep(3.5)  # longer than a worker may be silent
+            other = job(teacher, database).open()
+            searching.fail_stale_trials(other)
+            states.extend(trial.state.name for trial in other.trials if trial.number > 0)
         seen.append(plan.key)
-        time.sleep(0.6)
         return error(plan)
 
-    found = search(Toy(teacher), watched, macs, trials=6, **options)
+    found = search(Toy(teacher), slow, macs, trials=6, population=4, seed=0, storage=database)
     assert seen[0] in seen[1:] and seen[0] in {one.plan.key for one in found}
-    assert len(seen[1:]) == len(set(seen[1:])), "no living worker's trial was taken for a dead one's"
+    assert "FAIL" not in states and "RUNNING" in states, "the slow one gave signs of life"
+
+
+def test_what_kills_its_worker_is_not_tried_for_ever(teacher, tmp_path):
+    """A journal's: opened again and again, each time the first plan is the end of it."""
+    tried = []
+
+    def kills(plan):
+        if not tried or plan.key == tried[0]:
+            tried.append(plan.key)
+            raise MemoryError
+        return error(plan)
+
+    for _ in range(searching.RETRIES + 1):
+        with pytest.raises(MemoryError):
+            search(Toy(teacher), kills, macs, trials=4, population=4, seed=0, storage=tmp_path / "journal")
+    found = search(Toy(teacher), kills, macs, trials=4, population=4, seed=0, storage=tmp_path / "journal")
+    assert len(found) == 4 and len(tried) == searching.RETRIES + 1
+
+
+def test_a_plan_that_another_worker_is_at_is_left_to_it(teacher, tmp_path):
+    database, genome, asked = f"sqlite:///{tmp_path}/search.db", {"a": 5, "b": 5}, []
+
+    def watched(plan):
+        asked.append(plan.key)
+        return error(plan)
+
+    first = job(teacher, database)
+    study = first.open()
+    study.enqueue_trial(genome)
+    _, plan, _ = first._ask(study, Toy(teacher).distributions())
+    found = search(Toy(teacher), watched, macs, trials=4, population=4, seed=0, storage=database, start=[genome])
+    study.enqueue_trial(genome)
+    again = search(Toy(teacher), watched, macs, trials=6, population=4, seed=0, storage=database)
+    assert len(found) == 4 and len(again) == 6 and plan.key not in asked
+
+
+def test_a_worker_that_was_taken_for_dead_goes_on(teacher, tmp_path):
+    database, taken = f"sqlite:///{tmp_path}/search.db", []
+
+    def taken_away(plan):
+        if not taken:
+            taken.append(plan.key)
+            other = job(teacher, database).open()
+            running, = other.get_trials(states=[TrialState.RUNNING])
+            other.tell(running.number, state=TrialState.FAIL)
+        return error(plan)
+
+    found = search(Toy(teacher), taken_away, macs, trials=4, population=4, seed=0, storage=database)
+    assert len(found) == 4 and taken[0] not in {one.plan.key for one in found}
 
 
 def logged(path, plan):

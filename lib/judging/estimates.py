@@ -4,7 +4,7 @@ All of it comes from one jackknife over blocks of noise indices (Efron and Tibsh
 `tests/benchmarks/bench_coverage.py` shows by simulation what the intervals cover.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -16,7 +16,8 @@ from torch import Tensor
 GROUPS = 20
 """Blocks of noise indices that the jackknife leaves out one by one."""
 MARGIN = 0.05
-"""So much of another's score is no difference that matters: what "as good" and "at most 5 % worse" mean."""
+"""So much of another's score is no difference that matters: what "as good" and "at most 5 % worse" mean. Where there is
+no ratio, so much of a feature's variance in the data set, which does not hang on the number of images."""
 
 
 WORDS = ("better", "as good", "undecided", "worse")
@@ -30,9 +31,6 @@ class Estimate:
     value: float
     low: float
     high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
     @classmethod
     def of(cls, pseudo: np.ndarray) -> "Estimate":
@@ -54,10 +52,13 @@ class Score:
         The distance as it comes, bias and all.
     pseudo : (G,), float
         The jackknife's pseudo-values; two scores from the same noise are paired block by block.
+    unit : float
+        The mean variance of a feature in the data set: what a difference is measured by.
     """
 
     raw: float
     pseudo: np.ndarray
+    unit: float = 1.0
 
     @cached_property
     def estimate(self) -> Estimate:
@@ -70,15 +71,20 @@ class Score:
         return self.estimate.low > 0
 
 
-def blend(parts: Sequence[tuple[Score, float]]) -> Score:
-    """Give the weighted geometric mean of scores; the weighted sum, where one of them may be 0."""
+def blend(parts: Sequence[tuple[Score, float]], logs: bool | None = None) -> Score:
+    """Give the weighted geometric mean of scores; the weighted sum, where one of them may be 0.
+
+    Parameters
+    ----------
+    logs : whether to take the geometric mean; None where all are surely above 0
+    """
     scores, weights = [score for score, _ in parts], np.array([weight for _, weight in parts])
     raw, values = (np.array(ones) for ones in ([one.raw for one in scores], [one.estimate.value for one in scores]))
     pseudo = np.stack([one.pseudo for one in scores])
-    if not all(one.above_floor for one in scores):
-        return Score(float(weights @ raw), weights @ pseudo)
+    if not (all(one.above_floor for one in scores) if logs is None else logs):
+        return Score(float(weights @ raw), weights @ pseudo, scores[0].unit)
     slopes = weights @ (pseudo / values[:, None] - 1)
-    return Score(float(np.exp(weights @ np.log(raw))), np.exp(weights @ np.log(values)) * (1 + slopes))
+    return Score(float(np.exp(weights @ np.log(raw))), np.exp(weights @ np.log(values)) * (1 + slopes), scores[0].unit)
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class Comparison:
     difference : Estimate
         Decides there.
     margin : float
-        The difference that does not matter: `MARGIN` of the other's raw score.
+        The difference that does not matter there, `MARGIN` of a feature's variance.
     n : int, images of each
     """
 
@@ -102,14 +108,15 @@ class Comparison:
     n: int
 
     @classmethod
-    def of(cls, mine: Score, other: Score, n: int) -> "Comparison":
-        """Compare two scores from the same noise."""
-        ratio = Estimate(np.nan, np.nan, np.nan)
-        if mine.above_floor and other.above_floor:
+    def of(cls, mine: Sequence[tuple[Score, float]], theirs: Sequence[tuple[Score, float]], n: int) -> "Comparison":
+        """Compare two blends of scores from the same noise; products, where no score may be 0, else sums."""
+        above = all(score.above_floor for score, _ in (*mine, *theirs))
+        (mine, other), ratio = (blend(parts, above) for parts in (mine, theirs)), Estimate(np.nan, np.nan, np.nan)
+        if above:
             a, b = mine.estimate.value, other.estimate.value
             logs = Estimate.of(np.log(a / b) + mine.pseudo / a - other.pseudo / b)
             ratio = Estimate(*(float(np.exp(end)) for end in (logs.value, logs.low, logs.high)))
-        return cls(ratio, Estimate.of(mine.pseudo - other.pseudo), MARGIN * other.raw, n)
+        return cls(ratio, Estimate.of(mine.pseudo - other.pseudo), MARGIN * other.unit, n)
 
     @property
     def _scale(self) -> tuple[Estimate, float, float]:
@@ -137,19 +144,36 @@ class Comparison:
     def needed(self) -> float:
         """The images it would take to decide on a word, were all as estimated: intervals shrink as 1 / sqrt(n)."""
         found, least, most = self._scale
-        reach = (found.high - found.low) / 2
-        gaps = [abs(found.value), min(most - found.value, found.value - least)]
-        return min((self.n * (reach / gap) ** 2 for gap in gaps if gap > 0), default=np.inf)
+        return self._images(max(abs(found.value), min(most - found.value, found.value - least)))
+
+    @property
+    def needed_to_hold(self) -> float:
+        """The images it would take to decide whether it holds, were all as estimated."""
+        found, _, most = self._scale
+        return self._images(abs(most - found.value))
+
+    def _images(self, gap: float) -> float:
+        """Give the images at which the interval reaches no further than `gap` to either side."""
+        found, _, _ = self._scale
+        return self.n * ((found.high - found.low) / 2 / gap) ** 2 if gap > 0 else np.inf
 
     def columns(self, name: str) -> dict[str, float | str]:
         """Give it as a table's columns."""
         return {**columns(name, self.ratio), **columns(f"{name}_difference", self.difference),
-                f"{name}_word": self.word, f"{name}_holds": self.holds, f"{name}_needs": self.needed}
+                f"{name}_word": self.word, f"{name}_needs": self.needed, f"{name}_holds": self.holds,
+                f"{name}_holds_needs": self.needed_to_hold}
 
 
 def columns(name: str, estimate: Estimate) -> dict[str, float]:
     """Give an estimate as a table's columns: name, name_low, name_high."""
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+
+
+def text(row: Mapping, name: str) -> str:
+    """Write out an estimate of which `columns` were made; where there is no ratio, the difference."""
+    if np.isnan(row[name]) and f"{name}_difference" in row:
+        return f"{text(row, f'{name}_difference')} more"
+    return "{:.3g} [{:.3g}, {:.3g}]".format(*(row[f"{name}{end}"] for end in ("", "_low", "_high")))
 
 
 def jackknife(value: Callable[[Tensor], float], sample: Tensor, groups: int = GROUPS) -> np.ndarray:

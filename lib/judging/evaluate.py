@@ -22,6 +22,7 @@ from lib.grid.plan import Plan
 from lib.judging import extractor
 from lib.judging.banks import Bank
 from lib.judging.estimates import (
+    GROUPS,
     Comparison,
     Estimate,
     Score,
@@ -96,24 +97,31 @@ class Judge:
     @cached_property
     def score(self) -> Callable[[Tensor], Score]:
         """Give the score of features (n, D), worked out once: one plan stands in many comparisons."""
+        unit = float(np.trace(self.statistics["sigma"])) / self.real.shape[1]
+
         def score(generated: Tensor) -> Score:
+            if len(generated) * (1 - 1 / GROUPS) <= self.real.shape[1]:
+                raise ValueError(f"{len(generated)} images are too few for {self.extractor}'s {self.real.shape[1]} "
+                                 "features: raise score_images and select_images, or take another judge")
             values = jackknife(lambda part: distance(part, self.statistics), generated)
-            return Score(float(values[0]), pseudo_values(values))
+            return Score(float(values[0]), pseudo_values(values), unit)
 
         return cache(score)
 
     def blend(self, parts: Sequence[tuple[Tensor, float]]) -> Score:
         """Give the weighted mean score of several sets of features, as `blend` does.
 
-        A control that brackets a cost is [(cheaper, w), (dearer, 1 - w)]: its score is interpolated on the log.
+        A control that brackets a cost is [(cheaper, w), (dearer, 1 - w)]: its score is interpolated, on the log where
+        none may be 0.
         """
         return blend([(self.score(features), weight) for features, weight in parts])
 
     def compare(self, a: Sequence[tuple[Tensor, float]], b: Sequence[tuple[Tensor, float]]) -> Comparison:
-        """Compare the blended score of `a` with that of `b`."""
-        return Comparison.of(self.blend(a), self.blend(b), len(a[0][0]))
+        """Compare the blended score of `a` with that of `b`, each [(features, weight), ...]."""
+        mine, theirs = ([(self.score(features), weight) for features, weight in parts] for parts in (a, b))
+        return Comparison.of(mine, theirs, len(a[0][0]))
 
-    def ratio(self, generated: Tensor, teacher: Tensor) -> Comparison:
+    def over(self, generated: Tensor, teacher: Tensor) -> Comparison:
         """Compare a score with the teacher's from the same noise."""
         return self.compare([(generated, 1.0)], [(teacher, 1.0)])
 
@@ -122,14 +130,16 @@ class Judge:
 
         Returns
         -------
-        ratio : columns of the `Comparison` of all trainings together, its interval that of the noise; and least,
-            greatest: the single pairs' extreme ratios
+        ratio : columns of the `Comparison` of all trainings together, its interval that of the noise; least, greatest:
+            the single pairs' extreme ratios; agree: whether all of them lie on one side
         """
         count = max(len(mine), len(theirs))
         pairs = [(mine[i % len(mine)], theirs[i % len(theirs)]) for i in range(count)]
         together = self.compare([(a, 1 / count) for a, _ in pairs], [(b, 1 / count) for _, b in pairs])
-        single = [self.ratio(a, b).ratio.value for a, b in pairs]
-        return {**together.columns("ratio"), "least": min(single), "greatest": max(single)}
+        single = [self.over(a, b) for a, b in pairs]
+        ratios, sides = [one.ratio.value for one in single], {one.difference.value < 0 for one in single}
+        return {**together.columns("ratio"), "least": np.min(ratios), "greatest": np.max(ratios),
+                "agree": len(sides) == 1}
 
     def further(self, generated: Tensor) -> dict[str, float]:
         """Give kernel distance (x 1000; KID of torch-fidelity), precision and recall, these with intervals."""
@@ -160,7 +170,7 @@ def disagreements(scores: Mapping[str, tuple[Score, Score]], n: int) -> pd.DataF
     """
     pairs = []
     for (one, mine), (other, theirs) in permutations(scores.items(), 2):
-        first, second = (Comparison.of(a, b, n) for a, b in zip(mine, theirs))
+        first, second = (Comparison.of([(a, 1.0)], [(b, 1.0)], n) for a, b in zip(mine, theirs))
         if (first.word, second.word) == ("better", "worse"):
             pairs.append({"better": one, "worse": other, "first": first.ratio.value, "second": second.ratio.value})
     return pd.DataFrame(pairs, columns=["better", "worse", "first", "second"])

@@ -129,6 +129,20 @@ def fit(data: DataSet, task: str, *, steps: int, seed: int, device: str, precisi
     return made
 
 
+def check_judge(judge: str, data: DataSet) -> None:
+    """Refuse a second judge that cannot be had, or that would be the first again.
+
+    Raises
+    ------
+    ValueError
+        Saying what to take instead.
+    """
+    if judge == "rotation" and not data.labels.any():
+        raise ValueError("judge: the first judge learns rotation already, as the data have no labels: take denoising")
+    if judge.startswith(BORROWED):
+        Borrowed(judge.removeprefix(BORROWED))
+
+
 def accuracy(classifier: Extractor, images: Tensor, labels: Tensor) -> float:
     """Give the fraction of images whose label is right, in [0, 1]."""
     return float((read(classifier, images) == labels).float().mean())
@@ -142,8 +156,6 @@ def read(classifier: Extractor, images: Tensor) -> Tensor:
 
 def save(folder: Path, first: Extractor, second: Extractor | str) -> None:
     """Write weights and shape of both judges' extractors; of a borrowed one (``torch-fidelity:NAME``) its name."""
-    if isinstance(second, Extractor) and first.name == second.name:
-        raise ValueError("judge: the first judge learned rotation already, as the data have no labels: take denoising")
     folder.mkdir(parents=True, exist_ok=True)
     for place, one in (("first", first), ("second", second)):
         if isinstance(one, Extractor):

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -25,7 +26,7 @@ from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import NSGAIISampler, RandomSampler
 from optuna.samplers.nsgaii import PolynomialMutation
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryFailedTrialCallback, fail_stale_trials
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
 from tqdm import tqdm
@@ -38,6 +39,8 @@ REDRAWS = 500
 """Genomes over the budget, or known, one after another, at which the search ends."""
 HEARTBEAT = 30
 """Seconds between two signs of life of a database's workers; a trial without one for twice as long is queued again."""
+RETRIES = 2
+"""Times that a trial whose worker died is queued again: one that kills each of them must not be tried for ever."""
 SAMPLES = 8
 """Genomes that are decoded to know a space by what it means."""
 MUTATIONS = 4
@@ -103,7 +106,8 @@ def search(space: Space, error: Callable[[Plan], float], macs: Callable[[Plan], 
     if isinstance(storage, Path):  # what runs there is what a killed search lost; in a database it may be another's
         for trial in study.get_trials(states=[TrialState.RUNNING]):
             study.tell(trial.number, state=TrialState.FAIL)
-            study.enqueue_trial(trial.system_attrs.get("fixed_params", trial.params))
+            if (lost := trial.user_attrs.get("lost", 0)) < RETRIES:
+                study.enqueue_trial(trial.system_attrs.get("fixed_params", trial.params), user_attrs={"lost": lost + 1})
     with tqdm(total=trials, initial=len(job.look(study)), desc=title, unit="plan") as bar:
         if workers == 1:
             job.work(study, bar)
@@ -184,7 +188,8 @@ class _Job:
         """The storage, as Optuna has it."""
         if isinstance(self.storage, Path):
             return JournalStorage(_Journal(str(self.storage)))
-        return RDBStorage(self.storage, heartbeat_interval=HEARTBEAT, failed_trial_callback=RetryFailedTrialCallback())
+        return RDBStorage(self.storage, heartbeat_interval=HEARTBEAT,
+                          heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(RETRIES))
 
     def open(self) -> optuna.Study:
         """Open the storage, with a sampler that does not repeat what a killed one or another worker drew."""
@@ -222,15 +227,17 @@ class _Job:
             if plan.key in found:  # a copy would only crowd the population
                 study.tell(trial, state=TrialState.FAIL)
                 repeats += 1
-            elif self._elsewhere(study, trial.number, plan.key):
+            elif self._elsewhere(study, trial.number, plan.key) or plan.key in self.look(study):
+                # In this order: what ends meanwhile is found by one of the two.
                 study.tell(trial, state=TrialState.FAIL)
                 time.sleep(0.1)
             else:
                 with self._alive(trial.number):
                     error = self.error(plan)
-                study.tell(trial, [error, cost])
-                self.seen.add(trial.number)  # no need to decode it again
-                self.found.setdefault(plan.key, Found(plan, error, cost, trial.params))
+                told = study.tell(trial, [error, cost], skip_if_finished=True)  # by one who took this worker for dead
+                if told.state == TrialState.COMPLETE:
+                    self.seen.add(trial.number)  # no need to decode it again
+                    self.found.setdefault(plan.key, Found(plan, error, cost, trial.params))
                 repeats = 0
             if repeats == REDRAWS:
                 tqdm.write(f"{self.title}: {REDRAWS} genomes in a row gave plans that were known: the space is "
@@ -245,7 +252,8 @@ class _Job:
         for _ in range(20):  # what is being asked this very moment has not all its genes yet
             others = [trial for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
                       if trial.number < number]
-            if all(set(trial.params) == genes for trial in others):
+            asked = datetime.now() - timedelta(seconds=HEARTBEAT)
+            if all(set(trial.params) == genes or trial.datetime_start < asked for trial in others):
                 break
             time.sleep(0.05)
         return any(self.space.decode(trial.params).key == key for trial in others if set(trial.params) == genes)
@@ -256,14 +264,14 @@ class _Job:
         if isinstance(self.storage, Path):
             yield
             return
-        study = self.opened.get_study_id_from_name(self.name)
-        trial = self.opened.get_trial_id_from_study_id_trial_number(study, number)
         done = threading.Event()
 
         def beat() -> None:
-            self.opened.record_heartbeat(trial)
             while not done.wait(HEARTBEAT):
-                self.opened.record_heartbeat(trial)
+                try:
+                    self._beat(number)
+                except Exception as error:  # of whatever database: it may be back at the next
+                    tqdm.write(f"{self.title}: no sign of life could be given: {error}")
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -273,6 +281,11 @@ class _Job:
             done.set()
             thread.join()
 
+    def _beat(self, number: int) -> None:
+        """Give one sign of life of a trial."""
+        study = self.opened.get_study_id_from_name(self.name)
+        self.opened.record_heartbeat(self.opened.get_trial_id_from_study_id_trial_number(study, number))
+
     def _ask(self, study: optuna.Study, distributions: dict[str, BaseDistribution]) -> tuple[optuna.Trial, Plan, int]:
         """Ask for a genome within the budget; dearer ones are told as failed: the sampler learns nothing of them."""
         if isinstance(self.storage, str):
@@ -281,6 +294,8 @@ class _Job:
                 fail_stale_trials(study)
         for _ in range(REDRAWS):
             trial = study.ask(distributions)
+            if isinstance(self.storage, str):
+                self._beat(trial.number)
             _ = trial.relative_params  # where all genes were given: else NSGA-II takes the trial into no population
             plan = self.space.decode(trial.params)
             cost = self.macs(plan)

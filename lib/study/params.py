@@ -261,7 +261,7 @@ class Comparison(Common):
     population: int = Field(ge=2)
     search_images: int = Field(ge=10)  # images a candidate
     finalists: Positive  # candidates that meet again on a second bank
-    select_images: int = Field(ge=10)  # images of the second bank
+    select_images: int = Field(ge=70)  # images of the second bank
     updates: Positive  # of a pruner's training
     batch_size: Positive  # images an update
     annealed_rate: float = Field(gt=0)  # root mean square of a step of the pruner's logits

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lib.judging.controls import summary
-from lib.judging.estimates import WORDS, Comparison, Estimate
+from lib.judging.estimates import WORDS, Comparison, Estimate, text
 from lib.study import paths
 from lib.study.page import page
 from lib.study.params import NOTEBOOKS, ParamsError, studies
@@ -74,7 +74,7 @@ def students_table(study: str) -> str:
     columns = {"trainings": table["trainings"].astype(str), "training": _optional(table, "training", str),
                "times fewer MACs": table["macs_ratio"].map("{:.2f}".format),
                "times fewer parameters": table["parameters_ratio"].map("{:.2f}".format),
-               "times faster [95 %]": _intervals(table, *FASTER), **_judged(table),
+               "times faster [95 %]": _faster(table), **_judged(table),
                "over the teacher's, trained on [95 %]": _intervals(table, "ratio"),
                "least and greatest of the trainings": [f"{row.least:.3g}, {row.greatest:.3g}"
                                                        for row in table.itertuples()]}
@@ -92,12 +92,13 @@ def _ways(table: pd.DataFrame) -> str:
                "times fewer": table["macs_ratio"].map("{:.2f}".format),
                "k parameters": _optional(table, "parameters", lambda count: f"{count / 1e3:.0f}"),
                "ms an image": table["ms an image"].map("{:.2f}".format),
-               "times faster [95 %]": _intervals(table, *FASTER),
+               "times faster [95 %]": _faster(table),
                "peak MB": table["peak MB"].map("{:.1f}".format), **_judged(table),
                "over the best teacher's [95 %]": _intervals(table, "ratio"),
                "second judge's [95 %]": _optional_intervals(table, "second_ratio"),
                "over DDIM's at T steps [95 %]": _intervals(table, "ddim_ratio"),
-               **{name: table[name].map("{:.2f}".format) for name in ("precision", "recall", "paired")},
+               **{name: _intervals(table, name) if f"{name}_low" in table else table[name].map("{:.2f}".format)
+                  for name in ("precision", "recall", "paired")},
                "cost": _optional(table, "cost", "{:.0f}".format), "training": _optional(table, "training", str)}
     return _scored(table, columns)
 
@@ -108,9 +109,9 @@ def _judged(table: pd.DataFrame) -> dict[str, pd.Series]:
             "second score [95 %]": _optional_intervals(table, "second_score")}
 
 
-def _optional(table: pd.DataFrame, column: str, text: Callable) -> pd.Series:
+def _optional(table: pd.DataFrame, column: str, write: Callable) -> pd.Series:
     """Give a column as text; nothing where the table has none."""
-    return table[column].map(text) if column in table else pd.Series(dtype=str)
+    return table[column].map(write) if column in table else pd.Series(dtype=str)
 
 
 def _optional_intervals(table: pd.DataFrame, column: str) -> pd.Series:
@@ -126,9 +127,9 @@ def _scored(table: pd.DataFrame, columns: dict[str, pd.Series]) -> str:
     """Write the columns that are not empty as a table, and below it on how many images and by whose features it is."""
     shown = pd.DataFrame({"name": _marked(table["name"]),
                           **{title: cells for title, cells in columns.items() if len(cells)}})
-    text = _markdown(shown.replace(r".*\bnan\b.*", "-", regex=True))
+    written = _markdown(shown.replace(r".*\bnan\b.*", "-", regex=True))
     judges = [str(table[column].iloc[0]) for column in ("extractor", "second_extractor") if column in table]
-    return f"{text}\n\nn = {table['n'].iloc[0]:,} images a row; features of {' and '.join(judges)}."
+    return f"{written}\n\nn = {table['n'].iloc[0]:,} images a row; features of {' and '.join(judges)}."
 
 
 def _markdown(shown: pd.DataFrame) -> str:
@@ -146,8 +147,8 @@ def controls_table(study: str) -> str:
         table = _older(table)
     for plan, rows in table.groupby("plan", sort=False):
         strongest = rows[rows["strongest"]].iloc[0]
-        second = f"{strongest['second_over_control']:.3g}: {strongest['second_over_control_word']}"
-        second = "-" if pd.isna(strongest["second_over_control"]) else second
+        known = pd.notna(strongest["second_over_control_word"])
+        second = f"{text(strongest, 'second_over_control')}: {strongest['second_over_control_word']}" if known else "-"
         asked = strongest[f"{over}_word"] == "undecided" and pd.notna(strongest[f"{over}_needs"])
         needs = f", n = {strongest[f'{over}_needs']:,.0f}" if asked else ""
         counts = {f"{word} than" if word in ("better", "worse") else word: str((rows[f"{over}_word"] == word).sum())
@@ -175,15 +176,19 @@ TABLES = {"results": results_table, "controls": controls_table, "transformer": t
           "students": students_table, "claims": claims_table}
 
 
-def filled(text: str) -> str:
+def filled(readme: str) -> str:
     """Replace what stands between ``<!-- TABLE:STUDY -->`` and ``<!-- end -->`` by that table of that study."""
     return re.sub(rf"(<!-- ({'|'.join(TABLES)}):(\w+) -->\n).*?(<!-- end -->)",
-                  lambda found: f"{found[1]}{TABLES[found[2]](found[3])}\n{found[4]}", text, flags=re.DOTALL)
+                  lambda found: f"{found[1]}{TABLES[found[2]](found[3])}\n{found[4]}", readme, flags=re.DOTALL)
 
 
-def _intervals(table: pd.DataFrame, column: str, low: str = "", high: str = "") -> pd.Series:
-    ends = zip(table[column], table[low or f"{column}_low"], table[high or f"{column}_high"])
-    return pd.Series([f"{value:.3g} [{least:.3g}, {most:.3g}]" for value, least, most in ends], table.index)
+def _intervals(table: pd.DataFrame, column: str) -> pd.Series:
+    return pd.Series([text(row, column) for row in table.to_dict("records")], table.index)
+
+
+def _faster(table: pd.DataFrame) -> pd.Series:
+    named = table.rename(columns={"times faster": "faster", "low": "faster_low", "high": "faster_high"})
+    return _intervals(named, "faster")
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ A notebook's results lie in ``data/<study>/<notebook>/``. Work that a kill shoul
 
 import hashlib
 import json
+import os
 import platform
 import re
 import shutil
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from ruamel.yaml import YAML
 
@@ -94,12 +96,15 @@ class Stage:
 
         Parameters
         ----------
-        metrics : flat, finite numbers that repeat on one machine; names carry their units
+        metrics : flat, finite numbers that repeat on one machine; names carry their units. Ratios alone may be NaN, at
+            the floor, and are left out
         timings : flat, measured seconds and ratios of seconds
         """
-        write_json(self.out / "metrics.json", metrics)
+        write_json(self.out / "metrics.json", {name: value for name, value in metrics.items()
+                                               if not (np.isnan(value) and re.search("ratio|product|over_", name))})
         write_json(self.out / "timings.json", timings)
         write_json(self.out / "meta.json", {"params": self.params.model_dump(), "commit": _commit(),
+                                            "threads_wait": os.environ.get("OMP_WAIT_POLICY", "as usual"),
                                             "machine": platform.machine(), "python": platform.python_version(),
                                             "versions": {name: version(name) for name in
                                                          ("torch", "diffusers", "torch-fidelity", "optuna", "numpy")}})

@@ -6,6 +6,7 @@ Files are read here, all that there are: libraries take names such as "train" or
 
 import hashlib
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -106,8 +107,8 @@ def load(source: str, resolution: int, held_out: float, seed: int) -> DataSet:
 def digest(source: str, kind: str = "dataset") -> str:
     """Give a hash of what a source holds, so that nothing goes on from what other images left.
 
-    Of "digits" it is the version of the package that ships them, of the hub the revision (asked for, where none is
-    named), of files their names and bytes.
+    Of "digits" it is the version of the package that ships them, of the hub the revision (asked for, where none or a
+    branch is named), of files their names and bytes.
 
     Parameters
     ----------
@@ -124,9 +125,9 @@ def digest(source: str, kind: str = "dataset") -> str:
         return f"scikit-learn {version('scikit-learn')}"
     if source.startswith(HUB):
         name, _, revision = source.removeprefix(HUB).partition(":")[0].partition("@")
-        if not revision:
+        if not re.fullmatch("[0-9a-f]{40}", revision):  # none, or a branch, which moves
             try:
-                revision = HfApi().repo_info(name, repo_type=kind).sha
+                revision = HfApi().repo_info(name, repo_type=kind, revision=revision or None).sha
             except Exception as error:  # whatever the library raises of a repository that it cannot reach
                 raise ValueError(f"the hub does not say which revision {source} is ({type(error).__name__}): name one, "
                                  f"{HUB}{name}@REVISION, and nothing has to be asked") from None
@@ -135,7 +136,8 @@ def digest(source: str, kind: str = "dataset") -> str:
         return source
     found = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
-        found.update(str(file.relative_to(path)).encode() + hashlib.sha256(file.read_bytes()).digest())
+        with file.open("rb") as content:
+            found.update(str(file.relative_to(path)).encode() + hashlib.file_digest(content, "sha256").digest())
     return found.hexdigest()
 
 

@@ -8,6 +8,7 @@ import torch
 from lib.grid import blocks, cost
 from lib.grid.plan import NoiseSchedule, Plan, trailing
 from lib.judging import evaluate, extractor
+from lib.judging.banks import Bank
 from lib.methods.flexiffusion import SegmentSpace
 from lib.methods.search import search
 from lib.study import params
@@ -22,7 +23,8 @@ def test_two_workers_against_one(tmp_path):
     training, searching = p["00_teacher_training"], p["04_schedule_search"]
     torch.manual_seed(0)
     unet = networks.unet((1, 16, 16), training.widths, training.layers, training.norm_groups).eval()
-    schedule, classifier = networks.noise_schedule(), extractor.Classifier(1, 16, 10).eval().requires_grad_(False)
+    schedule = networks.noise_schedule()
+    classifier = extractor.Extractor("classes", 1, 16, 10).eval().requires_grad_(False)
     fits, described = NoiseSchedule.of(schedule), blocks.describe(unet)
     teacher = Plan.full(trailing(searching.teacher_steps, fits.train_timesteps), fits, described.names)
     space = SegmentSpace(teacher, described, tuple(searching.segment_counts), tuple(searching.branches))
@@ -31,8 +33,8 @@ def test_two_workers_against_one(tmp_path):
     for turn in range(TURNS):
         for workers in (1, 2):
             torch.set_num_threads(workers)  # they share them: one each
-            bank = evaluate.Bank("search", unet, schedule, classifier, count=searching.search_images, seed=0,
-                                 precision="bf16", work=tmp_path / f"{turn}-{workers}")
+            bank = Bank("search", unet, schedule, [classifier], count=searching.search_images, seed=0,
+                        precision="bf16", work=tmp_path / f"{turn}-{workers}")
             bank.features(teacher)
             start = time.perf_counter()
             found = search(space, evaluate.Imitation(bank, teacher), macs, trials=TRIALS, population=20, seed=0,

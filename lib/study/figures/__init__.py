@@ -237,18 +237,17 @@ def _columns(plan: Plan) -> list[int]:
     return [int(np.abs(np.array(plan.grid) - t).argmin()) for t in plan.timesteps]
 
 
-def front(table: pd.DataFrame, ylabel: str, value: str = "ratio", mark: float | None = 1.05) -> Figure:
-    """Draw quality against cost with 95 % intervals.
+def front(table: pd.DataFrame, ylabel: str) -> Figure:
+    """Draw quality against cost with 95 % intervals, and a line at 5 % worse.
 
     Parameters
     ----------
-    table : columns name, kind, macs_ratio, and `value` with _low and _high; rows of one family share `family`. Where no
-        row has a value (the reference is at the floor), their scores are drawn
-    mark : a line at this value ("at most 5 % worse"); None for none
+    table : columns name, kind, macs_ratio, ratio and score, both with _low and _high; rows of one family share
+        `family`. Where a row has no ratio (it or the reference is at the floor), scores are drawn
     """
-    scale = "log"
-    if table[value].isna().all():
-        value, mark, ylabel, scale = "score", None, "score (the reference is at the floor)", "linear"
+    value, scale = "ratio", "log"
+    if table["ratio"].isna().any():
+        value, scale, ylabel = "score", "linear", "score (some are at the floor)"
     figure, axes = plt.subplots(figsize=(WIDE, 4))
     variants = [family for family in dict.fromkeys(table["family"]) if family.partition(",")[0] in COLOURS]
     for family, rows in table.groupby("family", sort=False):
@@ -258,9 +257,9 @@ def front(table: pd.DataFrame, ylabel: str, value: str = "ratio", mark: float | 
         bars = [rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]]
         axes.errorbar(rows["macs_ratio"], rows[value], bars, color=colour, marker=marker, ls=line,
                       ms=9 if own else 5, lw=1, elinewidth=0.8, capsize=1.5, label=family, zorder=3 if own else 2)
-    if mark is not None:
-        axes.axhline(mark, color="0.8", lw=0.8, ls="--", zorder=0)
-        axes.annotate("5 % worse", (1, mark), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7,
+    if value == "ratio":
+        axes.axhline(1.05, color="0.8", lw=0.8, ls="--", zorder=0)
+        axes.annotate("5 % worse", (1, 1.05), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7,
                       color="0.5")
     axes.set(xscale="log", yscale=scale, xlabel="times fewer executed MACs than the teacher", ylabel=ylabel)
     plain_logarithm(axes.xaxis)
@@ -293,11 +292,12 @@ def judges(table: pd.DataFrame) -> Figure:
         axes.errorbar(rows["score"], rows["second_score"], xerr=bars[0], yerr=bars[1], color=colour, marker=marker,
                       ls="", ms=4, elinewidth=0.6, label=family)
     axes.set(xlabel="score, first judge", ylabel="score, second judge")
-    for axis, name in (("x", "score"), ("y", "second_score")):
-        least = table[name][table[name] > 0].min()
-        axes.set(**{f"{axis}scale": "symlog" if (table[f"{name}_low"] <= 0).any() else "log"})
-        if (table[f"{name}_low"] <= 0).any() and np.isfinite(least):
-            getattr(axes, f"set_{axis}scale")("symlog", linthresh=least)
+    for axis, rescale, name in ((axes.xaxis, axes.set_xscale, "score"), (axes.yaxis, axes.set_yscale, "second_score")):
+        if (table[f"{name}_low"] > 0).all():
+            rescale("log")
+            plain_logarithm(axis)
+        else:
+            rescale("symlog", linthresh=max(table[f"{name}_high"].min(), 0.01))
     axes.legend(fontsize=6, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
@@ -316,6 +316,11 @@ def beside_controls(table: pd.DataFrame) -> Figure:
         bars = [value - rows["plan_over_control_low"], rows["plan_over_control_high"] - value]
         axes.errorbar(value, [order.index(control) for control in rows["name"]], xerr=bars, fmt="o", color="0.3",
                       ms=4, capsize=2, elinewidth=1)
+        for row, missing in enumerate(value.isna()):
+            if missing:
+                axes.annotate(f"at the floor: {rows['plan_over_control_word'].iloc[row]}",
+                              (0.5, order.index(rows["name"].iloc[row])), xycoords=("axes fraction", "data"),
+                              ha="center", va="center", fontsize=6)
         axes.axvline(1, color="0.7", lw=1, zorder=0)
         axes.set_xscale("log")
         axes.set_title(plan, fontsize=7)
@@ -344,6 +349,9 @@ def ratios(table: pd.DataFrame, label: str, mark: float | None = None) -> Figure
         places.append(len(places) + 0.6 * (parts.index(row.part) if parts else 0))
         if "least" in table:
             axes.plot([row.least, row.greatest], [places[-1]] * 2, color="0.88", lw=5, solid_capstyle="butt")
+        if np.isnan(row.ratio):
+            axes.annotate(f"at the floor: {row.ratio_word}", (0.5, places[-1]), xycoords=("axes fraction", "data"),
+                          ha="center", va="center", fontsize=6)
         colour = COLOURS.get(row.name.partition(",")[0], "0.3")
         axes.errorbar(row.ratio, places[-1], xerr=[[row.ratio - row.ratio_low], [row.ratio_high - row.ratio]], fmt="o",
                       ms=4, capsize=2, elinewidth=1, color=colour)

@@ -1,0 +1,44 @@
+"""Figures draw what there is, also where scores are at the floor."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib.study import figures
+
+
+def rows(**columns):
+    table = pd.DataFrame({"name": ["a", "b", "c"], "family": ["DDIM, uniform", "DDIM, uniform", "line"],
+                          "macs_ratio": [1.0, 2.0, 4.0], **columns})
+    for name in columns:
+        table[f"{name}_low"], table[f"{name}_high"] = table[name] - 0.3, table[name] + 0.3
+    return table
+
+
+@pytest.mark.parametrize("ratios", [[1.0, 1.5, 2.5], [np.nan] * 3, [1.0, 1.5, np.nan]])
+def test_the_front_draws_scores_where_there_are_no_ratios(ratios):
+    figure = figures.front(rows(ratio=ratios, score=[-0.1, 0.1, 3.0]), "score / the best teacher's score")
+    axes, = figure.axes
+    floor = np.isnan(ratios).any()
+    assert (axes.get_ylabel() == "score (some are at the floor)") == floor
+    assert axes.get_yscale() == ("linear" if floor else "log")
+    heights = [float(y) for container in axes.containers for y in container.lines[0].get_ydata()]
+    assert sorted(heights) == sorted([-0.1, 0.1, 3.0] if floor else ratios)
+    figure.canvas.draw()
+
+
+def test_a_row_without_a_ratio_says_its_word():
+    table = rows(ratio=[1.0, np.nan, 2.0], plan_over_control=[1.0, np.nan, 2.0]).assign(
+        ratio_word="as good", plan_over_control_word="as good", plan="mine")
+    for figure in (figures.ratios(table, "ratio"), figures.beside_controls(table)):
+        assert [text.get_text() for axes in figure.axes for text in axes.texts] == ["at the floor: as good"]
+        figure.canvas.draw()
+
+
+def test_both_judges_words_are_drawn_at_the_floor_too():
+    figure = figures.judges(rows(score=[-0.1, 0.2, 3.0], second_score=[0.5, 1.0, 4.0]))
+    axes, = figure.axes
+    points = {(float(x), float(y)) for container in axes.containers for x, y in zip(*container.lines[0].get_data())}
+    assert points == {(-0.1, 0.5), (0.2, 1.0), (3.0, 4.0)}
+    assert (axes.get_xscale(), axes.get_yscale()) == ("symlog", "log")
+    figure.canvas.draw()
