@@ -21,7 +21,7 @@ def test_the_front_draws_scores_where_there_are_no_ratios(ratios):
     axes, = figure.axes
     floor = np.isnan(ratios).any()
     assert (axes.get_ylabel() == "score (some are at the floor)") == floor
-    assert axes.get_yscale() == ("linear" if floor else "log")
+    assert axes.get_yscale() == ("symlog" if floor else "log")
     heights = [float(y) for container in axes.containers for y in container.lines[0].get_ydata()]
     assert sorted(heights) == sorted([-0.1, 0.1, 3.0] if floor else ratios)
     figure.canvas.draw()

@@ -1,6 +1,6 @@
 """Every figure, in one style, from numbers that are already there; each PNG has its numbers as CSV beside it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -90,6 +90,16 @@ def plain_logarithm(axis: Axis) -> None:
         return
     spans = {50: (1,), 8: (1, 2, 5), 0: (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)}
     axis.set_major_locator(LogLocator(10, subs=next(subs for span, subs in spans.items() if high > span * low)))
+
+
+def scores(axis: Axis, rescale: Callable[..., None], table: pd.DataFrame, name: str) -> None:
+    """Make an axis logarithmic for a column of scores or ratios; linear about 0, where intervals reach below it."""
+    if (table[f"{name}_low"] > 0).all():
+        rescale("log")
+        plain_logarithm(axis)
+    else:
+        rescale("symlog", linthresh=max(table[f"{name}_high"].min(), 0.01))
+        axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
 
 
 def training_curve(history: pd.DataFrame) -> Figure:
@@ -245,9 +255,7 @@ def front(table: pd.DataFrame, ylabel: str) -> Figure:
     table : columns name, kind, macs_ratio, ratio and score, both with _low and _high; rows of one family share
         `family`. Where a row has no ratio (it or the reference is at the floor), scores are drawn
     """
-    value, scale = "ratio", "log"
-    if table["ratio"].isna().any():
-        value, scale, ylabel = "score", "linear", "score (some are at the floor)"
+    value = "score" if table["ratio"].isna().any() else "ratio"
     figure, axes = plt.subplots(figsize=(WIDE, 4))
     variants = [family for family in dict.fromkeys(table["family"]) if family.partition(",")[0] in COLOURS]
     for family, rows in table.groupby("family", sort=False):
@@ -261,10 +269,11 @@ def front(table: pd.DataFrame, ylabel: str) -> Figure:
         axes.axhline(1.05, color="0.8", lw=0.8, ls="--", zorder=0)
         axes.annotate("5 % worse", (1, 1.05), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7,
                       color="0.5")
-    axes.set(xscale="log", yscale=scale, xlabel="times fewer executed MACs than the teacher", ylabel=ylabel)
+    else:
+        ylabel = "score (some are at the floor)"
+    axes.set(xscale="log", xlabel="times fewer executed MACs than the teacher", ylabel=ylabel)
     plain_logarithm(axes.xaxis)
-    if scale == "log":
-        plain_logarithm(axes.yaxis)
+    scores(axes.yaxis, axes.set_yscale, table, value)
     axes.legend(fontsize=6, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
@@ -293,11 +302,7 @@ def judges(table: pd.DataFrame) -> Figure:
                       ls="", ms=4, elinewidth=0.6, label=family)
     axes.set(xlabel="score, first judge", ylabel="score, second judge")
     for axis, rescale, name in ((axes.xaxis, axes.set_xscale, "score"), (axes.yaxis, axes.set_yscale, "second_score")):
-        if (table[f"{name}_low"] > 0).all():
-            rescale("log")
-            plain_logarithm(axis)
-        else:
-            rescale("symlog", linthresh=max(table[f"{name}_high"].min(), 0.01))
+        scores(axis, rescale, table, name)
     axes.legend(fontsize=6, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
