@@ -11,6 +11,7 @@ from lib.judging.estimates import Comparison
 from lib.teachers import data
 
 RUNS = 150
+CHANCE = 2 * np.sqrt(0.95 * 0.05 / RUNS)  # what a share of so many simulations may be off by
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_coverage(features, n):
         raw, score = np.mean([one.raw for one in found]), np.mean([one.value for one in estimates])
         print(f"  {name:15s} true {true[name]:6.3f}, raw {raw:6.3f}, score {score:6.3f}; covers the truth in "
               f"{covered(true[name], estimates):.1%}, holds 0 in {covered(0, estimates):.1%}")
-        assert covered(true[name], estimates) >= 0.93
+        assert covered(true[name], estimates) >= 0.93 - CHANCE
     for one, other in combinations([name for name in MOVES if name != "perfect"], 2):
         found = [Comparison.of([(a, 1.0)], [(b, 1.0)], n) for a, b in zip(scores[one], scores[other])]
         ratios = [c.ratio for c in found if not np.isnan(c.ratio.value)]
@@ -47,4 +48,4 @@ def test_coverage(features, n):
         print(f"  {one} over {other}: true {ratio:.3f}; a ratio {said(ratio, ratios)}; a difference "
               f"{said(true[one] - true[other], differences)}")
         if len(ratios) > RUNS / 2:
-            assert covered(ratio, ratios) >= 0.9
+            assert covered(ratio, ratios) >= 0.9 - CHANCE

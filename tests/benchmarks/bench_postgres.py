@@ -52,7 +52,7 @@ def database():
     run(bin_ / "pg_ctl", "--pgdata", folder / "data", "--wait", "--log", folder / "log", "--options",
         f"-k {folder} -c listen_addresses=''", "start")
     try:
-        yield f"postgresql://tester@/postgres?host={folder}"
+        yield f"postgresql+psycopg2://tester@/postgres?host={folder}"
     finally:
         run(bin_ / "pg_ctl", "--pgdata", folder / "data", "--wait", "--mode", "immediate", "stop")
         shutil.rmtree(folder, ignore_errors=True)
@@ -80,7 +80,7 @@ def test_two_workers_over_postgresql(database, tmp_path):
 def test_a_killed_workers_trial_is_queued_again(database, tmp_path):
     log = tmp_path / "log"
     killed = start(database, log, 40)
-    while len(begun(log)) < 5:
+    while killed.poll() is None and len(begun(log)) < 5:
         time.sleep(0.005)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
