@@ -113,8 +113,8 @@ def test_words_say_who_is_better_and_the_strongest_is_chosen_elsewhere(table, te
 
 
 def test_a_summary_counts_and_says_what_would_decide():
-    words = pd.Series(["better", "undecided", "undecided", "worse"])
-    text = controls.summary(words, pd.Series([1.0, 4000.0, 8000.0, 2.0]), 700)
+    text = controls.summary(pd.DataFrame({"plan_over_control_word": ["better", "undecided", "undecided", "worse"],
+                                          "plan_over_control_needs": [1.0, 4000.0, 8000.0, 2.0], "n": 700}))
     assert text == ("4 comparisons at n = 700: 1 better, 0 as good, 2 undecided, 1 worse. Were there no differences at "
                     "all, chance would call 0.2 better or worse. Half of the undecided would be decided by n = 6,000.")
 

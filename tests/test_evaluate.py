@@ -12,7 +12,7 @@ from simulation import covered, simulate
 from lib.grid.plan import Plan
 from lib.judging import banks, estimates, evaluate, extractor
 from lib.judging.banks import Bank
-from lib.judging.estimates import Comparison, Estimate, Score, jackknife, pseudo_values
+from lib.judging.estimates import Contrast, Estimate, Score, jackknife, pseudo_values
 from lib.judging.evaluate import Judge, distance
 from lib.teachers import data
 
@@ -98,7 +98,7 @@ def test_intervals_cover_the_true_distance_and_a_perfect_sampler_is_at_the_floor
 
 
 def compare(mine, theirs, n):
-    return Comparison.of([(mine, 1.0)], [(theirs, 1.0)], n)
+    return Contrast.of([(mine, 1.0)], [(theirs, 1.0)], n)
 
 
 def scored(value, error, seed=0):

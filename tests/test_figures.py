@@ -17,7 +17,7 @@ def rows(**columns):
 
 @pytest.mark.parametrize("ratios", [[1.0, 1.5, 2.5], [np.nan] * 3, [1.0, 1.5, np.nan]])
 def test_the_front_draws_scores_where_there_are_no_ratios(ratios):
-    figure = figures.front(rows(ratio=ratios, score=[-0.1, 0.1, 3.0]), "score / the best teacher's score")
+    figure = figures.front(rows(ratio=ratios, score=[-0.1, 0.1, 3.0]))
     axes, = figure.axes
     floor = np.isnan(ratios).any()
     assert (axes.get_ylabel() == "score (some are at the floor)") == floor

@@ -16,7 +16,7 @@ from lib.judging import extractor
 
 
 class Bank:
-    """What the extractor sees of images sampled from one bank of noise: each plan is sampled once.
+    """What extractors see of images sampled from one bank of noise: each plan is sampled once.
 
     Parameters
     ----------

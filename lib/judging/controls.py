@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lib.grid.blocks import Blocks
 from lib.grid.plan import Plan
-from lib.judging.estimates import WORDS, Comparison, columns
+from lib.judging.estimates import WORDS, Contrast, columns
 from lib.judging.evaluate import Judge, paired
 
 FEW_STEPS = {"DDIM, uniform": (1, "uniform"), "DDIM, quadratic": (1, "quadratic"),
@@ -142,7 +142,7 @@ class Table:
     def _seen(self, control: Control, judge: Judge) -> list[tuple[Tensor, float]]:
         return [(self.features(plan, by=judge.extractor), weight) for plan, weight in control.plans]
 
-    def _against(self, control: Control, plan: Plan, judge: Judge) -> Comparison:
+    def _against(self, control: Control, plan: Plan, judge: Judge) -> Contrast:
         return judge.compare(self._seen(control, judge), [(self.features(plan, by=judge.extractor), 1.0)])
 
     @cached_property
@@ -176,17 +176,12 @@ class Table:
         return table.assign(strongest=table["select_score"] == table["select_score"].min())
 
 
-def summary(words: pd.Series, needs: pd.Series, n: int) -> str:
-    """Say how many comparisons a table holds, how they came out, what chance alone would give, what would decide more.
-
-    Parameters
-    ----------
-    words, needs : columns of `Comparison`
-    n : images of each
-    """
+def summary(beside: pd.DataFrame) -> str:
+    """Say how many comparisons `Table.beside` made, how they came out, what chance would give, what would decide."""
+    words, needs, n = (beside[name] for name in ("plan_over_control_word", "plan_over_control_needs", "n"))
     counts = ", ".join(f"{(words == word).sum()} {word}" for word in WORDS)
-    text = (f"{len(words)} comparisons at n = {n:,}: {counts}. Were there no differences at all, chance would call "
-            f"{len(words) / 20:.1f} better or worse.")
+    text = (f"{len(words)} comparisons at n = {n.iloc[0]:,}: {counts}. Were there no differences at all, chance would "
+            f"call {len(words) / 20:.1f} better or worse.")
     open_ = needs[words == "undecided"]
     return text + f" Half of the undecided would be decided by n = {open_.median():,.0f}." * bool(open_.notna().any())
 

@@ -21,7 +21,7 @@ no ratio, so much of a feature's variance in the data set, which does not hang o
 
 
 WORDS = ("better", "as good", "undecided", "worse")
-"""What a comparison may say: see `Comparison.word`."""
+"""What a comparison may say: see `Contrast.word`."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def blend(parts: Sequence[tuple[Score, float]], logs: bool | None = None) -> Sco
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Contrast:
     """One score beside another's from the same noise.
 
     Attributes
@@ -108,7 +108,7 @@ class Comparison:
     n: int
 
     @classmethod
-    def of(cls, mine: Sequence[tuple[Score, float]], theirs: Sequence[tuple[Score, float]], n: int) -> "Comparison":
+    def of(cls, mine: Sequence[tuple[Score, float]], theirs: Sequence[tuple[Score, float]], n: int) -> "Contrast":
         """Compare two blends of scores from the same noise; products, where no score may be 0, else sums."""
         above = all(score.above_floor for score, _ in (*mine, *theirs))
         (mine, other), ratio = (blend(parts, above) for parts in (mine, theirs)), Estimate(np.nan, np.nan, np.nan)

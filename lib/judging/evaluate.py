@@ -23,7 +23,7 @@ from lib.judging import extractor
 from lib.judging.banks import Bank
 from lib.judging.estimates import (
     GROUPS,
-    Comparison,
+    Contrast,
     Estimate,
     Score,
     blend,
@@ -116,12 +116,12 @@ class Judge:
         """
         return blend([(self.score(features), weight) for features, weight in parts])
 
-    def compare(self, a: Sequence[tuple[Tensor, float]], b: Sequence[tuple[Tensor, float]]) -> Comparison:
+    def compare(self, a: Sequence[tuple[Tensor, float]], b: Sequence[tuple[Tensor, float]]) -> Contrast:
         """Compare the blended score of `a` with that of `b`, each [(features, weight), ...]."""
         mine, theirs = ([(self.score(features), weight) for features, weight in parts] for parts in (a, b))
-        return Comparison.of(mine, theirs, len(a[0][0]))
+        return Contrast.of(mine, theirs, len(a[0][0]))
 
-    def over(self, generated: Tensor, teacher: Tensor) -> Comparison:
+    def over(self, generated: Tensor, teacher: Tensor) -> Contrast:
         """Compare a score with the teacher's from the same noise."""
         return self.compare([(generated, 1.0)], [(teacher, 1.0)])
 
@@ -130,7 +130,7 @@ class Judge:
 
         Returns
         -------
-        ratio : columns of the `Comparison` of all trainings together, its interval that of the noise; least, greatest:
+        ratio : columns of the `Contrast` of all trainings together, its interval that of the noise; least, greatest:
             the single pairs' extreme ratios; agree: whether all of them lie on one side
         """
         count = max(len(mine), len(theirs))
@@ -170,7 +170,7 @@ def disagreements(scores: Mapping[str, tuple[Score, Score]], n: int) -> pd.DataF
     """
     pairs = []
     for (one, mine), (other, theirs) in permutations(scores.items(), 2):
-        first, second = (Comparison.of([(a, 1.0)], [(b, 1.0)], n) for a, b in zip(mine, theirs))
+        first, second = (Contrast.of([(a, 1.0)], [(b, 1.0)], n) for a, b in zip(mine, theirs))
         if (first.word, second.word) == ("better", "worse"):
             pairs.append({"better": one, "worse": other, "first": first.ratio.value, "second": second.ratio.value})
     return pd.DataFrame(pairs, columns=["better", "worse", "first", "second"])

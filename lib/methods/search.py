@@ -79,11 +79,11 @@ def search(space: Space, error: Callable[[Plan], float], macs: Callable[[Plan], 
         With several workers they, and the space, are sent to other processes: no lambdas.
     population : int, of NSGA-II; the start genomes should not outnumber it
     storage : Path or str
-        A journal file, or the URL of a database (``sqlite:///...``, ``postgresql://...``) that several machines share.
+        A journal file, or the URL of a database (``sqlite:///...``, ``postgresql+psycopg2://...``) that machines share.
         If it holds trials of this title and of what is searched here (space, error, budget, method), the search goes on
         from them. One worker on a journal repeats exactly; where several workers or machines share the work, the order
-        in which they come to the storage is chance. What a dead worker was at is queued again, in a database
-        when its signs of life stop.
+        in which they come to the storage is chance. What a dead worker was at is queued again, in a database when its
+        signs of life stop.
     budget : int, MACs; dearer genomes are drawn again before they cost an evaluation
     start : genomes to begin with (known schedules)
     method : "nsga2" or "random"
@@ -191,6 +191,11 @@ class _Job:
         return RDBStorage(self.storage, heartbeat_interval=HEARTBEAT,
                           heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(RETRIES))
 
+    @cached_property
+    def study_id(self) -> int:
+        """The study's number in the storage."""
+        return self.opened.get_study_id_from_name(self.name)
+
     def open(self) -> optuna.Study:
         """Open the storage, with a sampler that does not repeat what a killed one or another worker drew."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -283,8 +288,7 @@ class _Job:
 
     def _beat(self, number: int) -> None:
         """Give one sign of life of a trial."""
-        study = self.opened.get_study_id_from_name(self.name)
-        self.opened.record_heartbeat(self.opened.get_trial_id_from_study_id_trial_number(study, number))
+        self.opened.record_heartbeat(self.opened.get_trial_id_from_study_id_trial_number(self.study_id, number))
 
     def _ask(self, study: optuna.Study, distributions: dict[str, BaseDistribution]) -> tuple[optuna.Trial, Plan, int]:
         """Ask for a genome within the budget; dearer ones are told as failed: the sampler learns nothing of them."""

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lib.judging.controls import summary
-from lib.judging.estimates import WORDS, Comparison, Estimate, text
+from lib.judging.estimates import WORDS, Contrast, Estimate, text
 from lib.study import paths
 from lib.study.page import page
 from lib.study.params import NOTEBOOKS, ParamsError, studies
@@ -156,8 +156,7 @@ def controls_table(study: str) -> str:
         shown.append({"plan": plan, "its strongest control": strongest["name"],
                       "score over that control's [95 %]": _intervals(rows, over)[strongest.name],
                       "that is": strongest[f"{over}_word"] + needs, "the second judge": second} | counts)
-    below = summary(table[f"{over}_word"], table[f"{over}_needs"], table["n"].iloc[0])
-    return f"{_markdown(pd.DataFrame(shown))}\n\n{below}"
+    return f"{_markdown(pd.DataFrame(shown))}\n\n{summary(table)}"
 
 
 def _older(table: pd.DataFrame) -> pd.DataFrame:
@@ -166,7 +165,7 @@ def _older(table: pd.DataFrame) -> pd.DataFrame:
     Its words follow from its intervals; its strongest control was the strongest on the report's own noise.
     """
     ends = table[["plan_over_control", "plan_over_control_low", "plan_over_control_high"]].to_numpy()
-    found = [Comparison(Estimate(*row), Estimate(np.nan, np.nan, np.nan), np.nan, 0) for row in ends]
+    found = [Contrast(Estimate(*row), Estimate(np.nan, np.nan, np.nan), np.nan, 0) for row in ends]
     strongest = table.groupby("plan")["plan_over_control"].transform("max") == table["plan_over_control"]
     return table.assign(plan_over_control_word=[one.word for one in found], plan_over_control_needs=np.nan,
                         second_over_control=np.nan, second_over_control_word=np.nan, strongest=strongest)
@@ -187,8 +186,7 @@ def _intervals(table: pd.DataFrame, column: str) -> pd.Series:
 
 
 def _faster(table: pd.DataFrame) -> pd.Series:
-    named = table.rename(columns={"times faster": "faster", "low": "faster_low", "high": "faster_high"})
-    return _intervals(named, "faster")
+    return _intervals(table.rename(columns=dict(zip(FASTER, ("faster", "faster_low", "faster_high")))), "faster")
 
 
 def main() -> None:

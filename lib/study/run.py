@@ -93,18 +93,19 @@ def study(name: str) -> None:
     """
     params.load(name)  # refuses an unknown study, or a wrong file, before any work
     listed = YAML(typ="safe", pure=True).load((paths.ROOT / "dvc.yaml").read_text())["vars"][0]["studies"]
-    beside, own = paths.ROOT / "params.yaml", False
+    beside = paths.ROOT / "params.yaml"
     if beside.exists():
         listed |= YAML(typ="safe", pure=True).load(beside.read_text())["studies"]
-    if name not in listed:
-        if beside.exists():
+        if name not in listed:
             raise params.ParamsError(f"params.yaml is there and does not list {name}: add the line `  {name}: {name}`, "
                                      "or take the file away if no study runs")
-        own = bool(beside.write_text(f"studies:\n  {name}: {name}\n"))
+    missing = name not in listed
+    if missing:
+        beside.write_text(f"studies:\n  {name}: {name}\n")
     try:
         done = subprocess.run([sys.executable, "-m", "dvc", "repro", f"publish@{name}"], cwd=paths.ROOT)
     finally:
-        if own:
+        if missing:
             beside.unlink()
     if done.returncode:
         raise SystemExit(f"The study {name} stopped. What it finished is kept: run the same command again.")

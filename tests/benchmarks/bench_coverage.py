@@ -7,7 +7,7 @@ import pytest
 from simulation import MOVES, covered, simulate
 
 from lib.judging import extractor
-from lib.judging.estimates import Comparison
+from lib.judging.estimates import Contrast
 from lib.teachers import data
 
 RUNS = 150
@@ -41,7 +41,7 @@ def test_coverage(features, n):
               f"{covered(true[name], estimates):.1%}, holds 0 in {covered(0, estimates):.1%}")
         assert covered(true[name], estimates) >= 0.93 - CHANCE
     for one, other in combinations([name for name in MOVES if name != "perfect"], 2):
-        found = [Comparison.of([(a, 1.0)], [(b, 1.0)], n) for a, b in zip(scores[one], scores[other])]
+        found = [Contrast.of([(a, 1.0)], [(b, 1.0)], n) for a, b in zip(scores[one], scores[other])]
         ratios = [c.ratio for c in found if not np.isnan(c.ratio.value)]
         differences = [c.difference for c in found if np.isnan(c.ratio.value)]
         ratio = true[one] / true[other]

@@ -41,6 +41,8 @@ KINDS = {"null": "white", "partial": sns.color_palette("pastel")[0], "full": PAL
 STATES = {HOLD: ("holds", PALETTE[9]), COMPUTE: ("computes", KINDS["full"]), LINE: ("line", PALETTE[5]),
           PARABOLA: ("parabola", PALETTE[3])}
 """What a cell's states, in their order, are called in figures, and their colours, everywhere."""
+REUSES = {"hold": (STATES[HOLD][1], "^"), "line": (STATES[LINE][1], "o"), "parabola": (STATES[PARABOLA][1], "s")}
+"""Colour and marker of whole plans whose cells reuse in one way."""
 
 
 def style() -> None:
@@ -88,7 +90,7 @@ def plain_logarithm(axis: Axis) -> None:
     if high < 1.6 * low:
         axis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
         return
-    spans = {50: (1,), 8: (1, 2, 5), 0: (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)}
+    spans = {200: (1,), 8: (1, 2, 5), 0: (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)}
     axis.set_major_locator(LogLocator(10, subs=next(subs for span, subs in spans.items() if high > span * low)))
 
 
@@ -175,8 +177,7 @@ def forecasts(table: pd.DataFrame, ylabel: str) -> Figure:
     """
     orders = sorted(table["order"].unique(), reverse=True)
     figure, panels = plt.subplots(1, len(orders), figsize=(WIDE, 3), sharey=True, squeeze=False)
-    looks = {"hold": (STATES[HOLD][1], "^"), "line": (STATES[LINE][1], "o"), "parabola": (STATES[PARABOLA][1], "s"),
-             "evenly spaced": ("0.0", "D"), "searched steps": ("0.3", ">")}
+    looks = REUSES | {"evenly spaced": ("0.0", "D"), "searched steps": ("0.3", ">")}
     for axes, order in zip(panels[0], orders):
         for family, rows in table[table["order"] == order].groupby("family", sort=False):
             rows, (colour, marker) = rows.sort_values("macs_percent"), looks[family]
@@ -247,7 +248,7 @@ def _columns(plan: Plan) -> list[int]:
     return [int(np.abs(np.array(plan.grid) - t).argmin()) for t in plan.timesteps]
 
 
-def front(table: pd.DataFrame, ylabel: str) -> Figure:
+def front(table: pd.DataFrame) -> Figure:
     """Draw quality against cost with 95 % intervals, and a line at 5 % worse.
 
     Parameters
@@ -269,8 +270,7 @@ def front(table: pd.DataFrame, ylabel: str) -> Figure:
         axes.axhline(1.05, color="0.8", lw=0.8, ls="--", zorder=0)
         axes.annotate("5 % worse", (1, 1.05), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7,
                       color="0.5")
-    else:
-        ylabel = "score (some are at the floor)"
+    ylabel = {"ratio": "score / the best teacher's score", "score": "score (some are at the floor)"}[value]
     axes.set(xscale="log", xlabel="times fewer executed MACs than the teacher", ylabel=ylabel)
     plain_logarithm(axes.xaxis)
     scores(axes.yaxis, axes.set_yscale, table, value)
@@ -293,9 +293,7 @@ def judges(table: pd.DataFrame) -> Figure:
     """
     figure, axes = plt.subplots(figsize=(WIDE, 3.6))
     for family, rows in table.groupby("family", sort=False):
-        colour, marker, _ = CONTROLS.get(family, OTHER)
-        looks = {"hold": (STATES[HOLD][1], "^"), "line": (STATES[LINE][1], "o"), "parabola": (STATES[PARABOLA][1], "s")}
-        colour, marker = looks.get(family, (colour, marker))
+        colour, marker, *_ = REUSES.get(family) or CONTROLS.get(family, OTHER)
         bars = [[rows[name] - rows[f"{name}_low"], rows[f"{name}_high"] - rows[name]]
                 for name in ("score", "second_score")]
         axes.errorbar(rows["score"], rows["second_score"], xerr=bars[0], yerr=bars[1], color=colour, marker=marker,
