@@ -33,7 +33,9 @@ class Bank:
 
     def __init__(self, name: str, model: nn.Module, schedule: SchedulerMixin, extractors: Sequence[extractor.Extractor],
                  *, count: int, seed: int, precision: str, work: Path, known: Iterable[Path] = ()):
-        self.name, self.model, self.schedule, self.extractors = name, model, schedule, extractors
+        self.name, self.model, self.schedule = name, model, schedule
+        self.extractors = {one.name: one for one in extractors}  # a name is a hash of weights: taken once
+        self.first = next(iter(self.extractors))
         self.count, self.seed, self.precision = count, seed, precision
         libraries = " ".join(f"{library} {version(library)}" for library in ("torch", "diffusers"))
         about = f"{digest(model)} {name} {seed} {count} {precision} {libraries}"
@@ -67,14 +69,14 @@ class Bank:
         path = self.work / f"{plan.key}.safetensors"
         if not found and path.exists():
             found.update(load_file(path))
-        if missing := [one for one in self.extractors if one.name not in found]:
+        if missing := self.extractors.keys() - found.keys():
             images = sampling.sample(self.model, self.schedule, plan, self.noise(), precision=self.precision,
                                      title=title)
-            found.update({one.name: extractor.embed(one, images) for one in missing})
+            found.update({one: extractor.embed(self.extractors[one], images) for one in missing})
             partial = path.with_suffix(f".{os.getpid()}")  # workers may write the same features at once
             save_file(found, partial)
             partial.replace(path)
-        return found[by or self.extractors[0].name]
+        return found[by or self.first]
 
     def save(self, path: Path) -> None:
         """Write the features of all plans seen so far to one file."""

@@ -218,7 +218,7 @@ class Imitation:
     @property
     def key(self) -> str:
         """What the errors hang on."""
-        return f"{self.kind} {self.bank.key} {self.teacher.key} {self.bank.extractors[0].name}"
+        return f"{self.kind} {self.bank.key} {self.teacher.key} {self.bank.first}"
 
     def __call__(self, plan: Plan) -> float:
         """Give the error of a plan."""
