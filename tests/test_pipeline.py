@@ -11,6 +11,7 @@ import tomllib
 
 import nbformat
 import pytest
+import torch
 from ruamel.yaml import YAML
 
 from lib.study import params, paths, run, stage
@@ -279,24 +280,14 @@ def test_dvc_takes_a_study_that_is_listed_beside(project):
         (project / "params.yaml").unlink()
 
 
-@pytest.fixture
-def crowded(monkeypatch):
-    """Run a notebook on a machine that is so busy, and give what its kernel's threads are told."""
-    def run_one(percent):
-        told = []
-        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-        monkeypatch.setattr(run.psutil, "cpu_percent", lambda interval: percent)
-        monkeypatch.setattr(run.papermill, "execute_notebook",
-                            lambda *_, **__: told.append(os.environ.get("OMP_WAIT_POLICY")) or sys.exit())
-        with pytest.raises(SystemExit):
-            run.notebook("00_teacher_training", "smoke")
-        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-        return told[0]
-    return run_one
-
-
-def test_threads_wait_idly_only_beside_others(crowded):
-    assert crowded(3.0) is None and crowded(50.0) == "PASSIVE"
+@pytest.mark.parametrize(("percent", "left"), [(0, 4), (5, 4), (10, 3), (25, 3), (30, 3), (50, 2), (100, 1)])
+def test_a_stage_leaves_the_processors_that_others_keep_busy(monkeypatch, capsys, percent, left):
+    monkeypatch.setattr(stage.psutil, "cpu_count", lambda: 4)
+    monkeypatch.setattr(stage.psutil, "cpu_percent", lambda interval: percent)
+    assert stage.free_processors() == left
+    stage.Stage("00_teacher_training", params.load("smoke")["00_teacher_training"])
+    assert torch.get_num_threads() == min(2, left)
+    assert ("1 of 2 threads" in capsys.readouterr().out) == (left < 2)
 
 
 def test_a_notebook_with_other_parameters_than_its_dataclass_is_refused(tmp_path, monkeypatch):

@@ -52,7 +52,7 @@ class Common(BaseModel):
     report_seed: int = Field(ge=0, lt=2**31)  # of the noise behind every final score; nothing is chosen on it
     judge: Annotated[str, AfterValidator(_judge)]  # the second judge's task, or torch-fidelity:NAME
     device: Literal["cpu", "cuda"]
-    threads: Positive  # CPU threads; another number changes the last bits of every result
+    threads: Positive  # CPU threads, fewer if others are busy; another number changes the last bits of results
     precision: Literal["fp32", "bf16"]  # of the network, in training and sampling
     teacher_steps: int = Field(ge=2, le=1000)  # T
     score_images: int = Field(ge=100)  # n of every final score

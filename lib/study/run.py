@@ -13,15 +13,12 @@ from pathlib import Path
 
 import nbformat
 import papermill
-import psutil
 from papermill.exceptions import PapermillExecutionError
 from ruamel.yaml import YAML
 from traitlets.config import Config
 
 from lib.study import params, paths
 
-BUSY = 20
-"""Percent of the processors that others use, from which on a notebook's threads wait without spinning."""
 LOCAL_SOCKETS = Config(KernelManager={"transport": "ipc"})  # the kernel listens to no network
 
 
@@ -52,8 +49,6 @@ def notebook(name: str, study: str) -> Path:
                                  f"too much and lacks {sorted(set(values) - found) or 'nothing'}.")
     executed = paths.writable(paths.DATA / study / name) / "notebook.ipynb"
     os.environ.setdefault("TQDM_MININTERVAL", "10")  # a line of progress every ten seconds
-    if psutil.cpu_percent(interval=1) > BUSY:  # alone, waiting idly would cost up to half the speed: `make bench`
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     print(f"{name}, study {study}:", flush=True)
     papermill.execute_notebook(source, executed, values, kernel_name="python3", cwd=paths.ROOT, progress_bar=False,
                                stdout_file=sys.stdout, stderr_file=sys.stderr, config=LOCAL_SOCKETS)

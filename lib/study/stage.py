@@ -6,7 +6,7 @@ A notebook's results lie in ``data/<study>/<notebook>/``. Work that a kill shoul
 
 import hashlib
 import json
-import os
+import math
 import platform
 import re
 import shutil
@@ -16,11 +16,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from ruamel.yaml import YAML
 
 from lib.study import params, paths
 from lib.teachers import data
+
+LIGHT = 0.25
+"""A processor of which other processes take less than this share counts as free."""
 
 
 class Stage:
@@ -43,7 +47,11 @@ class Stage:
         self.notebook, self.params = notebook, values
         self.out = paths.writable(paths.DATA / values.study / notebook)
         self.work = paths.writable(paths.DATA / values.study / ".resume" / f"{notebook}-{self._digest()}")
-        torch.set_num_threads(values.threads)
+        threads = min(values.threads, free_processors())
+        if threads < values.threads:
+            print(f"Other processes are busy: this notebook uses {threads} of {values.threads} threads. "
+                  "That changes the last bits of its results.")
+        torch.set_num_threads(threads)
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, on CUDA too
 
     def _digest(self) -> str:
@@ -104,12 +112,22 @@ class Stage:
                                                if not (np.isnan(value) and re.search("ratio|product|over_", name))})
         write_json(self.out / "timings.json", timings)
         write_json(self.out / "meta.json", {"params": self.params.model_dump(), "commit": _commit(),
-                                            "threads_wait": os.environ.get("OMP_WAIT_POLICY", "as usual"),
+                                            "threads": torch.get_num_threads(),
                                             "machine": platform.machine(), "python": platform.python_version(),
                                             "versions": {name: version(name) for name in
                                                          ("torch", "diffusers", "torch-fidelity", "optuna", "numpy")}})
         for left in self.work.parent.glob(f"{self.notebook}-*"):
             shutil.rmtree(left)
+
+
+def free_processors() -> int:
+    """Count the processors that other processes leave, at least 1.
+
+    A thread that waits for one that others keep off its processor costs more than it gives: two threads beside one busy
+    process take tens of times as long as one thread there (`make bench`).
+    """
+    taken = psutil.cpu_percent(interval=1) / 100 * psutil.cpu_count()
+    return max(1, psutil.cpu_count() - math.ceil(taken - LIGHT))
 
 
 def sources(images: str, checkpoint: str) -> dict[str, str]:
