@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from lib.grid import blocks, graphs
 from lib.grid.plan import NoiseSchedule, Plan, trailing
+from lib.study.stage import free_processors
 from lib.teachers import networks
 
 SHAPE = (1, 16, 16)
@@ -18,7 +19,7 @@ hypothesis.settings.load_profile("busy machine")
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads():
-    torch.set_num_threads(2)
+    torch.set_num_threads(min(2, free_processors()))
 
 
 @pytest.fixture(scope="session")

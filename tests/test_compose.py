@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lib.grid import cost
-from lib.grid.plan import Plan
+from lib.grid.plan import HOLD, LINE, Plan
 from lib.judging import controls
 from lib.methods import compose, diffnas
 from lib.methods.compose import Way
@@ -13,7 +13,7 @@ from lib.methods.flexiffusion import FreeSpace
 
 @pytest.fixture
 def free(teacher, described):
-    return FreeSpace(teacher, described, (3, 4, 5), (0, 1), 2)
+    return FreeSpace(teacher, described, (3, 4, 5), (0, 1), 2, reuses=(HOLD, LINE))
 
 
 def test_the_joint_space_begins_as_the_free_space(free):
@@ -27,11 +27,12 @@ def test_a_reused_level_reuses_in_one_full_step_alone(free, described):
     joint = compose.JointSpace(free)
     genome = joint.encode(free.encode(4, 2, 1, 1))
     plain = joint.decode(genome)
-    changed = joint.decode(genome | {"reuse_2_up0": True, "reuse_2_mid": True})
+    changed = joint.decode(genome | {"reuse_2_up0": HOLD, "reuse_2_mid": LINE})
     second_full = np.flatnonzero(plain.computes.all(axis=1))[2]
     steps, blocks = np.nonzero(plain.computes != changed.computes)
     assert set(steps) == {second_full}
-    assert {described.blocks[place].level for place in blocks} == {"up0", "mid"}
+    states = {(described.blocks[place].level, changed.cells[step, place]) for step, place in zip(steps, blocks)}
+    assert states == {("up0", HOLD), ("mid", LINE)}
     assert (changed.timesteps, changed.order) == (plain.timesteps, plain.order)
 
 

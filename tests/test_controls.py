@@ -62,11 +62,19 @@ def table(teacher):
     far = {"a classifier": lambda calls: 3 / calls, "another": lambda calls: 0.05 * calls}  # the contrary
     return controls.Table(lambda plan, by="a classifier": moved(far[by](plan.steps * plan.order)),
                           lambda plan: drawn[:500] + 3 / plan.steps / plan.order, lambda plan: plan.steps,
-                          Judge(real, "a classifier"), Judge(real, "another"), best, ddim)
+                          Judge(real, "a classifier"), Judge(real, "another"), best, ddim, few(teacher, 8, 2))
 
 
 def few(teacher, steps, order=1):
     return Plan.few_steps(steps, "uniform", teacher, order)
+
+
+def test_the_fewest_steps_that_will_do(table, teacher):
+    ladder = [few(teacher, steps, 2) for steps in (40, 20, 9, 8)]  # of which the first two are better than the best
+    assert controls.fewest(table.judge, table.features, ladder, table.reference).steps == 20
+    assert controls.fewest(table.judge, table.features, ladder[2:], table.reference) is table.reference
+    row = table.row(Control("one", ((few(teacher, 4), 1.0),)), "control")
+    assert row["macs_ratio"] == 10 / 4 and row["honest_factor"] == 8 / 4
 
 
 def corrected(table, plan, judge=None):

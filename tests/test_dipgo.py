@@ -152,7 +152,7 @@ def test_consistency_is_0_for_the_same_images_and_grows(kind, noise):
     assert values[0] == pytest.approx(0, abs=1e-5) and values[0] < values[1] < values[2]
 
 
-def run(unet, schedule, short, prices, work, kill=99, bad=99, start=None, learn=dipgo.learn, **changes):
+def run(unet, schedule, short, prices, work, kill=99, bad=99, start=None, learn=dipgo.learn, watch=None, **changes):
     recipe = dipgo.Recipe(**{"updates": 12, "batch": 2, "learning_rate": 20.0} | changes)
     pruner = dipgo.Pruner("table", short.steps, len(set(prices.groups)), start=start)
 
@@ -161,7 +161,8 @@ def run(unet, schedule, short, prices, work, kill=99, bad=99, start=None, learn=
             raise KeyboardInterrupt
         return sampling.noise("search", 0, first, count, (1, 16, 16)) * (float("nan") if first >= bad else 1)
 
-    return pruner, learn(pruner, dipgo.SuperNet(unet, short, schedule), prices, bank, recipe, work=work)
+    return pruner, learn(pruner, dipgo.SuperNet(unet, short, schedule), prices, bank, recipe, work=work,
+                         watch=watch)
 
 
 def test_a_killed_training_goes_on_to_the_same_gates(unet, schedule, short, prices, tmp_path):
@@ -172,6 +173,24 @@ def test_a_killed_training_goes_on_to_the_same_gates(unet, schedule, short, pric
     assert torch.equal(whole.bias, again.bias) and told == history
     assert history[0]["kept"] == 1 and history[0]["sparsity"] == pytest.approx(1)
     assert min(row["kept"] for row in history) < 1
+
+
+@pytest.mark.parametrize("kill", [99, 5, 9, 13])
+def test_a_watched_training_ends_with_its_best_look(unet, schedule, short, prices, tmp_path, kill):
+    seen = []
+
+    def look(pruner):  # 3, 1, 2, 3, ...: the second look is the best
+        seen.append(pruner.bias.detach().clone())
+        return {1: 3.0, 2: 1.0}.get(len(seen), float(len(seen)))
+
+    watch = dipgo.Watch(look, every=2, patience=2)
+    if kill < 99:
+        with pytest.raises(KeyboardInterrupt):
+            run(unet, schedule, short, prices, tmp_path, kill=kill, updates=40, watch=watch)
+    pruner, history = run(unet, schedule, short, prices, tmp_path, updates=40, watch=watch)
+    assert [row["look"] for row in history if "look" in row] == [3.0, 1.0, 3.0, 4.0] and len(history) == 8
+    assert torch.equal(pruner.bias, seen[1])
+    assert run(unet, schedule, short, prices, tmp_path, updates=40, watch=watch)[1] == history, "and is over for good"
 
 
 def test_levels_and_marginal_weights_train_too(unet, schedule, short, described, prices, tmp_path):

@@ -42,7 +42,7 @@ def text(tmp_path, monkeypatch):
         (tmp_path / "mine" / notebook / "figures" / "front.csv").write_text("name,ratio,ratio_low,ratio_high\n")
         (tmp_path / "mine" / notebook / "meta.json").write_text(json.dumps({"commit": "abc"}))
     (tmp_path / "mine" / "06_comparison" / "figures" / "front.png").write_bytes(base64.b64decode(PIXEL))
-    return page.page("mine", {"Every way": "| plan |\n|---|\n| <i>x</i> 1.05 |"})
+    return page.page("mine", list(params.NOTEBOOKS), {"Every way": "| plan |\n|---|\n| <i>x</i> 1.05 |"})
 
 
 def test_it_needs_no_network_and_no_scripts(text):
@@ -73,4 +73,10 @@ def test_formulas_are_mathml_but_not_in_code(text):
 def test_a_notebook_that_has_not_run_is_named(text, tmp_path):
     (tmp_path / "mine" / "05_pruner_training" / "notebook.ipynb").unlink()
     with pytest.raises(FileNotFoundError, match="05_pruner_training"):
-        page.page("mine", {})
+        page.page("mine", list(params.NOTEBOOKS), {})
+
+
+def test_a_study_of_some_notebooks_has_a_page_of_these(text, tmp_path):
+    (tmp_path / "mine" / "06_comparison" / "figures" / "front.png").unlink()
+    part = page.page("mine", ["00_teacher_training", "05_pruner_training"], {})
+    assert part.count(f"data:image/png;base64,{PIXEL}") == 2 and "04_schedule_search" not in part

@@ -14,7 +14,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from lib.study import params, paths, run, stage
+from lib.study import params, paths, report, run, stage
 
 STAGES = list(params.NOTEBOOKS)
 IDLE = {"lib/__init__.py", *(f"lib/{wing}/__init__.py" for wing in ("grid", "teachers", "judging", "methods", "study")),
@@ -376,3 +376,15 @@ def test_conda_users_get_the_same_pins():
     assert dependencies[0] == "python=3.11"
     assert dependencies[-1] == {"pip": ["--requirement requirements.lock", "--editable ."]}
     assert all(isinstance(name, str) and name in ("pip", "make") for name in dependencies[1:-1])
+
+
+def test_a_study_of_some_notebooks_runs_these_and_is_published(monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr(run.params, "load", lambda name: dict.fromkeys(["00_teacher_training", "05_pruner_training"]))
+    monkeypatch.setattr(run.subprocess, "run", lambda command, cwd: told.append(command[3:]) or
+                        subprocess.CompletedProcess(command, 0))
+    monkeypatch.setattr(report, "publish", lambda name: told.append(f"published {name}"))
+    monkeypatch.setattr(report, "write_page", lambda name: told.append(f"page {name}"))
+    run.study("digits")
+    assert told == [["repro", "00_teacher_training@digits", "05_pruner_training@digits"], "published digits",
+                    "page digits"]

@@ -16,7 +16,7 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.trial import TrialState
 
 from lib.grid import blocks, cost
-from lib.grid.plan import NoiseSchedule, Plan, trailing
+from lib.grid.plan import COMPUTE, HOLD, LINE, PARABOLA, NoiseSchedule, Plan, trailing
 from lib.methods import search as searching
 from lib.methods.flexiffusion import FreeSpace, SegmentSpace
 from lib.methods.search import Found, pareto, search
@@ -57,6 +57,14 @@ def test_it_repeats_and_draws_better_than_random(teacher, tmp_path):
     assert np.median([found.error for found in one[30:]]) < np.median([found.error for found in random[30:]])
 
 
+def test_mutation_alone_crosses_nothing_and_finds_better_than_random(teacher, tmp_path):
+    found = run(teacher, tmp_path / "one", method="mutation")
+    random = run(teacher, tmp_path / "two", method="random")
+    assert np.median([found.error for found in found[30:]]) < np.median([found.error for found in random[30:]])
+    assert job(teacher, tmp_path / "three", method="mutation").open().sampler._child_generation_strategy \
+        ._crossover_prob == 0
+
+
 def test_no_evaluation_is_spent_over_the_budget(teacher, tmp_path):
     found = run(teacher, tmp_path / "journal", trials=30, budget=10)
     assert max(one.macs for one in found) <= 10
@@ -65,8 +73,10 @@ def test_no_evaluation_is_spent_over_the_budget(teacher, tmp_path):
 
 
 def test_it_starts_from_known_genomes(teacher, tmp_path):
-    found = run(teacher, tmp_path / "journal", trials=2, start=[{"a": 1, "b": 2}, {"a": 3, "b": 4}])
-    assert [one.plan.timesteps[1:] for one in found] == [(899, 98), (897, 96)]
+    found = run(teacher, tmp_path / "journal", trials=0, start=[{"a": 1, "b": 2}, {"a": 3, "b": 4}])
+    assert [one.plan.timesteps[1:] for one in found] == [(899, 98), (897, 96)], "they are no trials"
+    more = run(teacher, tmp_path / "more", trials=3, start=[{"a": 1, "b": 2}, {"a": 30, "b": 4}], budget=10)
+    assert len(more) == 1 + 3, "nor is one over the budget"
 
 
 def test_it_resumes_and_loses_only_the_running_trial(teacher, tmp_path):
@@ -180,7 +190,7 @@ def test_a_plan_that_another_worker_is_at_is_left_to_it(teacher, tmp_path):
     found = search(Toy(teacher), watched, macs, trials=4, population=4, seed=0, storage=database, start=[genome])
     study.enqueue_trial(genome)
     again = search(Toy(teacher), watched, macs, trials=6, population=4, seed=0, storage=database)
-    assert len(found) == 4 and len(again) == 6 and plan.key not in asked
+    assert len(found) == 4 + 1 and len(again) == 6 and plan.key not in asked
 
 
 def test_a_worker_that_was_taken_for_dead_goes_on(teacher, tmp_path):
@@ -325,6 +335,22 @@ def test_a_schedules_cost_is_the_papers_sum(space, unet, teacher, described):
     part = {branch: sum(costs.blocks[name] for name, runs in zip(described.names, described.branch(branch), strict=True)
                         if runs) + costs.rest for branch in (0, 1)}
     assert costs.executed(space.decode(genome)) == 2 * costs.call + 4 * part[1] + 1 * part[0]
+
+
+@pytest.mark.parametrize("reuse", [HOLD, LINE, PARABOLA])
+def test_what_a_segment_reuses_is_a_gene_of_its_own(teacher, described, reuse):
+    segments = SegmentSpace(teacher, described, (2, 5), (0, 1), (HOLD, LINE, PARABOLA))
+    free = FreeSpace(teacher, described, (2, 4, 5), (0, 1), 2, reuses=(HOLD, LINE, PARABOLA))
+    assert segments.decode(segments.encode(2, 1, 5, reuse)).key == Plan.deepcache(5, described.branch(1), teacher,
+                                                                                  reuse).key
+    assert free.decode(free.encode(5, 1, 1, reuse=reuse)).key == Plan.deepcache(2, described.branch(0), teacher,
+                                                                                reuse).key
+    for space in (segments, free):
+        assert all(set(genome) == set(space.distributions()) for genome in space.known())
+        assert {HOLD, LINE, PARABOLA} <= {state for genome in space.known()
+                                          for state in space.decode(genome).cells.flat}
+    mixed = segments.decode(segments.encode(2, 0, 5, HOLD) | {"reuse_1": reuse}).cells
+    assert set(mixed[:5].flat) == {HOLD, COMPUTE} and set(mixed[5:].flat) == {reuse, COMPUTE}
 
 
 def test_genes_cover_every_interval(space):

@@ -419,8 +419,8 @@ class Plan(_Part):
         return teacher.with_cells(cells, method="DeepCache", interval=int(interval), reuse=int(reuse), **provenance)
 
     @classmethod
-    def segments(cls, segments: Sequence[tuple[int, np.ndarray]], teacher: Self, reuse: int = HOLD, **provenance
-                 ) -> Self:
+    def segments(cls, segments: Sequence[tuple[int, np.ndarray]], teacher: Self, reuse: int | Sequence[int] = HOLD,
+                 **provenance) -> Self:
         """Cut the teacher's steps into equal segments of one full step, partial steps and null steps (Flexiffusion).
 
         Parameters
@@ -428,10 +428,11 @@ class Plan(_Part):
         segments : sequence of (active, shallow)
             For each segment the number of steps that run at all (1..length, the first of them full) and the blocks
             that its partial steps run, (N,), bool. With S segments the length is ceil(T / S), the last one shorter.
-        reuse : 0, 2 or 3, as `deepcache` takes it
+        reuse : 0, 2 or 3, as `deepcache` takes it, for all segments or one for each
         """
         steps = teacher.steps
         length = -(-steps // len(segments))
+        reuses = np.broadcast_to(reuse, len(segments))
         timesteps, rows = [], []
         for number, (active, shallow) in enumerate(segments):
             first = number * length
@@ -441,7 +442,8 @@ class Plan(_Part):
                 raise PlanError(f"segments: segment {number} has {active} active steps, must be 1..{length}")
             for step in range(first, min(first + active, steps)):
                 timesteps.append(teacher.timesteps[step])
-                rows.append(np.ones(len(teacher.blocks), np.int8) if step == first else _reusing(shallow, reuse))
+                rows.append(np.ones(len(teacher.blocks), np.int8) if step == first else
+                            _reusing(shallow, int(reuses[number])))
         return teacher.at(timesteps).with_cells(np.stack(rows), **{"method": "segments"} | provenance)
 
     @classmethod

@@ -109,6 +109,7 @@ class Table:
         The teacher at T steps under its best solver; ratios are to its score and MACs.
     ddim : Plan
         The teacher at T steps under DDIM, whose ratio stands beside.
+    fewest : Plan, of `fewest`, by whose MACs the honest factor is
     """
 
     features: Callable
@@ -118,12 +119,14 @@ class Table:
     second: Judge
     reference: Plan
     ddim: Plan
+    fewest: Plan
 
     def row(self, control: Control, kind: str) -> dict:
         """Score one way to spend MACs: a plan, or two whose scores are interpolated on the log (the rest linearly).
 
         `paired` is the squared distance of the features to the reference's from the same noise. Columns of the second
-        judge begin with second_.
+        judge begin with second_. `macs_ratio` is over the reference's MACs, `honest_factor` over those of the fewest
+        steps that are as good.
         """
         macs = sum(weight * self.macs(plan) for plan, weight in control.plans)
         score, second = (judge.blend(self._seen(control, judge)) for judge in (self.judge, self.second))
@@ -132,7 +135,7 @@ class Table:
         return {"name": control.name, "kind": kind, "extractor": self.judge.extractor,
                 "second_extractor": self.second.extractor, "n": len(self.features(control.plans[0][0])),
                 "steps": "-".join(str(plan.steps) for plan, _ in control.plans), "macs": macs,
-                "macs_ratio": self.macs(self.reference) / macs,
+                "macs_ratio": self.macs(self.reference) / macs, "honest_factor": self.macs(self.fewest) / macs,
                 "raw": score.raw, **columns("score", score.estimate), **columns("second_score", second.estimate),
                 **self._against(control, self.reference, self.judge).columns("ratio"),
                 **self._against(control, self.reference, self.second).columns("second_ratio"),
@@ -194,3 +197,17 @@ def best_solver(judge: Judge, features: Callable, teachers: Iterable[Plan]) -> P
     features : callable(plan) -> Tensor, of images from the bank on which things are chosen
     """
     return min(teachers, key=lambda plan: judge.score(features(plan)).estimate.value)
+
+
+def fewest(judge: Judge, features: Callable, ladder: Iterable[Plan], best: Plan) -> Plan:
+    """Give the plan of the fewest steps that is surely at most 5 % worse than the best; the best, where none is.
+
+    What is cheaper than T steps may be no cheaper than the steps that would have done: factors are honest over these.
+
+    Parameters
+    ----------
+    features : callable(plan) -> Tensor, as `Table` takes it
+    ladder : plans of fewer steps of the best solver
+    """
+    kept = [plan for plan in ladder if judge.over(features(plan), features(best)).holds == "yes"]
+    return min(kept, key=lambda plan: plan.steps, default=best)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from lib.grid.plan import Plan
+from lib.grid.plan import COMPUTE, Plan
 from lib.judging.controls import Control
 from lib.methods.flexiffusion import FreeSpace
 
@@ -35,7 +35,7 @@ def on(model: str, control: Control) -> Control:
 
 @dataclass(frozen=True)
 class JointSpace:
-    """The space of everything: a schedule of `FreeSpace` in whose full steps any level may reuse what it gave last.
+    """The space of everything: a schedule of `FreeSpace` in whose full steps any level may hold or forecast its output.
 
     So solver order, timesteps, full, partial and null steps, and cells are chosen together. The first step computes
     all.
@@ -49,22 +49,22 @@ class JointSpace:
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Give each gene's range."""
-        reuse = CategoricalDistribution((False, True))
+        reuse = CategoricalDistribution((COMPUTE, *self.free.reuses))
         return self.free.distributions() | dict.fromkeys(self._reuses(), reuse)
 
     def decode(self, genome: Mapping) -> Plan:
         """Make a plan of a genome."""
         plan, levels = self.free.decode(genome), self.free.blocks.levels
-        cells = plan.computes
+        cells = plan.cells
         for slot, step in enumerate(np.flatnonzero(plan.computes.all(axis=1))):
             for level, members in levels.items():
-                if slot and genome[f"reuse_{slot}_{level}"]:
-                    cells[step, members] = False
+                if slot:
+                    cells[step, members] = genome[f"reuse_{slot}_{level}"]
         return plan.with_cells(cells, method="joint")
 
     def encode(self, genome: Mapping) -> dict:
         """Give the genome of a schedule of `FreeSpace` that reuses nothing in its full steps."""
-        return dict(genome) | dict.fromkeys(self._reuses(), False)
+        return dict(genome) | dict.fromkeys(self._reuses(), COMPUTE)
 
     def _reuses(self) -> list[str]:
         slots, levels = range(1, max(self.free.counts)), self.free.blocks.levels

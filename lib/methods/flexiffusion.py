@@ -3,7 +3,8 @@
 The teacher's T steps are cut into S equal segments. Each is one *full* step, then *partial* steps that run only the
 blocks above a branch and read the cached deep feature, then *null* steps that the solver jumps over. S, and each
 segment's branch and number of active steps, are searched without any training. That is the paper's `SegmentSpace`; the
-`FreeSpace` beside it makes the solver's order and the timesteps themselves genes too.
+`FreeSpace` beside it makes the solver's order and the timesteps themselves genes too. In both, as extensions, what a
+segment's partial steps do with the deep feature may be a gene: hold it, as in the paper, or forecast it.
 """
 
 import math
@@ -14,7 +15,7 @@ import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lib.grid.blocks import Blocks
-from lib.grid.plan import Plan
+from lib.grid.plan import COMPUTE, HOLD, Plan
 
 LENGTHS = 3.0
 """In the free space a segment is at most so many times longer, or shorter, than the middle of the range."""
@@ -36,12 +37,14 @@ class SegmentSpace:
     blocks : Blocks of the network
     counts : tuple of int, choices of S
     branches : tuple of int, choices of a segment's skip connection
+    reuses : tuple of 0 (hold, the paper's), 2 (line) and 3 (parabola), choices of what a segment's partial steps reuse
     """
 
     teacher: Plan
     blocks: Blocks
     counts: tuple[int, ...]
     branches: tuple[int, ...]
+    reuses: tuple[int, ...] = (HOLD,)
 
     def __post_init__(self):
         for count in self.counts:
@@ -58,6 +61,7 @@ class SegmentSpace:
         for slot in range(max(self.counts)):
             genes[f"branch_{slot}"] = CategoricalDistribution(self.branches)
             genes[f"interval_{slot}"] = FloatDistribution(0.0, 1.0)
+            genes |= _reuse_gene(self.reuses, slot)
         return genes
 
     def decode(self, genome: Mapping) -> Plan:
@@ -67,26 +71,35 @@ class SegmentSpace:
         chosen = []
         for slot in range(count):
             active = min(length, 1 + int(genome[f"interval_{slot}"] * length))
-            chosen.append((active, genome[f"branch_{slot}"]))
-        return Plan.segments([(active, self.blocks.branch(branch)) for active, branch in chosen], self.teacher,
-                             paper="2409.17566", active_and_branch=[list(pair) for pair in chosen])
+            chosen.append((active, genome[f"branch_{slot}"], genome.get(f"reuse_{slot}", self.reuses[0])))
+        return Plan.segments([(active, self.blocks.branch(branch)) for active, branch, _ in chosen], self.teacher,
+                             [reuse for *_, reuse in chosen], paper="2409.17566",
+                             active_branch_reuse=[list(choice) for choice in chosen])
 
-    def encode(self, count: int, branch: int, active: int) -> dict:
+    def encode(self, count: int, branch: int, active: int, reuse: int = HOLD) -> dict:
         """Give the genome whose segments are all alike: active = length is DeepCache, active = 1 is fewer steps."""
         length = -(-self.teacher.steps // count)
         genome = {"segments": count}
         for slot in range(max(self.counts)):
             genome[f"branch_{slot}"] = branch
             genome[f"interval_{slot}"] = (active - 0.5) / length
+            genome |= dict.fromkeys(_reuse_gene(self.reuses, slot), reuse)
         return genome
 
     def known(self) -> list[dict]:
-        """Give the known schedules in the space to start from: few steps and DeepCache's first branch, for each S."""
-        lengths = {count: -(-self.teacher.steps // count) for count in self.counts}
-        return [self.encode(count, self.branches[0], active) for count in self.counts for active in (1, lengths[count])]
+        """Give the known schedules in the space to start from.
+
+        For each S few steps, and caching in all others by its first branch: DeepCache, or a forecast.
+        """
+        return [genome for count in self.counts for genome in (
+            self.encode(count, self.branches[0], 1, self.reuses[0]),
+            *(self.encode(count, self.branches[0], -(-self.teacher.steps // count), reuse) for reuse in self.reuses))]
 
     def size(self) -> int:
-        """Count the schedules: the sum over S of the product over segments of (branches x (length - 1) + 1)."""
+        """Count the schedules that hold.
+
+        The sum over S of the product over segments of (branches x (length - 1) + 1).
+        """
         total = 0
         for count in self.counts:
             length = -(-self.teacher.steps // count)
@@ -113,6 +126,7 @@ class FreeSpace:
     branches : tuple of int, choices of a segment's skip connection
     partials : int, the most partial steps of a segment; 0 for searched few steps
     orders : tuple of int, choices of the solver's order
+    reuses : tuple of 0, 2 and 3, as `SegmentSpace` takes them
     """
 
     teacher: Plan
@@ -121,6 +135,7 @@ class FreeSpace:
     branches: tuple[int, ...]
     partials: int
     orders: tuple[int, ...] = (1, 2)
+    reuses: tuple[int, ...] = (HOLD,)
 
     def __post_init__(self):
         if list(self.counts) != sorted(set(self.counts)):
@@ -139,6 +154,7 @@ class FreeSpace:
                 genes[f"partials_{slot}"] = CategoricalDistribution(tuple(range(self.partials + 1)))
                 genes[f"branch_{slot}"] = CategoricalDistribution(self.branches)
                 genes[f"reach_{slot}"] = FloatDistribution(0.0, 1.0)
+                genes |= _reuse_gene(self.reuses, slot)
         return genes
 
     def decode(self, genome: Mapping) -> Plan:
@@ -150,10 +166,11 @@ class FreeSpace:
         for slot in range(count):
             partials = genome[f"partials_{slot}"] if self.partials else 0
             places.append(begins[slot])
-            rows.append(np.ones(len(self.blocks), bool))
+            rows.append(np.full(len(self.blocks), COMPUTE))
             for step in range(1, partials + 1):
                 places.append(begins[slot] + genome[f"reach_{slot}"] * lengths[slot] * step / (partials + 1))
-                rows.append(self.blocks.branch(genome[f"branch_{slot}"]))
+                rows.append(np.where(self.blocks.branch(genome[f"branch_{slot}"]), COMPUTE,
+                                     genome.get(f"reuse_{slot}", self.reuses[0])))
         power = POWERS ** (2 * genome["power"] - 1)
         wanted = [round(train * (1 - place) ** power) - 1 for place in places]
         for i in range(1, len(wanted)):  # rounding may make neighbours equal
@@ -163,7 +180,7 @@ class FreeSpace:
                          self.teacher.cache)
         return full.with_cells(np.stack(rows), method="free segments", segments=count)
 
-    def encode(self, count: int, order: int, partials: int = 0, branch: int | None = None) -> dict:
+    def encode(self, count: int, order: int, partials: int = 0, branch: int | None = None, reuse: int = HOLD) -> dict:
         """Give the genome of uniform segments, each with as many partial steps at equal distances."""
         genome = {"segments": self.counts.index(count), "order": order, "power": 0.5}
         for slot in range(max(self.counts)):
@@ -171,12 +188,21 @@ class FreeSpace:
             if self.partials:
                 genome |= {f"partials_{slot}": partials, f"reach_{slot}": 1.0,
                            f"branch_{slot}": self.branches[0] if branch is None else branch}
+                genome |= dict.fromkeys(_reuse_gene(self.reuses, slot), reuse)
         return genome
 
     def known(self) -> list[dict]:
-        """Give the known schedules to start from: each solver's uniform steps; with caching, one branch a count."""
-        known = [self.encode(count, order) for count in self.counts for order in self.orders]
-        if self.partials:
+        """Give the known schedules to start from.
+
+        Each solver's uniform steps; with caching, one branch and number of partial steps a count, held and forecast.
+        """
+        known = [self.encode(count, order, reuse=self.reuses[0]) for count in self.counts for order in self.orders]
+        for i, count in enumerate(self.counts if self.partials else ()):
             known += [self.encode(count, self.orders[-1], 1 + i // len(self.branches) % self.partials,
-                                  self.branches[i % len(self.branches)]) for i, count in enumerate(self.counts)]
+                                  self.branches[i % len(self.branches)], reuse) for reuse in self.reuses]
         return known
+
+
+def _reuse_gene(reuses: tuple[int, ...], slot: int) -> dict[str, BaseDistribution]:
+    """Give the gene of what a segment reuses, where there is a choice."""
+    return {f"reuse_{slot}": CategoricalDistribution(reuses)} if len(reuses) > 1 else {}

@@ -70,7 +70,7 @@ class Found:
 def search(space: Space, error: Callable[[Plan], float], macs: Callable[[Plan], int], *, trials: int, population: int,
            seed: int, storage: Path | str, budget: int | None = None, start: Iterable[Mapping] = (),
            method: str = "nsga2", workers: int = 1, title: str = "search") -> list[Found]:
-    """Evaluate `trials` different plans (fewer, if the space has no more) and give them in the order of evaluation.
+    """Evaluate known plans and `trials` others (fewer, if the space has no more); give them in the order of evaluation.
 
     Parameters
     ----------
@@ -85,8 +85,8 @@ def search(space: Space, error: Callable[[Plan], float], macs: Callable[[Plan], 
         in which they come to the storage is chance. What a dead worker was at is queued again, in a database when its
         signs of life stop.
     budget : int, MACs; dearer genomes are drawn again before they cost an evaluation
-    start : genomes to begin with (known schedules)
-    method : "nsga2" or "random"
+    start : genomes to begin with (known schedules), which do not count among the trials
+    method : "nsga2", "mutation" (NSGA-II without crossing: mutation and selection alone) or "random"
     workers : int
         Processes that share the storage, each with its part of torch's threads.
 
@@ -99,10 +99,13 @@ def search(space: Space, error: Callable[[Plan], float], macs: Callable[[Plan], 
     """
     if isinstance(storage, str):
         seed = secrets.randbelow(2**31)  # two machines that begin together must not draw the same
+    start = [dict(genome) for genome in start]
+    known = {plan.key for plan in map(space.decode, start) if budget is None or macs(plan) <= budget}
+    trials += len(known)
     job = _Job(space, error, macs, trials, population, seed, storage, budget, method, title)
     study = job.open()
     for genome in start:
-        study.enqueue_trial(dict(genome), skip_if_exists=True)
+        study.enqueue_trial(genome, skip_if_exists=True)
     if isinstance(storage, Path):  # what runs there is what a killed search lost; in a database it may be another's
         for trial in study.get_trials(states=[TrialState.RUNNING]):
             study.tell(trial.number, state=TrialState.FAIL)
@@ -208,10 +211,11 @@ class _Job:
             study.sampler = RandomSampler(seed=seed)
         else:
             genes = len(self.space.distributions())
+            crossing = {"crossover_prob": 0.0} if self.method == "mutation" else {}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExperimentalWarning)  # PolynomialMutation
                 study.sampler = NSGAIISampler(population_size=self.population, seed=seed, mutation=PolynomialMutation(),
-                                              mutation_prob=min(1.0, MUTATIONS / genes))
+                                              mutation_prob=min(1.0, MUTATIONS / genes), **crossing)
         return study
 
     def look(self, study: optuna.Study) -> dict[str, Found]:

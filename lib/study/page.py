@@ -4,7 +4,7 @@ import base64
 import html
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import latex2mathml.converter
@@ -13,7 +13,6 @@ import pandas as pd
 from nbconvert.filters import markdown2html
 
 from lib.study import paths
-from lib.study.params import NOTEBOOKS
 
 STYLE = """
 :root { color-scheme: light; }
@@ -40,11 +39,12 @@ details { font-size: .85rem; color: #555; }
 """
 
 
-def page(study: str, tables: dict[str, str]) -> str:
+def page(study: str, notebooks: Sequence[str], tables: dict[str, str]) -> str:
     """Give a study's report as HTML.
 
     Parameters
     ----------
+    notebooks : those that the study runs
     tables : dict of title to Markdown, to stand at the top, below notebook 06's front; the first holds its numbers
 
     Raises
@@ -52,8 +52,8 @@ def page(study: str, tables: dict[str, str]) -> str:
     FileNotFoundError
         If a notebook of the study has not run.
     """
-    parts = {notebook: _section(study, notebook) for notebook in NOTEBOOKS}
-    found = json.loads((paths.DATA / study / next(iter(NOTEBOOKS)) / "meta.json").read_text())
+    parts = {notebook: _section(study, notebook) for notebook in notebooks}
+    found = json.loads((paths.DATA / study / next(iter(parts)) / "meta.json").read_text())
     about = ", ".join(f"{name} {value}" for name, value in found.items() if isinstance(value, str | int | float))
     top = "".join(f"<h2 id='{_anchor(title)}'>{title}</h2><div class='wide'>{_prose(text)}</div>"
                   for title, text in tables.items())
@@ -63,10 +63,11 @@ def page(study: str, tables: dict[str, str]) -> str:
                         for anchor, text in re.findall(r"<h3 id='([^']+)'>(.*?)</h3>", body))
         contents += (f"<li><details><summary><a href='#{notebook}'>{_title(body)}</a></summary>"
                      f"<ul>{steps}</ul></details></li>")
-    front = (paths.DATA / study / "06_comparison" / "figures" / "front.png").read_bytes()
-    front = _figure(base64.b64encode(front).decode(), "quality against cost",
-                    "Score over the best teacher's against executed MACs: down is better, right is cheaper. Bars: 95 % "
-                    f"intervals. Numbers: <a href='#{_anchor(next(iter(tables)))}'>{next(iter(tables))}</a>")
+    front, picture = "", paths.DATA / study / "06_comparison" / "figures" / "front.png"
+    if picture.exists():
+        front = _figure(base64.b64encode(picture.read_bytes()).decode(), "quality against cost",
+                        "Score over the best teacher's against executed MACs: down is better, right is cheaper. Bars: "
+                        f"95 % intervals. Numbers: <a href='#{_anchor(next(iter(tables)))}'>{next(iter(tables))}</a>")
     return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Lean Diffusion: {study}</title>"
             "<meta name='viewport' content='width=device-width, initial-scale=1'><link rel='icon' href='data:,'>"
             f"<style>{STYLE}</style></head><body><h1>Lean Diffusion: the study <i>{study}</i></h1>"

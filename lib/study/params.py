@@ -171,13 +171,13 @@ class BlockSearch(Common):
     ema_decay: float = Field(ge=0, lt=1)
     save_every: Positive  # steps between two states to resume from
     beta: Beta  # how the noise loss's weight rises
-    target: Literal["noise", "teacher"]  # of the noise loss
     candidate_images: int = Field(ge=2)  # held-out images a batch
     candidate_batches: Positive  # that judge a candidate
     tolerances: list[Annotated[float, Field(ge=1)]] = Field(min_length=1)  # of the reference's loss, for the sweep
     budgets: Annotated[list[Fraction], AfterValidator(_different)] = Field(
         min_length=1)  # shares of the teacher's MACs and parameters for which students are trained
     training_seeds: Seeds  # trainings of each student and control
+    select_images: int = Field(ge=70)  # images on which the student that goes on is chosen
     score_steps: int = Field(ge=2, le=1000)  # of DPM-Solver++, which samples every model
     latency_batch: Positive
     latency_repeats: int = Field(ge=5)
@@ -207,14 +207,21 @@ class ScheduleSearch(Common):
     branches: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)  # choices of a segment's skip connection
     full_steps: list[Positive] = Field(min_length=1)  # choices of the number of full steps in the extended space
     partials: Positive  # most partial steps of a segment in the extended space
+    reuses: Annotated[list[Literal[0, 2, 3]], AfterValidator(_different), _holds(0, "to hold")
+                      ]  # choices of what partial steps reuse in the extensions: 0 holds, 2 a line, 3 a parabola
     base_steps: int = Field(ge=2, le=1000)  # of the short DPM-Solver++ base
     base_segment_counts: list[Positive] = Field(min_length=1)  # choices of S on the short base
     base_budgets: list[Fraction] = Field(min_length=1)  # of the short base's executed MACs
-    trials: Positive  # candidates of each search, scored by rFID
+    trials: Positive  # candidates of each search, besides the known schedules that it begins with
     population: int = Field(ge=2)
     workers: Positive  # processes of a search; results repeat exactly with one alone
     search_images: int = Field(ge=10)  # images a candidate
     budgets: list[Fraction] = Field(min_length=1)  # of the teacher's executed MACs
+    claim_steps: Annotated[list[Annotated[int, Field(ge=2, le=1000)]], AfterValidator(_different)]  # T of others
+    claim_lengths: list[Annotated[int, Field(ge=2)]] = Field(min_length=1)  # of a segment there
+    claim_budgets: list[Fraction] = Field(min_length=1)  # of such a teacher's executed MACs
+    learned_updates: Positive  # optimiser steps of each learning of timesteps
+    learned_images: Positive  # images that are imitated
     finalists: Positive  # best of the search that meet again on the second bank
     select_images: int = Field(ge=70)
     rank_plans: int = Field(ge=5)  # candidates on which rFID is held against the final score
@@ -235,6 +242,8 @@ class PrunerTraining(Common):
     batch_size: Positive  # images an update
     learning_rate: float = Field(gt=0)  # of SGD, with a cosine
     annealed_rate: float = Field(gt=0)  # root mean square of a step of the annealed pruners' logits
+    look_every: int = Field(ge=0)  # updates between two looks by which a training stops; 0 for none
+    patience: Positive  # looks without a better one that end a training
     alpha: float = Field(ge=0)  # weight of the sparsity loss
     stop: Fraction  # tau, kept fraction of the MACs below which sparsity no longer counts
     memory_steps: Annotated[list[Annotated[int, Field(ge=2)]], AfterValidator(_different)] = Field(
@@ -243,8 +252,12 @@ class PrunerTraining(Common):
     family: list[Fraction] = Field(min_length=1)  # kept fractions at which plans are saved
     search_images: int = Field(ge=10)  # images a candidate of the searches
     population: int = Field(ge=2)  # of the genetic searches
+    learned_updates: Positive  # optimiser steps of each learning of timesteps, a control
+    learned_images: Positive  # images that are imitated there
     select_images: int = Field(ge=70)  # images on which variants are compared
-    ablations: list[Literal["loss", "alpha", "weights", "noise", "pace", "pruner", "gates"]]  # parts to vary
+    ablations: list[Literal["loss", "alpha", "weights", "noise", "rate", "pruner", "gates",
+                            "backup"]]  # parts to vary
+    rates: list[Annotated[float, Field(gt=0)]]  # other learning rates, for the part rate
     base_steps: int = Field(ge=2, le=1000)  # of the short DPM-Solver++ base
     base_keeps: list[Fraction]  # kept fractions of the short base's executed MACs
     latency_batch: Positive
@@ -257,7 +270,11 @@ class Comparison(Common):
     keeps: list[Fraction] = Field(min_length=1)  # kept fractions of the teacher's MACs for composed plans
     partials: Positive  # most partial steps of a segment
     branches: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)  # choices of a segment's skip connection
+    reuses: Annotated[list[Literal[0, 2, 3]], AfterValidator(_different), _holds(0, "to hold")
+                      ]  # choices of what is reused: 0 holds, 2 a line, 3 a parabola
     trials: Positive  # candidates of each search
+    learned_updates: Positive  # optimiser steps of each learning of timesteps, a control
+    learned_images: Positive  # images that are imitated there
     population: int = Field(ge=2)
     search_images: int = Field(ge=10)  # images a candidate
     finalists: Positive  # candidates that meet again on a second bank
@@ -281,12 +298,17 @@ class Transformer(Common):
     learning_rate: float = Field(gt=0, lt=1)
     ema_decay: float = Field(ge=0, lt=1)
     save_every: Positive  # steps between two states to resume from
+    fewer_steps: list[Annotated[int, Field(ge=1, le=1000)]]  # among which the fewest that are as good as T are sought
     keep: Fraction  # kept fraction of the teacher's MACs for every method
     segment_counts: list[Positive] = Field(min_length=1)  # choices of S in Flexiffusion's space
     branches: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)  # choices of a segment's leading blocks
     full_steps: list[Positive] = Field(min_length=1)  # choices of the number of full steps in the extended space
     partials: Positive  # most partial steps of a segment in the extended space
+    reuses: Annotated[list[Literal[0, 2, 3]], AfterValidator(_different), _holds(0, "to hold")
+                      ]  # choices of what is reused: 0 holds, 2 a line, 3 a parabola
     trials: Positive  # candidates of each search
+    learned_updates: Positive  # optimiser steps of each learning of timesteps, a control
+    learned_images: Positive  # images that are imitated there
     population: int = Field(ge=2)
     search_images: int = Field(ge=10)  # images a candidate
     select_images: int = Field(ge=70)  # images on which the best solver and the strongest control are chosen
@@ -316,6 +338,17 @@ def studies() -> list[str]:
     return sorted(path.stem for path in paths.PARAMS.glob("*.yaml"))
 
 
+def notebooks(study: str) -> list[str]:
+    """Give the notebooks that a study runs: all, or those whose sections its params file names under `only`.
+
+    Raises
+    ------
+    ParamsError
+        As `load` does.
+    """
+    return _read(study)[0]
+
+
 def load(study: str) -> dict[str, Common]:
     """Read a study's params file.
 
@@ -328,6 +361,14 @@ def load(study: str) -> dict[str, Common]:
     ParamsError
         If the study is unknown, or a section or key is unknown, missing, of another type or out of range.
     """
+    runs, content = _read(study)
+    return {notebook: NOTEBOOKS[notebook]._checked(
+        {"study": study} | content["common"] | content[section(notebook)],
+        f"params/{study}.yaml, common and {section(notebook)}") for notebook in runs}
+
+
+def _read(study: str) -> tuple[list[str], dict]:
+    """Read a study's notebooks, and the sections of its params file."""
     path = paths.PARAMS / f"{study}.yaml"
     if study not in studies():  # nor any path
         raise ParamsError(f"unknown study {study!r}: no params/{study}.yaml. There are: {', '.join(studies())}.")
@@ -335,17 +376,21 @@ def load(study: str) -> dict[str, Common]:
         content = YAML(typ="safe", pure=True).load(path.read_text())  # YAML 1.2: 1e-4 is a number
     except (YAMLError, UnicodeDecodeError) as error:
         raise ParamsError(f"params/{path.name} is no YAML: {error}") from None
-    sections = {"common"} | {section(notebook) for notebook in NOTEBOOKS}
-    if not isinstance(content, dict) or set(content) != sections:
-        found = set(content) if isinstance(content, dict) else set()
-        raise ParamsError(f"params/{path.name}: sections missing: {sorted(sections - found) or 'none'}; unknown: "
-                          f"{sorted(map(str, found - sections)) or 'none'}.")
+    content = content if isinstance(content, dict) else {}
+    every = {section(notebook): notebook for notebook in NOTEBOOKS}
+    only = content.pop("only", list(every))
+    first = next(iter(every))
+    if not isinstance(only, list) or not set(map(str, only)) <= set(every) or first not in only:
+        raise ParamsError(f"params/{path.name}, only: must be a list of sections, {first} among them. There are: "
+                          f"{', '.join(every)}.")
+    sections = {"common", *only}
+    if set(content) != sections:
+        raise ParamsError(f"params/{path.name}: sections missing: {sorted(sections - set(content)) or 'none'}; "
+                          f"unknown: {sorted(map(str, set(content) - sections)) or 'none'}.")
     for name, values in content.items():
         if not isinstance(values, dict):
             raise ParamsError(f"params/{path.name}: section {name} must hold keys and values")
-    return {notebook: kind._checked({"study": study} | content["common"] | content[section(notebook)],
-                                    f"params/{path.name}, common and {section(notebook)}")
-            for notebook, kind in NOTEBOOKS.items()}
+    return [notebook for name, notebook in every.items() if name in only], content
 
 
 def _require_cuda(source: str) -> None:

@@ -13,7 +13,7 @@ from lib.judging.controls import summary
 from lib.judging.estimates import WORDS, Contrast, Estimate, text
 from lib.study import paths
 from lib.study.page import page
-from lib.study.params import NOTEBOOKS, ParamsError, studies
+from lib.study.params import ParamsError, notebooks
 
 KEPT = ("metrics.json", "timings.json", "meta.json", "figures/*.png", "figures/*.csv", "tables/*.csv", "plans/*.json")
 
@@ -29,15 +29,13 @@ FASTER = ["times faster", "low", "high"]
 
 def publish(study: str) -> Path:
     """Copy what a study found (numbers, tables, figures, plans; no weights) to its reports folder."""
-    if study not in studies():
-        raise ParamsError(f"unknown study {study!r}. There are: {', '.join(studies())}.")
-    target = paths.REPORTS / study
-    for notebook in NOTEBOOKS:
+    target, runs = paths.REPORTS / study, notebooks(study)
+    for notebook in runs:
         if not (paths.DATA / study / notebook / "metrics.json").exists():
             raise FileNotFoundError(f"{notebook} of study {study} is not done: nothing is published. Run\n"
                                     f"    make study STUDY={study}")
     shutil.rmtree(target, ignore_errors=True)
-    for notebook in NOTEBOOKS:
+    for notebook in runs:
         source = paths.DATA / study / notebook
         for found in sorted(file for pattern in KEPT for file in source.glob(pattern)):
             copy = target / notebook / found.relative_to(source)
@@ -48,11 +46,9 @@ def publish(study: str) -> Path:
 
 def write_page(study: str) -> Path:
     """Write what a study found as one page, beside its published numbers."""
-    target = paths.REPORTS / study / "index.html"
-    tables = {"Every way to sample": results_table(study), "Beside their controls": controls_table(study),
-              "What the papers claim": claims_table(study), "The students": students_table(study),
-              "Every way to sample the transformer": transformer_table(study)}
-    target.write_text(page(study, tables))
+    target, runs = paths.REPORTS / study / "index.html", notebooks(study)
+    tables = {title: table(study) for title, (table, needed) in PAGE.items() if set(needed) <= set(runs)}
+    target.write_text(page(study, runs, tables))
     return target
 
 
@@ -90,6 +86,7 @@ def claims_table(study: str) -> str:
 def _ways(table: pd.DataFrame) -> str:
     columns = {"M MACs an image": table["macs"].map(lambda macs: f"{macs / 1e6:.0f}"),
                "times fewer": table["macs_ratio"].map("{:.2f}".format),
+               "honest factor": _optional(table, "honest_factor", "{:.2f}".format),
                "k parameters": _optional(table, "parameters", lambda count: f"{count / 1e3:.0f}"),
                "ms an image": table["ms an image"].map("{:.2f}".format),
                "times faster [95 %]": _faster(table),
@@ -170,6 +167,12 @@ def _older(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(plan_over_control_word=[one.word for one in found], plan_over_control_needs=np.nan,
                         second_over_control=np.nan, second_over_control_word=np.nan, strongest=strongest)
 
+
+PAGE = {"Every way to sample": (results_table, ["06_comparison"]), "Beside their controls": (controls_table, PLANNING),
+        "What the papers claim": (claims_table, ["06_comparison"]),
+        "The students": (students_table, ["02_block_search"]),
+        "Every way to sample the transformer": (transformer_table, ["07_transformer"])}
+"""The tables at the top of a page, and the notebooks that they need."""
 
 TABLES = {"results": results_table, "controls": controls_table, "transformer": transformer_table,
           "students": students_table, "claims": claims_table}

@@ -82,11 +82,13 @@ def note_sources(study: str) -> None:
 
 
 def study(name: str) -> None:
-    """Run the whole pipeline for a study. One that dvc.yaml does not list is listed beside for as long as it runs.
+    """Run the pipeline for a study. One that dvc.yaml does not list is listed beside for as long as it runs.
 
-    DVC takes more values from ``params.yaml``, which git ignores: no tracked file changes meanwhile.
+    DVC takes more values from ``params.yaml``, which git ignores: no tracked file changes meanwhile. A study of some
+    notebooks alone (`lib.study.params.notebooks`) is published when these are done.
     """
-    params.load(name)  # refuses an unknown study, or a wrong file, before any work
+    runs = list(params.load(name))  # refuses an unknown study, or a wrong file, before any work
+    whole = runs == list(params.NOTEBOOKS)
     listed = YAML(typ="safe", pure=True).load((paths.ROOT / "dvc.yaml").read_text())["vars"][0]["studies"]
     beside = paths.ROOT / "params.yaml"
     if beside.exists():
@@ -98,12 +100,18 @@ def study(name: str) -> None:
     if missing:
         beside.write_text(f"studies:\n  {name}: {name}\n")
     try:
-        done = subprocess.run([sys.executable, "-m", "dvc", "repro", f"publish@{name}"], cwd=paths.ROOT)
+        wanted = [f"publish@{name}"] if whole else [f"{notebook}@{name}" for notebook in runs]
+        done = subprocess.run([sys.executable, "-m", "dvc", "repro", *wanted], cwd=paths.ROOT)
     finally:
         if missing:
             beside.unlink()
     if done.returncode:
         raise SystemExit(f"The study {name} stopped. What it finished is kept: run the same command again.")
+    if not whole:
+        from lib.study import report  # torch, which running a notebook does not need here
+
+        report.publish(name)
+        report.write_page(name)
     print(f"\nDone. Figures and tables: {paths.REPORTS / name}\nExecuted notebooks:       {paths.DATA / name}")
 
 

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lib.grid.sampling import autocast
+
 
 class TrainingDiverged(RuntimeError):
     """The loss is no longer a number."""
@@ -70,7 +72,7 @@ def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator, float], 
     TrainingDiverged
         If the loss or its gradient is NaN or infinite. The last good state stays in `work`.
     """
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if precision == "bf16" else "no")
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")  # its choice would bind the whole process
     on_cuda = accelerator.device.type == "cuda"
     if on_cuda:
         model.to(memory_format=torch.channels_last)
@@ -89,7 +91,7 @@ def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator, float], 
         rate = learning_rate(step, steps, lr, warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with accelerator.autocast():
+        with autocast(accelerator.device, precision):
             value = loss(network, step_generator(seed, step), step / steps)
         recent.append(accelerator.reduce(value.detach(), "mean").item())
         accelerator.backward(value)
@@ -111,7 +113,6 @@ def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator, float], 
             _save(work, {"step": step + 1, "history": history, "recent": recent}, model, ema, optimizer)
         bar.update()
     bar.close()
-    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # its forward is its own again, without autocast
     ema.copy_to(model.parameters())
     return history
 

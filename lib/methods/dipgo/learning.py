@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -71,8 +71,29 @@ class Recipe:
         return self.stop + max(0.0, 0.5 - self.stop) * 0.5 * (1 + math.cos(math.pi * way))
 
 
+@dataclass(frozen=True)
+class Watch:
+    """A stop rule: a look at the pruner now and then; the best look is kept, and one long past ends the training.
+
+    Attributes
+    ----------
+    look : callable(pruner) -> float, lower is better
+        Such as the error of its plan on a bank of noise that neither the training nor a report sees.
+    every : int, updates between two looks
+    patience : int, looks without a better one that end the training
+    """
+
+    look: Callable[[Pruner], float]
+    every: int
+    patience: int
+
+    def over(self, looks: list[float]) -> bool:
+        """Say whether the best of the looks so far is long past."""
+        return len(looks) - int(np.argmin(looks)) > self.patience if looks else False
+
+
 def learn(pruner: Pruner, net: SuperNet, prices: Prices, noise: Callable[[int, int], Tensor], recipe: Recipe, *,
-          work: Path, title: str = "pruner") -> list[dict]:
+          work: Path, title: str = "pruner", watch: Watch | None = None) -> list[dict]:
     """Train a pruner, in place, as the paper does (equations 2 to 4). A killed training goes on, to the same end.
 
     A gate is on where computing is likelier than not; the images' difference from the teacher's and, until few enough
@@ -84,11 +105,12 @@ def learn(pruner: Pruner, net: SuperNet, prices: Prices, noise: Callable[[int, i
         Images of a bank of noise.
     work : Path
         Folder for the state to resume from.
+    watch : Watch, by whose best look the pruner is left; None trains to the end
 
     Returns
     -------
     history : list of {"update", "consistency", "sparsity", "kept", "gates"}
-        `gates` as one string of 0 and 1 a step.
+        `gates` as one string of 0 and 1 a step; where there was a look, "look" too.
 
     Raises
     ------
@@ -99,11 +121,11 @@ def learn(pruner: Pruner, net: SuperNet, prices: Prices, noise: Callable[[int, i
         (differs if kept <= recipe.stop else differs + recipe.alpha * sparsity).backward()
         nn.utils.clip_grad_norm_(pruner.parameters(), 1.0)
 
-    return _train(pruner, net, prices, noise, recipe, lambda update: likely, descend, work, title)
+    return _train(pruner, net, prices, noise, recipe, lambda update: likely, descend, work, title, watch)
 
 
 def anneal(pruner: Pruner, net: SuperNet, prices: Prices, noise: Callable[[int, int], Tensor], recipe: Recipe, *,
-           work: Path, title: str = "pruner") -> list[dict]:
+           work: Path, title: str = "pruner", watch: Watch | None = None) -> list[dict]:
     """Train a pruner by annealing, ours; takes and gives what `learn` does.
 
     On are the likeliest gates that a budget allows, which falls to `recipe.stop`; the sparsity has no loss; gradients
@@ -123,17 +145,19 @@ def anneal(pruner: Pruner, net: SuperNet, prices: Prices, noise: Callable[[int, 
         pruner.bias.grad /= pruner.bias.grad[1:].square().mean().sqrt().clamp(min=1e-12)
 
     return _train(pruner, net, prices, noise, recipe,
-                  lambda update: partial(by_threshold, prices=prices, keep=recipe.budget(update)), descend, work, title)
+                  lambda update: partial(by_threshold, prices=prices, keep=recipe.budget(update)), descend, work, title,
+                  watch)
 
 
 def _train(pruner: Pruner, net: SuperNet, prices: Prices, noise: Callable[[int, int], Tensor], recipe: Recipe,
            on: Callable[[int], Callable[[np.ndarray], np.ndarray]],
-           descend: Callable[[Tensor, Tensor, Tensor, float], None], work: Path, title: str) -> list[dict]:
+           descend: Callable[[Tensor, Tensor, Tensor, float], None], work: Path, title: str, watch: Watch | None
+           ) -> list[dict]:
     """Train with one rule for which gates are on at an update, and one for the gradients."""
     optimiser = torch.optim.SGD(pruner.parameters(), lr=recipe.learning_rate, weight_decay=1e-4)
     history: list[dict] = []
     work.mkdir(parents=True, exist_ok=True)
-    state = work / "pruner.safetensors"
+    state, best = work / "pruner.safetensors", work / "best.safetensors"
     if state.exists():
         with safe_open(state, "pt") as saved:
             history = json.loads(saved.metadata()["history"])
@@ -142,7 +166,10 @@ def _train(pruner: Pruner, net: SuperNet, prices: Prices, noise: Callable[[int, 
     total = float(prices.weights(recipe.weights, np.ones(pruner.shape, bool))[1:].sum())
     bar = tqdm(range(len(history), recipe.updates), initial=len(history), total=recipe.updates, desc=title,
                unit="update")
+    looks = [row["look"] for row in history if "look" in row]
     for update in bar:
+        if watch and watch.over(looks):
+            break
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(update, recipe.updates, recipe.learning_rate, warmup=0)
         start = noise(update * recipe.batch if recipe.fresh else 0, recipe.batch)
@@ -164,7 +191,19 @@ def _train(pruner: Pruner, net: SuperNet, prices: Prices, noise: Callable[[int, 
         history.append({"update": update, "consistency": differs.item(), "sparsity": sparsity.item(), "kept": kept,
                         "gates": ["".join("01"[int(on)] for on in row) for row in hard]})
         bar.set_postfix(kept=f"{kept:.0%}", consistency=f"{differs.item():.3f}", refresh=False)
-        unfinished = state.with_suffix(".partial")
-        save_file(pruner.state_dict(), unfinished, metadata={"history": json.dumps(history)})
-        unfinished.replace(state)
+        if watch and (update + 1) % watch.every == 0:
+            looks.append(watch.look(pruner))
+            history[-1]["look"] = looks[-1]
+            if looks[-1] == min(looks):
+                _save(pruner, best)
+        _save(pruner, state, history=json.dumps(history))
+    if looks:
+        pruner.load_state_dict(load_file(best))
     return history
+
+
+def _save(pruner: Pruner, path: Path, **about: str) -> None:
+    """Write a pruner's weights, so that a kill leaves the old ones or the new."""
+    unfinished = path.with_suffix(".partial")
+    save_file(pruner.state_dict(), unfinished, metadata=about)
+    unfinished.replace(path)

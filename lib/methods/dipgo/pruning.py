@@ -10,6 +10,9 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from lib.grid.plan import Plan
 from lib.methods.dipgo.prices import Prices
 
+ACCEPTED = 0.0125
+"""The paper's bisection ends where the kept fraction is as near as this to the wanted one."""
+
 
 def by_threshold(scores: np.ndarray, prices: Prices, keep: float) -> np.ndarray:
     """Keep the gates whose score is above one threshold, found by bisection over the scores (algorithm 1).
@@ -65,7 +68,26 @@ def by_greed(scores: np.ndarray, prices: Prices, keep: float) -> np.ndarray:
     return gates
 
 
-PRUNE: Mapping[str, Callable[[np.ndarray, Prices, float], np.ndarray]] = {"threshold": by_threshold, "greed": by_greed}
+def by_bisection(scores: np.ndarray, prices: Prices, keep: float) -> np.ndarray:
+    """Keep the gates whose score is above a threshold in [0, 1] that keeps about `keep`, to 0.0125 (algorithm 1).
+
+    Where one gate wakes so much that no threshold comes so near, the one where the halving ends is taken.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        threshold = (low + high) / 2
+        gates = scores >= threshold
+        gates[0] = True
+        kept = prices.kept(gates)
+        if abs(kept - keep) < ACCEPTED:
+            break
+        low, high = (threshold, high) if kept > keep else (low, threshold)
+    return gates
+
+
+PRUNE: Mapping[str, Callable[[np.ndarray, Prices, float], np.ndarray]] = {
+    "threshold": by_threshold, "bisection": by_bisection, "greed": by_greed}
+"""Ours, the paper's and the released code's."""
 
 
 def prune(scores: np.ndarray, prices: Prices, keep: float, teacher: Plan, method: str = "threshold") -> Plan:

@@ -63,6 +63,26 @@ def searches(found: pd.DataFrame, budget: float) -> Figure:
     return figure
 
 
+def learning(history: pd.DataFrame) -> Figure:
+    """Draw the losses of learned steps, a panel for each number of steps.
+
+    Parameters
+    ----------
+    history : columns name, steps, step (updates done), loss
+    """
+    counts = sorted(history["steps"].unique())
+    figure, panels = plt.subplots(1, len(counts), figsize=(WIDE, 2.4), sharey=True, squeeze=False)
+    for axes, count in zip(panels[0], counts):
+        for name, rows in history[history["steps"] == count].groupby("name", sort=False):
+            axes.plot(rows["step"], rows["loss"], lw=1, label=name, color=CONTROLS.get(name, OTHER)[0])
+        axes.set(xlabel="updates", yscale="log")
+        axes.set_title(f"{count} steps", fontsize=8)
+        plain_logarithm(axes.yaxis)
+    panels[0, 0].set(ylabel="squared distance to the\nbest teacher's features")
+    panels[0, -1].legend(fontsize=7)
+    return figure
+
+
 def rank_agreement(agreement: pd.DataFrame, many: int) -> Figure:
     """Draw Kendall's tau with the final score against the images behind the cheap measure, one panel a space.
 

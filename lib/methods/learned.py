@@ -1,0 +1,208 @@
+"""Few steps that are learned: by gradient through the whole run, or by a dynamic programme. No cell reuses anything.
+
+This is the control that any cache has to beat. `learn` moves the timesteps, and where one wants the solver's
+coefficients too, so that few steps end where the teacher's many do (LD3, arXiv 2405.15506; coefficients as in DSS,
+arXiv 2505.21114). `shortest` asks which of the teacher's own timesteps to keep (GITS, arXiv 2405.11326; OptimalSteps,
+arXiv 2503.21774).
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lib.grid import sampling, solvers
+from lib.grid.engine import Engine
+from lib.grid.plan import Learned, NoiseSchedule, Plan, PlanError
+from lib.grid.sampling import Conditions
+from lib.teachers.training import train
+
+CLOSEST = 0.1
+"""No two steps begin closer than this, in timesteps, nor the last one to the image."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to learn steps.
+
+    Attributes
+    ----------
+    updates, batch : int; of AdamW, and images of each, drawn from the noise that is given
+    learning_rate : float, of the logarithms of the gaps between steps, with a cosine
+    coefficients : bool, learn what each of the solver's coefficients is multiplied by, too
+    seed : int, of the batches
+    """
+
+    updates: int
+    batch: int = 16
+    learning_rate: float = 0.03
+    coefficients: bool = False
+    seed: int = 0
+
+
+class Steps(nn.Module):
+    """The timesteps of a plan, and factors of its solver's coefficients, as weights.
+
+    The first timestep stays; the gaps between the steps, the last of which ends at the image, are shares of it (a
+    softmax, as in LD3).
+
+    Parameters
+    ----------
+    start : Plan, full, of at least 2 steps and one pass
+    coefficients : bool, let the factors be learned
+
+    Raises
+    ------
+    PlanError
+        If the plan reuses anything, or has a table of its own.
+    """
+
+    def __init__(self, start: Plan, coefficients: bool = False):
+        super().__init__()
+        if not start.computes.all() or len(start.passes) > 1 or start.steps < 2:
+            raise PlanError("start: learned steps begin with a full plan of one pass and two steps or more.")
+        if start.solver in ("learned", "pndm"):
+            raise PlanError(f"start: the timesteps of solver {start.solver} cannot be moved; take dpmsolver++.")
+        self.start, t = start, torch.tensor(start.timesteps, dtype=torch.float64)
+        self.first = float(t[0])
+        gaps = t - torch.cat([t[1:], torch.zeros(1)])
+        self.gaps = nn.Parameter((gaps - CLOSEST).clamp(min=1e-3).log().float())
+        self.factors = nn.Parameter(torch.ones(solvers.of(start).b.shape), requires_grad=coefficients)
+
+    def timesteps(self) -> Tensor:
+        """Give the timesteps, (S,), float64."""
+        gaps = CLOSEST + (self.first - CLOSEST * len(self.gaps)) * self.gaps.double().softmax(0)
+        return self.first - torch.cat([torch.zeros(1), gaps[:-1].cumsum(0)])
+
+    def table(self, timesteps: Tensor) -> solvers.Table:
+        """Give the solver's table at some timesteps, by the factors."""
+        plain = solvers.coefficients(self.start.solver, timesteps, self.start.schedule, order=self.start.order,
+                                     final_sigma=self.start.final_sigma)
+        return solvers.Table(plain.from_x, plain.from_output, plain.a, plain.b * self.factors, plain.A, plain.B)
+
+    def forward(self, model: nn.Module, noise: Tensor, precision: str) -> Tensor:
+        """Sample images, (n, C, H, W), of noise alike; differentiable in the weights."""
+        timesteps, conditions = self.timesteps(), Conditions.drawn(model, noise)
+        table, state, x_t = self.table(timesteps), (), noise
+
+        def predict(x_t: Tensor, step: int, **given: Tensor) -> Tensor:
+            t = timesteps[step].to(x_t).expand(len(x_t))
+            return model(x_t, timestep=t, **given).sample[:, :x_t.shape[1]]
+
+        for step in range(self.start.steps):
+            call = partial(conditions.predict, predict) if conditions else predict
+            with sampling.autocast(x_t.device, precision):
+                output = checkpoint(call, x_t, step, use_reentrant=False, preserve_rng_state=False)
+            x_t, state = solvers.advance(table, step, x_t, output.to(x_t.dtype), state)
+        return x_t.float()
+
+    @torch.no_grad()
+    def plan(self) -> Plan:
+        """Give the plan of the weights as they are."""
+        timesteps = self.timesteps()
+        about = {"timesteps": tuple(timesteps.tolist()), "provenance": {"method": "learned steps"}}
+        if self.factors.requires_grad:
+            table = self.table(timesteps)
+            rows = {name: tuple(map(tuple, getattr(table, name).tolist())) for name in ("b", "B")
+                    if getattr(table, name) is not None}
+            ends = {name: tuple(getattr(table, name).tolist()) for name in ("a", "A")
+                    if getattr(table, name) is not None}
+            about |= {"solver": "learned", "table": Learned(quantity=solvers.QUANTITIES[self.start.solver],
+                                                            **rows, **ends)}
+        return self.start.replace(**about)
+
+
+def learn(model: nn.Module, start: Plan, noise: Tensor, wanted: Tensor, look: Callable[[Tensor], Tensor],
+          recipe: Recipe, *, precision: str, work: Path, title: str = "steps") -> tuple[Plan, list[dict]]:
+    """Learn steps whose images look as wanted, from the same noise. A killed training goes on.
+
+    Parameters
+    ----------
+    model : of the blocks and noise schedule of `start`
+    start : Plan, full: the few steps to begin with
+    noise, wanted : Tensor, (n, C, H, W), all that the training sees: noise, and the images that many steps make of it
+    look : callable(images) -> Tensor, (n, D); what is compared, differentiable
+    work : Path, of the training's state
+
+    Returns
+    -------
+    plan, history : the learned plan, and what `lib.teachers.training.train` gives
+    """
+    device, steps = next(model.parameters()).device, Steps(start, recipe.coefficients)
+    with torch.no_grad():
+        seen = torch.cat([look(few.to(device)) for few in wanted.split(250)])
+
+    def loss(steps: Steps, generator: torch.Generator, _: float) -> Tensor:
+        rows = torch.randint(len(noise), (recipe.batch,), generator=generator)
+        return (look(steps(model, noise[rows].to(device), precision)) - seen[rows]).square().mean()
+
+    history = train(steps, loss, steps=recipe.updates, lr=recipe.learning_rate, ema_decay=0.9, seed=recipe.seed,
+                    device=device.type, precision="fp32", work=work, save_every=20, warmup=5, title=title)
+    plan = steps.plan()
+    return plan.replace(provenance=plan.provenance | asdict(recipe) | {"from": list(start.timesteps)}), history
+
+
+@torch.inference_mode()
+def shortest(model: nn.Module, schedule: SchedulerMixin, teacher: Plan, steps: int, noise: Tensor, order: int, *,
+             precision: str) -> Plan:
+    """Keep those of a teacher's timesteps over which first-order steps err least in all: a shortest path.
+
+    One run of the teacher gives x_t on its way and the outputs there. The price of a jump from i to j is how far one
+    DDIM step from x_i ends from x_j; prices add up along a path (GITS, section 3.3, without its weights).
+
+    Parameters
+    ----------
+    teacher : Plan, full
+    steps : int, timesteps to keep, from 1 to the teacher's
+    order : int, of DPM-Solver++, which then walks them
+
+    Returns
+    -------
+    plan : Plan, full
+    """
+    price = jumps(model, schedule, teacher, noise, precision)
+    total = np.full((steps + 1, teacher.steps + 1), np.inf)  # of the best path of so many jumps to a place
+    came, total[0, 0] = np.zeros(total.shape, int), 0.0
+    for jump in range(1, steps + 1):
+        ways = total[jump - 1][:, None] + price
+        came[jump], total[jump] = ways.argmin(axis=0), ways.min(axis=0)
+    place, kept = teacher.steps, []
+    for jump in range(steps, 0, -1):
+        place = came[jump, place]
+        kept.append(teacher.timesteps[place])
+    return teacher.at(kept[::-1], solver="dpmsolver++", order=order, table=None,
+                      provenance={"method": "shortest path", "steps": steps})
+
+
+@torch.inference_mode()
+def jumps(model: nn.Module, schedule: SchedulerMixin, teacher: Plan, noise: Tensor, precision: str) -> np.ndarray:
+    """Give the prices of jumps between a teacher's places, (T + 1, T + 1), the last of which is the image.
+
+    The mean over images of the distance (root of the sum of squares) of where the jump ends from where the teacher
+    walks; infinite where a jump would go back.
+    """
+    device, fits = next(model.parameters()).device, NoiseSchedule.of(schedule)
+    x_t, state, path, outputs = noise.to(device), (), [noise.to(device)], []
+    conditions = Conditions.drawn(model, noise)
+    with Engine(model, teacher, fits) as engine, sampling.autocast(device, precision):
+        predict = partial(conditions.predict, engine) if conditions else engine
+        for step in range(teacher.steps):
+            outputs.append(predict(x_t, step).to(x_t.dtype))
+            x_t, state = solvers.advance(engine.solver, step, x_t, outputs[-1], state)
+            path.append(x_t)
+    ddim = solvers.coefficients("ddim", teacher.timesteps, fits, order=1)
+    alpha, sigma = (torch.cat([level, end[None]]) for level, end in zip(
+        solvers.noise_levels(teacher.timesteps, fits), torch.tensor([1.0, 0.0], dtype=torch.float64)))
+    price = np.full((len(path), len(path)), np.inf)
+    for i, (x_t, output) in enumerate(zip(path, outputs)):
+        data = ddim.from_x[i] * x_t + ddim.from_output[i] * output
+        for j in range(i + 1, len(path)):
+            there = sigma[j] / sigma[i] * (x_t - alpha[i] * data) + alpha[j] * data
+            price[i, j] = float((there - path[j]).flatten(1).norm(dim=1).mean())
+    return price
