@@ -9,7 +9,7 @@ from lib.study import figures
 
 def rows(**columns):
     table = pd.DataFrame({"name": ["a", "b", "c"], "family": ["DDIM, uniform", "DDIM, uniform", "line"],
-                          "macs_ratio": [1.0, 2.0, 4.0], **columns})
+                          "macs_ratio": [1.0, 2.0, 4.0], "honest_factor": [0.5, 1.0, 2.0], **columns})
     for name in columns:
         table[f"{name}_low"], table[f"{name}_high"] = table[name] - 0.3, table[name] + 0.3
     return table

@@ -23,7 +23,7 @@ def moved(start, coefficients, seed=0):
     with torch.no_grad():
         steps.gaps += 0.3 * torch.randn(steps.gaps.shape, generator=generator)
         if coefficients:
-            steps.factors += 0.05 * torch.randn(steps.factors.shape, generator=generator)
+            steps.changes += 0.5 * torch.randn(steps.changes.shape, generator=generator)
     return steps
 
 
@@ -68,7 +68,7 @@ def test_the_gradient_is_that_of_finite_differences(unet, teacher, noise):
         return (steps(unet, noise, "fp32") - aim).square().mean()
 
     loss().backward()
-    for weight in (steps.gaps, steps.factors):
+    for weight in (steps.gaps, steps.changes):
         for place in range(0, weight.numel(), 3):
             with torch.no_grad():
                 flat, values = weight.view(-1), []

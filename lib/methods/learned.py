@@ -25,6 +25,8 @@ from lib.teachers.training import train
 
 CLOSEST = 0.1
 """No two steps begin closer than this, in timesteps, nor the last one to the image."""
+PACE = 0.1
+"""Coefficients move so many times as far as the logarithms of gaps: errors of theirs add up over the steps."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Recipe:
 
 
 class Steps(nn.Module):
-    """The timesteps of a plan, and factors of its solver's coefficients, as weights.
+    """The timesteps of a plan, and changes of its solver's coefficients, as weights.
 
     The first timestep stays; the gaps between the steps, the last of which ends at the image, are shares of it (a
     softmax, as in LD3).
@@ -55,7 +57,7 @@ class Steps(nn.Module):
     Parameters
     ----------
     start : Plan, full, of at least 2 steps and one pass
-    coefficients : bool, let the factors be learned
+    coefficients : bool, let what the coefficients are multiplied by be learned
 
     Raises
     ------
@@ -73,7 +75,7 @@ class Steps(nn.Module):
         self.first = float(t[0])
         gaps = t - torch.cat([t[1:], torch.zeros(1)])
         self.gaps = nn.Parameter((gaps - CLOSEST).clamp(min=1e-3).log().float())
-        self.factors = nn.Parameter(torch.ones(solvers.of(start).b.shape), requires_grad=coefficients)
+        self.changes = nn.Parameter(torch.zeros(solvers.of(start).b.shape), requires_grad=coefficients)
 
     def timesteps(self) -> Tensor:
         """Give the timesteps, (S,), float64."""
@@ -81,10 +83,11 @@ class Steps(nn.Module):
         return self.first - torch.cat([torch.zeros(1), gaps[:-1].cumsum(0)])
 
     def table(self, timesteps: Tensor) -> solvers.Table:
-        """Give the solver's table at some timesteps, by the factors."""
+        """Give the solver's table at some timesteps, with its coefficients changed."""
         plain = solvers.coefficients(self.start.solver, timesteps, self.start.schedule, order=self.start.order,
                                      final_sigma=self.start.final_sigma)
-        return solvers.Table(plain.from_x, plain.from_output, plain.a, plain.b * self.factors, plain.A, plain.B)
+        b = plain.b * (1 + PACE * self.changes)
+        return solvers.Table(plain.from_x, plain.from_output, plain.a, b, plain.A, plain.B)
 
     def forward(self, model: nn.Module, noise: Tensor, precision: str) -> Tensor:
         """Sample images, (n, C, H, W), of noise alike; differentiable in the weights."""
@@ -107,7 +110,7 @@ class Steps(nn.Module):
         """Give the plan of the weights as they are."""
         timesteps = self.timesteps()
         about = {"timesteps": tuple(timesteps.tolist()), "provenance": {"method": "learned steps"}}
-        if self.factors.requires_grad:
+        if self.changes.requires_grad:
             table = self.table(timesteps)
             rows = {name: tuple(map(tuple, getattr(table, name).tolist())) for name in ("b", "B")
                     if getattr(table, name) is not None}

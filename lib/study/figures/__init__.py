@@ -29,7 +29,8 @@ CONTROLS = {"DDIM, uniform": ("0.45", "o", "-"), "DDIM, quadratic": ("0.6", "s",
             "searched steps": ("0.0", ">", ""), "random search": ("0.7", "1", ""),
             "random search, extended": ("0.7", "2", ""), "mutation alone": ("0.6", "+", ""),
             "learned steps": ("0.0", "*", ""), "learned coefficients": ("0.45", "*", ""),
-            "shortest path": ("0.3", "d", ""), "genetic search": ("0.55", "3", ""),
+            "shortest path": ("0.3", "d", ""), "learned steps (teacher)": ("0.0", "*", ""),
+            "learned steps (student)": ("0.35", "*", ""), "genetic search": ("0.55", "3", ""),
             "genetic search, columns": ("0.35", "4", ""), "columns (whole steps)": ("0.25", "|", ""),
             "annealed columns (whole steps)": ("0.5", "_", ""), "searched steps (teacher)": ("0.0", ">", ""),
             "searched steps (student)": ("0.35", ">", ""), "thin": ("0.5", "p", ""), "random": ("0.7", "x", ""),
@@ -276,8 +277,8 @@ def front(table: pd.DataFrame) -> Figure:
     axes.set(xscale="log", xlabel="times fewer executed MACs than the teacher", ylabel=ylabel)
     plain_logarithm(axes.xaxis)
     share = (table["honest_factor"] / table["macs_ratio"]).median()
-    honest = axes.secondary_xaxis(-0.17, functions=(lambda ratio: ratio * share, lambda factor: factor / share))
-    honest.set_xlabel("times fewer than the fewest steps that are surely at most 5 % worse (honest factor)")
+    honest = axes.secondary_xaxis(-0.23, functions=(lambda ratio: ratio * share, lambda factor: factor / share))
+    honest.set_xlabel("honest factor: over the fewest steps that are surely at most 5 % worse")
     plain_logarithm(honest.xaxis)
     scores(axes.yaxis, axes.set_yscale, table, value)
     axes.legend(fontsize=6, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
