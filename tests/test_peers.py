@@ -1,10 +1,12 @@
 """Peers: others' caches give the images of our plans; torch-pruning makes a network of the cost that was asked."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from lib.grid import blocks, cost, sampling
-from lib.grid.plan import NoiseSchedule, Plan, trailing
+from lib.grid.plan import LINE, NoiseSchedule, Plan, trailing
 from lib.methods import peers
 from lib.teachers import networks
 
@@ -32,21 +34,41 @@ def test_deepcache_gives_the_images_of_our_plan(unet, schedule, teacher, noise, 
     assert (interval == 1) == torch.equal(ours, plain)
 
 
-@pytest.mark.parametrize("cached", [peers.first_block_caching, peers.dbcache])
-def test_what_a_transformers_cache_ran_is_a_plan_of_the_same_images(cached, schedule):
+@pytest.fixture(scope="module")
+def dit():
     torch.manual_seed(0)
     model = networks.transformer((1, 16, 16), 16, 4, 2, 4, 10).eval().requires_grad_(False)
     for weight in model.parameters():  # blocks that begin as the identity have nothing to reuse
         if not weight.any():
             weight.normal_(std=0.05)
-    fits, described, noise = NoiseSchedule.of(schedule), blocks.describe(model), torch.randn(3, 1, 16, 16)
-    full = Plan.full(trailing(20, fits.train_timesteps), fits, described.names, cache=described.cache)
-    whole, images = cached(model, full, 0.0, noise)
+    return model
+
+
+def twenty(dit, schedule):
+    fits = NoiseSchedule.of(schedule)
+    return Plan.full(trailing(20, fits.train_timesteps), fits, blocks.describe(dit).names, cache="residual")
+
+
+@pytest.mark.parametrize("cached", [peers.first_block_caching, peers.dbcache, partial(peers.dbcache, forecast=True)])
+def test_what_a_transformers_cache_ran_is_a_plan_of_the_same_images(dit, cached, schedule):
+    full, noise = twenty(dit, schedule), torch.randn(3, 1, 16, 16)
+    whole, images = cached(dit, full, 0.0, noise)
     assert whole.computes.all()
-    torch.testing.assert_close(images, sampling.sample(model, schedule, full, noise))
-    plan, images = cached(model, full, 0.3, noise)
+    torch.testing.assert_close(images, sampling.sample(dit, schedule, full, noise))
+    plan, images = cached(dit, full, 0.3, noise)
     assert plan.computes[:, 0].all() and plan.computes[0].all() and not plan.computes.all()
     assert (plan.computes[:, 1:] == plan.computes[:, 1:2]).all(), "the blocks behind the first run all, or none"
-    torch.testing.assert_close(images, sampling.sample(model, schedule, plan, noise), rtol=1e-4, atol=1e-4)
-    again = sampling.sample(model, schedule, full, noise)
-    torch.testing.assert_close(again, cached(model, full, 0.0, noise)[1])  # the model is as it was
+    torch.testing.assert_close(images, sampling.sample(dit, schedule, plan, noise), rtol=1e-4, atol=1e-4)
+    again = sampling.sample(dit, schedule, full, noise)
+    torch.testing.assert_close(again, cached(dit, full, 0.0, noise)[1])  # the model is as it was
+
+
+@pytest.mark.parametrize("interval", [2, 5])
+def test_taylorseer_is_a_plan_that_forecasts_the_whole_output(dit, schedule, interval):
+    full, noise = twenty(dit, schedule), torch.randn(3, 1, 16, 16)
+    plan, images = peers.taylorseer(dit, full, interval, noise)
+    computing = [step for step in range(20) if step < 3 or (step - 4) % interval == 0]
+    assert plan.computes.all(axis=1).nonzero()[0].tolist() == computing
+    assert [step for step in range(20) if plan.net[0][step] != LINE] == computing and plan.abscissa == "step"
+    assert cost.count(dit).executed(plan) == len(computing) * cost.count(dit).call
+    torch.testing.assert_close(images, sampling.sample(dit, schedule, plan, noise), rtol=1e-4, atol=1e-4)

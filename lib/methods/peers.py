@@ -8,8 +8,15 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import CacheMixin, DDIMScheduler, FirstBlockCacheConfig, ModelMixin, UNet2DModel
-from diffusers.hooks import apply_first_block_cache
+from diffusers import (
+    CacheMixin,
+    DDIMScheduler,
+    FirstBlockCacheConfig,
+    ModelMixin,
+    TaylorSeerCacheConfig,
+    UNet2DModel,
+)
+from diffusers.hooks import apply_first_block_cache, apply_taylorseer_cache
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
@@ -17,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lib.grid import blocks, cost, sampling, solvers
-from lib.grid.plan import Plan
+from lib.grid.plan import COMPUTE, HOLD, LINE, Plan
 
 
 @torch.inference_mode()
@@ -71,23 +78,55 @@ def first_block_caching(model: ModelMixin, teacher: Plan, threshold: float, nois
     return _executed(model, teacher, noise, enable, method="first-block caching", threshold=threshold)
 
 
-def dbcache(model: ModelMixin, teacher: Plan, threshold: float, noise: Tensor
+def dbcache(model: ModelMixin, teacher: Plan, threshold: float, noise: Tensor, forecast: bool = False
             ) -> tuple[Plan, Tensor]:
-    """Sample with the `cache-dit` package (DBCache, one block computed first) as `first_block_caching` does."""
+    """Sample with the `cache-dit` package (DBCache, one block computed first) as `first_block_caching` does.
+
+    Parameters
+    ----------
+    forecast : bool, what is reused is forecast by a line over the steps (the package's TaylorSeer calibrator, order 1)
+    """
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # read when it is imported
     import cache_dit
 
     def enable(cached: ModelMixin) -> None:
         config = cache_dit.DBCacheConfig(num_inference_steps=teacher.steps, residual_diff_threshold=threshold,
                                          Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=1)
-        cache_dit.enable_cache(cached, cache_config=config)
+        line = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1) if forecast else None
+        cache_dit.enable_cache(cached, cache_config=config, calibrator_config=line)
 
-    return _executed(model, teacher, noise, enable, method="cache-dit", threshold=threshold)
+    about = {"method": "cache-dit", "threshold": threshold}
+    plan, images = _executed(model, teacher, noise, enable, LINE if forecast else HOLD, **about)
+    cells = plan.cells
+    begun = next((step for step in range(3, plan.steps) if plan.computes[step].all()), plan.steps)
+    cells[:begun][cells[:begun] == LINE] = HOLD  # its lines begin with what is computed at the fourth step or later
+    return plan.with_cells(cells, **about), images
+
+
+def taylorseer(model: ModelMixin, teacher: Plan, interval: int, noise: Tensor) -> tuple[Plan, Tensor]:
+    """Sample with diffusers' TaylorSeer cache (Liu et al. 2025) of order 1, in its lite mode, as `dbcache` does.
+
+    The first three steps and then every `interval`-th compute; between, the network's whole output is forecast by a
+    line over the steps. (By its defaults it forecasts what attention gives, which is no cell of ours; its order 2 is no
+    parabola.)
+
+    Parameters
+    ----------
+    model : a DiTTransformer2DModel
+    """
+    def enable(cached: ModelMixin) -> None:
+        apply_taylorseer_cache(cached, TaylorSeerCacheConfig(
+            cache_interval=interval, max_order=1, taylor_factors_dtype=torch.float32,
+            cache_identifiers=["proj_out_2"], skip_predict_identifiers=[r"transformer_blocks\.\d+"]))
+
+    plan, images = _executed(model, teacher, noise, enable)
+    return plan.with_cells(plan.cells, np.where(plan.computes.all(axis=1), COMPUTE, LINE), method="TaylorSeer",
+                           interval=interval), images
 
 
 @torch.inference_mode()
-def _executed(model: ModelMixin, teacher: Plan, noise: Tensor,
-              enable: Callable[[ModelMixin], None], **provenance) -> tuple[Plan, Tensor]:
+def _executed(model: ModelMixin, teacher: Plan, noise: Tensor, enable: Callable[[ModelMixin], None],
+              reuse: int = HOLD, **provenance) -> tuple[Plan, Tensor]:
     """Sample with another's cache on a copy of a transformer, and note which blocks ran at which step."""
     cached, described, cells = copy.deepcopy(model), blocks.describe(model), np.zeros_like(teacher.computes)
     for place, block in enumerate(described):
@@ -103,7 +142,8 @@ def _executed(model: ModelMixin, teacher: Plan, noise: Tensor,
         for step, t in enumerate(teacher.timesteps):
             predicted = cached(x_t, torch.tensor(t, device=x_t.device).expand(len(x_t)), **given).sample
             x_t, state = solvers.advance(table, step, x_t, predicted[:, :x_t.shape[1]], state)
-    return teacher.with_cells(cells, **provenance), x_t.cpu()
+    cells = np.where(cells, COMPUTE, reuse)
+    return teacher.replace(abscissa="step").with_cells(cells, **provenance), x_t.cpu()
 
 
 def diff_pruning(model: UNet2DModel, images: Tensor, schedule: DDIMScheduler, share: float, *, seed: int,

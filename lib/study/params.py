@@ -317,6 +317,7 @@ class Transformer(Common):
     pruner_rate: float = Field(gt=0)  # of SGD, with a cosine
     annealed_rate: float = Field(gt=0)  # root mean square of a step of the annealed pruner's logits
     thresholds: list[Annotated[float, Field(gt=0)]]  # of the caches that decide while they run
+    intervals: list[Annotated[int, Field(ge=2)]]  # of TaylorSeer, steps between two full ones
     latency_batch: Positive
     latency_repeats: int = Field(ge=5)
 

@@ -35,7 +35,8 @@ CONTROLS = {"DDIM, uniform": ("0.45", "o", "-"), "DDIM, quadratic": ("0.6", "s",
             "annealed columns (whole steps)": ("0.5", "_", ""), "searched steps (teacher)": ("0.0", ">", ""),
             "searched steps (student)": ("0.35", ">", ""), "thin": ("0.5", "p", ""), "random": ("0.7", "x", ""),
             "global, raw": ("0.4", "2", ""), "global, relative": ("0.6", "1", ""), "torch-pruning": ("0.3", "H", ""),
-            "first-block caching": ("0.35", "^", "--"), "cache-dit": ("0.6", "v", ":")}
+            "first-block caching": ("0.35", "^", "--"), "cache-dit": ("0.6", "v", ":"),
+            "cache-dit, line": ("0.6", "<", ":"), "TaylorSeer": ("0.2", "X", ":")}
 OTHER = ("0.6", "v", "--")
 """Grey, marker and line of each control, and of one that has none of its own."""
 KINDS = {"null": "white", "partial": sns.color_palette("pastel")[0], "full": PALETTE[0]}
