@@ -36,13 +36,14 @@ class Recipe:
     Attributes
     ----------
     updates, batch : int; of AdamW, and images of each, drawn from the noise that is given
+        Some images weigh so much more than others that batches jump: with no more noise than a batch all see all.
     learning_rate : float, of the logarithms of the gaps between steps, with a cosine
     coefficients : bool, learn what each of the solver's coefficients is multiplied by, too
     seed : int, of the batches
     """
 
     updates: int
-    batch: int = 16
+    batch: int = 64
     learning_rate: float = 0.03
     coefficients: bool = False
     seed: int = 0
@@ -142,7 +143,7 @@ def learn(model: nn.Module, start: Plan, noise: Tensor, wanted: Tensor, look: Ca
         seen = torch.cat([look(few.to(device)) for few in wanted.split(250)])
 
     def loss(steps: Steps, generator: torch.Generator, _: float) -> Tensor:
-        rows = torch.randint(len(noise), (recipe.batch,), generator=generator)
+        rows = torch.randperm(len(noise), generator=generator)[:recipe.batch]
         return (look(steps(model, noise[rows].to(device), precision)) - seen[rows]).square().mean()
 
     history = train(steps, loss, steps=recipe.updates, lr=recipe.learning_rate, ema_decay=0.9, seed=recipe.seed,
