@@ -94,7 +94,7 @@ def test_they_learn_to_look_like_many_steps(unet, schedule, teacher, tmp_path, c
     start, noise = Plan.few_steps(3, "uniform", teacher, 1), sampling.noise("search", 0, 0, 16, (1, 16, 16))
     recipe = learned.Recipe(updates=25, batch=8, learning_rate=0.05, coefficients=coefficients)
     wanted = sampling.sample(unet, schedule, teacher, noise)
-    found = [learned.learn(unet, start, noise, wanted, lambda images: images.flatten(1), recipe, precision="fp32",
+    found = [learned.learn(unet, start, noise, wanted, lambda images: (images.flatten(1),), recipe, precision="fp32",
                            work=tmp_path / name) for name in ("one", "two")]
     (plan, history), (again, _) = found
     assert plan.key == again.key and history[-1]["loss"] < history[0]["loss"]

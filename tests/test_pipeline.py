@@ -285,8 +285,12 @@ def test_a_stage_leaves_the_processors_that_others_keep_busy(monkeypatch, capsys
     monkeypatch.setattr(stage.psutil, "cpu_count", lambda: 4)
     monkeypatch.setattr(stage.psutil, "cpu_percent", lambda interval: percent)
     assert stage.free_processors() == left
-    stage.Stage("00_teacher_training", params.load("smoke")["00_teacher_training"])
-    assert torch.get_num_threads() == min(2, left)
+    before = torch.get_num_threads()
+    try:
+        stage.Stage("00_teacher_training", params.load("smoke")["00_teacher_training"])
+        assert torch.get_num_threads() == min(2, left)
+    finally:
+        torch.set_num_threads(before)  # the tests after this one
     assert ("1 of 2 threads" in capsys.readouterr().out) == (left < 2)
 
 

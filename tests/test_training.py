@@ -66,6 +66,18 @@ def fit(model, loss, work, **options):
     return train(model, loss, **settings | options)
 
 
+def test_trainings_of_one_process_may_differ_in_precision(tmp_path):
+    seen = []
+
+    def loss(model, generator, way):
+        seen.append(model(torch.ones(1, 4)).dtype)
+        return model(torch.ones(1, 4)).float().square().mean()
+
+    for precision in ("bf16", "fp32", "bf16"):
+        fit(nn.Linear(4, 4), loss, tmp_path / f"{len(seen)}", steps=1, precision=precision)
+    assert seen == [torch.bfloat16, torch.float32, torch.bfloat16]
+
+
 def test_a_resumed_optimisers_moments_lie_as_the_weights_do(tmp_path):
     """The fused optimiser, on CUDA, refuses any other layout."""
     def model():

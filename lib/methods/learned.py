@@ -122,7 +122,7 @@ class Steps(nn.Module):
         return self.start.replace(**about)
 
 
-def learn(model: nn.Module, start: Plan, noise: Tensor, wanted: Tensor, look: Callable[[Tensor], Tensor],
+def learn(model: nn.Module, start: Plan, noise: Tensor, wanted: Tensor, extractor: Callable[[Tensor], tuple],
           recipe: Recipe, *, precision: str, work: Path, title: str = "steps") -> tuple[Plan, list[dict]]:
     """Learn steps whose images look as wanted, from the same noise. A killed training goes on.
 
@@ -131,8 +131,8 @@ def learn(model: nn.Module, start: Plan, noise: Tensor, wanted: Tensor, look: Ca
     model : of the blocks and noise schedule of `start`
     start : Plan, full: the few steps to begin with
     noise, wanted : Tensor, (n, C, H, W), all that the training sees: noise, and the images that many steps make of it
-    look : callable(images) -> Tensor, (n, D); what is compared, differentiable
-    work : Path, of the training's state
+    extractor : callable(images), whose first output, (n, D), is what is compared; differentiable
+    work : Path, of the training's state; each start of one model may have the same
 
     Returns
     -------
@@ -140,14 +140,14 @@ def learn(model: nn.Module, start: Plan, noise: Tensor, wanted: Tensor, look: Ca
     """
     device, steps = next(model.parameters()).device, Steps(start, recipe.coefficients)
     with torch.no_grad():
-        seen = torch.cat([look(few.to(device)) for few in wanted.split(250)])
+        seen = torch.cat([extractor(few.to(device))[0] for few in wanted.split(250)])
 
     def loss(steps: Steps, generator: torch.Generator, _: float) -> Tensor:
         rows = torch.randperm(len(noise), generator=generator)[:recipe.batch]
-        return (look(steps(model, noise[rows].to(device), precision)) - seen[rows]).square().mean()
+        return (extractor(steps(model, noise[rows].to(device), precision))[0] - seen[rows]).square().mean()
 
     history = train(steps, loss, steps=recipe.updates, lr=recipe.learning_rate, ema_decay=0.9, seed=recipe.seed,
-                    device=device.type, precision="fp32", work=work, save_every=20, warmup=5, title=title)
+                    device=device.type, precision="fp32", work=work / start.key, save_every=20, warmup=5, title=title)
     plan = steps.plan()
     return plan.replace(provenance=plan.provenance | asdict(recipe) | {"from": list(start.timesteps)}), history
 

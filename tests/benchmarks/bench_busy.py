@@ -66,5 +66,4 @@ def test_a_busy_machine(work):
              for name, neighbour in BESIDE.items()}
     print()
     for (threads, name), time in found.items():
-        print(f"{threads} thread{'s'[:threads - 1]} {name}: {time:.3f} s, "
-              f"{time / found[2, 'alone']:.2f} times as long as two alone")
+        print(f"threads: {threads}, {name}: {time:.3f} s, {time / found[2, 'alone']:.2f} times as long as two alone")
