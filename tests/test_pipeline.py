@@ -167,7 +167,7 @@ def test_code_of_a_notebook_re_runs_its_stage(project, change):
 
 
 def test_a_parameter_re_runs_the_stages_that_know_it(project, change):
-    change("params/smoke.yaml", "trials: 8", "trials: 9")
+    change("params/smoke.yaml", "workers: 1", "workers: 2")
     assert changed(project) == {"04_schedule_search"}
     change("params/smoke.yaml", "seed: 0", "seed: 1")
     assert changed(project) == set(STAGES)
