@@ -1,5 +1,6 @@
 """Learned steps: they begin as the plan they begin with, sample as the plan they end in, and learn; shortest paths."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -101,6 +102,17 @@ def test_they_learn_to_look_like_many_steps(unet, schedule, teacher, tmp_path, c
     fresh = sampling.noise("select", 0, 0, 16, (1, 16, 16))
     many, few, better = (sampling.sample(unet, schedule, one, fresh) for one in (teacher, start, plan))
     assert (better - many).square().mean() < 0.9 * (few - many).square().mean(), "on noise it has not seen, too"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_they_learn_on_cuda(unet, schedule, teacher, noise, tmp_path):
+    moved, start = copy.deepcopy(unet).cuda(), Plan.few_steps(3, "uniform", teacher, 2)
+    wanted, recipe = sampling.sample(moved, schedule, teacher, noise), learned.Recipe(updates=3, coefficients=True)
+    plan, _ = learned.learn(moved, start, noise, wanted, lambda images: (images.flatten(1),), recipe, precision="fp32",
+                            work=tmp_path)
+    assert plan.timesteps != start.timesteps
+    paths = [learned.shortest(one, schedule, teacher, 4, noise, 2, precision="fp32") for one in (unet, moved)]
+    assert paths[0].timesteps == paths[1].timesteps
 
 
 @pytest.mark.parametrize(("start", "message"), [

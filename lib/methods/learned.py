@@ -53,7 +53,7 @@ class Steps(nn.Module):
     """The timesteps of a plan, and changes of its solver's coefficients, as weights.
 
     The first timestep stays; the gaps between the steps, the last of which ends at the image, are shares of it (a
-    softmax, as in LD3).
+    softmax, as in LD3). The weights may lie on any device; the timesteps and the table that they give lie on the CPU.
 
     Parameters
     ----------
@@ -80,14 +80,14 @@ class Steps(nn.Module):
 
     def timesteps(self) -> Tensor:
         """Give the timesteps, (S,), float64."""
-        gaps = CLOSEST + (self.first - CLOSEST * len(self.gaps)) * self.gaps.double().softmax(0)
+        gaps = CLOSEST + (self.first - CLOSEST * len(self.gaps)) * self.gaps.cpu().double().softmax(0)
         return self.first - torch.cat([torch.zeros(1), gaps[:-1].cumsum(0)])
 
     def table(self, timesteps: Tensor) -> solvers.Table:
         """Give the solver's table at some timesteps, with its coefficients changed."""
         plain = solvers.coefficients(self.start.solver, timesteps, self.start.schedule, order=self.start.order,
                                      final_sigma=self.start.final_sigma)
-        b = plain.b * (1 + PACE * self.changes)
+        b = plain.b * (1 + PACE * self.changes.cpu())
         return solvers.Table(plain.from_x, plain.from_output, plain.a, b, plain.A, plain.B)
 
     def forward(self, model: nn.Module, noise: Tensor, precision: str) -> Tensor:

@@ -9,6 +9,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -18,8 +19,6 @@ from ruamel.yaml import YAML
 from traitlets.config import Config
 
 from lib.study import params, paths
-
-LOCAL_SOCKETS = Config(KernelManager={"transport": "ipc"})  # the kernel listens to no network
 
 
 def notebook(name: str, study: str) -> Path:
@@ -50,8 +49,10 @@ def notebook(name: str, study: str) -> Path:
     executed = paths.writable(paths.DATA / study / name) / "notebook.ipynb"
     os.environ.setdefault("TQDM_MININTERVAL", "10")  # a line of progress every ten seconds
     print(f"{name}, study {study}:", flush=True)
-    papermill.execute_notebook(source, executed, values, kernel_name="python3", cwd=paths.ROOT, progress_bar=False,
-                               stdout_file=sys.stdout, stderr_file=sys.stderr, config=LOCAL_SOCKETS)
+    with tempfile.TemporaryDirectory() as folder:  # the kernel listens to no network, and to no other notebook's runner
+        sockets = Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"})
+        papermill.execute_notebook(source, executed, values, kernel_name="python3", cwd=paths.ROOT, progress_bar=False,
+                                   stdout_file=sys.stdout, stderr_file=sys.stderr, config=sockets)
     copy = nbformat.read(executed, nbformat.NO_CONVERT)
     for part in (copy, *copy.cells):
         part.metadata.pop("papermill", None)

@@ -19,7 +19,7 @@ from lib.study import params, paths
 from lib.teachers import networks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-DEVICE, STEPS, ROUNDS = "cuda", 50, 21
+DEVICE, STEPS, ROUNDS = "cuda", 50, 9
 
 
 def stable_diffusion():
