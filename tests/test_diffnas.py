@@ -219,6 +219,47 @@ def test_the_smallest_tolerance_is_the_smallest(unet, tables):
         diffnas.smallest_tolerance(found, own, lambda _: False)
 
 
+def test_the_local_rule_may_go_by_another_price(unet, tables):
+    found = {level: table.assign(loss=table["loss"] + 0.01, seconds=-table["macs"])
+             for level, table in tables[0].items()}
+    own = diffnas.forms(unet)
+    slow = diffnas.local_search(found, own, 1e9, "seconds")
+    for table in found.values():
+        assert diffnas.pick(table, slow)["macs"] == table["macs"].max()
+    tolerance = diffnas.smallest_tolerance(found, own, lambda one: one == slow, "seconds")
+    assert diffnas.local_search(found, own, tolerance, "seconds") == slow
+
+
+def test_forms_are_timed_each_by_itself_and_once(unet, tmp_path, monkeypatch):
+    timed, at = [], diffnas.resolutions(unet)
+
+    def interleave(runs, repeats, title):
+        for form, run in runs.items():
+            block = run.func
+            assert diffnas.form_of(block) == form
+            timed.append((block.in_channels, form, tuple(run().shape[-2:])))
+        return {form: [3.0 * form.width, 1.0 * form.width, 2.0 * form.width] for form in runs}
+
+    monkeypatch.setattr(cost, "interleave", interleave)
+    arguments = {"images": 2, "repeats": 3, "precision": "fp32", "kept": tmp_path / "seconds.json"}
+    table = diffnas.form_seconds(unet, SPACE, **arguments)
+    found = diffnas.residuals(unet)
+    assert timed == [(found[path].in_channels, form, at[path]) for path in found for form in SPACE.of(found[path])]
+    assert table == {path: {form: 2.0 * form.width for form in SPACE.of(block)} for path, block in found.items()}
+    assert diffnas.form_seconds(unet, SPACE, **arguments) == table and len(timed) == sum(map(len, table.values()))
+
+
+def test_the_thin_network_is_the_thinnest_that_is_no_smaller(unet):
+    call = cost.count(unet).call
+    for least in (0.3 * call, 0.6 * call, call):
+        made = diffnas.thin(unet, least)
+        widths = list(made.config.block_out_channels)
+        assert cost.count(made).call >= least and all(a <= b for a, b in zip(widths, unet.config.block_out_channels))
+    assert widths == list(unet.config.block_out_channels), "for all of its MACs, the teacher itself"
+    with pytest.raises(ValueError, match="the teacher has fewer than"):
+        diffnas.thin(unet, call + 1)
+
+
 def test_a_reference_that_others_beat_spoils_no_tolerance(unet, tables):
     found, _ = tables
     own = {path: diffnas.forms(unet)[path] for table in found.values() for path in table["forms"][0]}

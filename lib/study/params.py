@@ -176,6 +176,8 @@ class BlockSearch(Common):
     tolerances: list[Annotated[float, Field(ge=1)]] = Field(min_length=1)  # of the reference's loss, for the sweep
     budgets: Annotated[list[Fraction], AfterValidator(_different)] = Field(
         min_length=1)  # shares of the teacher's MACs and parameters for which students are trained
+    prices: Annotated[list[Literal["macs", "seconds"]], AfterValidator(_different),
+                      _holds("macs", "the paper's")]  # by which the cheapest candidate is chosen
     training_seeds: Seeds  # trainings of each student and control
     select_images: int = Field(ge=70)  # images on which the student that goes on is chosen
     score_steps: int = Field(ge=2, le=1000)  # of DPM-Solver++, which samples every model
@@ -188,7 +190,7 @@ class JointLossAblation(Common):
 
     schedules: Annotated[list[Beta], AfterValidator(_different),
                          _holds("noise only", "with which all are compared")]  # of beta
-    choices: Annotated[list[Literal["global", "random", "torch-pruning"]],
+    choices: Annotated[list[Literal["global", "random", "torch-pruning", "thin"]],
                        AfterValidator(_different)]  # other ways to choose a student
     starts: Annotated[list[Literal["teacher", "fresh"]], AfterValidator(_different)]  # other weights to begin with
     targets: list[Literal["teacher"]]  # other targets of the noise loss
@@ -268,6 +270,8 @@ class Comparison(Common):
     """Parameters of 06_comparison."""
 
     keeps: list[Fraction] = Field(min_length=1)  # kept fractions of the teacher's MACs for composed plans
+    prices: Annotated[list[Literal["macs", "seconds"]], AfterValidator(_different),
+                      _holds("macs", "the papers'")]  # what the joint search keeps within the kept fraction
     partials: Positive  # most partial steps of a segment
     branches: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)  # choices of a segment's skip connection
     reuses: Annotated[list[Literal[0, 2, 3]], AfterValidator(_different), _holds(0, "to hold")
@@ -316,6 +320,10 @@ class Transformer(Common):
     pruner_batch: Positive  # images an update
     pruner_rate: float = Field(gt=0)  # of SGD, with a cosine
     annealed_rate: float = Field(gt=0)  # root mean square of a step of the annealed pruner's logits
+    claim_steps: list[Annotated[int, Field(ge=4, le=1000)]]  # T of the runs on which DiP-GO's claim is tested
+    claim_keeps: list[Fraction] = Field(min_length=1)  # kept fractions of their MACs
+    claim_rates: Annotated[list[Annotated[float, Field(gt=0)]], AfterValidator(_different),
+                           Field(min_length=1)]  # learning rates, of which the best on the select bank counts
     thresholds: list[Annotated[float, Field(gt=0)]]  # of the caches that decide while they run
     intervals: list[Annotated[int, Field(ge=2)]]  # of TaylorSeer, steps between two full ones
     latency_batch: Positive

@@ -5,11 +5,12 @@ each level (a resolution going down or up, the middle) can be trained and judged
 features out. A `Student` is a diffusers model of such blocks, and `supernet` holds all of them in one set of weights.
 """
 
-from lib.methods.diffnas.choice import global_search, local_search, pick, random_search, smallest_tolerance
+from lib.methods.diffnas.choice import global_search, local_search, pick, random_search, smallest_tolerance, thin
 from lib.methods.diffnas.levels import (
     Seen,
     candidates,
     form_macs,
+    form_seconds,
     level_errors,
     level_losses,
     level_table,
@@ -44,6 +45,7 @@ __all__ = [
     "draw",
     "form_macs",
     "form_of",
+    "form_seconds",
     "forms",
     "global_search",
     "joint_loss",
@@ -64,4 +66,5 @@ __all__ = [
     "student",
     "supernet",
     "supernet_loss",
+    "thin",
 ]

@@ -1,4 +1,4 @@
-"""Choosing an architecture: level by level, by an exact knapsack over sums, or at random."""
+"""Choosing an architecture: level by level, by an exact knapsack over sums, at random, or not at all (thin)."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
@@ -8,20 +8,22 @@ import pandas as pd
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from lib.grid import cost
 from lib.methods.diffnas.levels import form_macs, resolutions
 from lib.methods.diffnas.students import Architecture, Form, FormSpace, UNet, residuals
 from lib.methods.diffnas.supernets import draw
 
 
-def local_search(tables: Mapping[str, pd.DataFrame], own: Architecture, tolerance: float) -> dict[str, Form]:
+def local_search(tables: Mapping[str, pd.DataFrame], own: Architecture, tolerance: float, price: str = "macs"
+                 ) -> dict[str, Form]:
     """Take in each level, for itself, the cheapest architecture at most `tolerance` times as bad as the reference.
 
-    The reference is the teacher's own architecture with the supernet's weights.
+    The reference is the teacher's own architecture with the supernet's weights; `price` is a column of the tables.
     """
     chosen: dict[str, Form] = {}
     for table in tables.values():
         near = table[table["loss"] <= tolerance * pick(table, own)["loss"]]
-        chosen |= near.sort_values(["macs", "loss"])["forms"].iloc[0]
+        chosen |= near.sort_values([price, "loss"])["forms"].iloc[0]
     return chosen
 
 
@@ -31,10 +33,10 @@ def pick(table: pd.DataFrame, architecture: Architecture) -> pd.Series:
 
 
 def smallest_tolerance(tables: Mapping[str, pd.DataFrame], own: Architecture,
-                       fits: Callable[[Architecture], bool]) -> float:
-    """Give the least tolerance, at least 1, at which `local_search` finds an architecture that fits.
+                       fits: Callable[[Architecture], bool], price: str = "macs") -> float:
+    """Give the least tolerance, at least 1, at which `local_search` by a price finds an architecture that fits.
 
-    With a larger tolerance it costs fewer MACs; `fits` should follow these.
+    With a larger tolerance it has a lower price; `fits` should follow that.
 
     Raises
     ------
@@ -43,7 +45,7 @@ def smallest_tolerance(tables: Mapping[str, pd.DataFrame], own: Architecture,
     """
     steps = np.concatenate([table["loss"] / pick(table, own)["loss"] for table in tables.values()])
     steps = np.unique(np.maximum(1.0, steps)) * (1 + 1e-9)  # so that rounding leaves nobody out
-    place = bisect_left(steps, True, key=lambda tolerance: fits(local_search(tables, own, tolerance)))
+    place = bisect_left(steps, True, key=lambda tolerance: fits(local_search(tables, own, tolerance, price)))
     if place == len(steps):
         raise ValueError("not even the cheapest architecture is so small: raise the budget, or widen the space")
     return float(steps[place])
@@ -101,3 +103,23 @@ def random_search(model: UNet, space: FormSpace, budget: int, generator: torch.G
         if prices[path][other] < prices[path][chosen[path]]:
             chosen[path] = other
     return chosen
+
+
+def thin(teacher: UNet, least: int) -> UNet:
+    """Build the thinnest UNet of at least so many MACs a call whose widths are the teacher's, scaled alike.
+
+    Widths are multiples of the norm's groups, two channels a group at least. Weights are fresh.
+
+    Raises
+    ------
+    ValueError
+        If the teacher itself is smaller.
+    """
+    groups = teacher.config.norm_num_groups
+    scaled = [tuple(groups * max(2, round(scale * width / groups)) for width in teacher.config.block_out_channels)
+              for scale in np.arange(0.3, 1.01, 0.01)]
+    for widths in dict.fromkeys(scaled):
+        made = type(teacher).from_config(teacher.config, block_out_channels=widths)
+        if cost.count(made).call >= least:
+            return made
+    raise ValueError(f"the teacher has fewer than {least} MACs a call")

@@ -1,11 +1,14 @@
 """Levels judged one by one: the teacher's features in, and how far from the teacher's come out."""
 
+import copy
 import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
@@ -14,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from lib.grid import blocks
-from lib.methods.diffnas.students import Architecture, Form, FormSpace, UNet, residuals
+from lib.grid import blocks, cost, sampling
+from lib.methods.diffnas.students import Architecture, Form, FormSpace, UNet, residuals, shape
 from lib.methods.diffnas.supernets import choose
 
 
@@ -110,6 +113,36 @@ def searched_macs(model: UNet, architecture: Architecture) -> int:
     """Give the MACs of all searched parts of a network in an architecture, as in `form_macs`."""
     found, at = residuals(model), resolutions(model)
     return sum(form_macs(found[path], form, at[path]) for path, form in architecture.items())
+
+
+@torch.inference_mode()
+def form_seconds(model: UNet, space: FormSpace, images: int, repeats: int, *, precision: str, kept: Path
+                 ) -> dict[str, dict[Form, float]]:
+    """Measure the median seconds of each residual block in each of its forms, by itself, on the model's device.
+
+    Parameters
+    ----------
+    model : a teacher; time does not hang on the weights
+    images : int, of a batch
+    repeats : int, rounds in which all forms of a block take turns
+    kept : Path
+        A JSON file that keeps the table: what was measured once is not measured again, so one search has one table.
+    """
+    found, at = residuals(model), resolutions(model)
+    if not kept.exists():
+        seconds, device = {}, next(model.parameters()).device
+        with sampling.autocast(device, precision):
+            for path, block in found.items():
+                h = torch.randn(images, block.in_channels, *at[path], device=device)
+                embedded = torch.randn(images, block.time_emb_proj.in_features, device=device)
+                shaped = {form: copy.deepcopy(block) for form in space.of(block)}
+                for form, one in shaped.items():
+                    shape(one, form)
+                runs = {form: partial(one.to(device), h, embedded) for form, one in shaped.items()}
+                times = cost.interleave(runs, repeats, title=f"forms of {path}")
+                seconds[path] = [float(np.median(times[form])) for form in runs]
+        kept.write_text(json.dumps(seconds))
+    return {path: dict(zip(space.of(found[path]), some)) for path, some in json.loads(kept.read_text()).items()}
 
 
 class _Shared:
