@@ -415,6 +415,18 @@ def test_every_genome_of_the_free_space_is_a_plan(data):
     assert plan.steps == count + extra and plan.computes.all(axis=1).sum() == count and plan.order == genome["order"]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_steps_that_are_not_too_uneven_have_a_genome(teacher, described, seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.uniform(1, 6, rng.integers(2, 12))
+    wanted = 999 - (1000 * (np.cumsum(lengths) - lengths) / lengths.sum()).astype(int)
+    space = FreeSpace(teacher, described, (len(lengths), 20), (0, 1), 2, reuses=(HOLD, LINE))
+    genome = space.encode_steps(wanted, 2)
+    plan = space.decode(genome)
+    assert set(genome) == set(space.distributions()) and plan.order == 2 and plan.computes.all()
+    assert np.abs(np.subtract(plan.timesteps, wanted)).max() <= 1
+
+
 def test_power_and_lengths_move_the_steps(free):
     def steps(**genes):
         return free.decode(free.encode(4, 1) | genes).timesteps

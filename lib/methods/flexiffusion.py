@@ -8,7 +8,7 @@ segment's partial steps do with the deep feature may be a gene: hold it, as in t
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -190,6 +190,18 @@ class FreeSpace:
                            f"branch_{slot}": self.branches[0] if branch is None else branch}
                 genome |= dict.fromkeys(_reuse_gene(self.reuses, slot), reuse)
         return genome
+
+    def encode_steps(self, timesteps: Sequence[float], order: int) -> dict:
+        """Give the genome of full steps alone that begin nearest to some timesteps, the first at the noise."""
+        begins, nearest = (np.array(timesteps) + 1) / self.teacher.schedule.train_timesteps, {}
+        for power in np.linspace(0.0, 1.0, 41):
+            places = 1 - begins ** (1 / POWERS ** (2 * power - 1))
+            logs = np.log(np.diff([0.0, *places[1:], 1.0])) / np.log(LENGTHS)
+            genes = np.clip((1 + logs - (logs.min() + logs.max()) / 2) / 2, 0.0, 1.0)
+            genome = self.encode(len(timesteps), order) | {"power": float(power)}
+            genome |= {f"length_{slot}": float(gene) for slot, gene in enumerate(genes)}
+            nearest[np.abs(np.subtract(self.decode(genome).timesteps, timesteps)).max()] = genome
+        return nearest[min(nearest)]
 
     def known(self) -> list[dict]:
         """Give the known schedules to start from.

@@ -6,7 +6,7 @@ arXiv 2505.21114). `shortest` asks which of the teacher's own timesteps to keep 
 arXiv 2503.21774).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -152,10 +152,9 @@ def learn(model: nn.Module, start: Plan, noise: Tensor, wanted: Tensor, extracto
     return plan.replace(provenance=plan.provenance | asdict(recipe) | {"from": list(start.timesteps)}), history
 
 
-@torch.inference_mode()
-def shortest(model: nn.Module, schedule: SchedulerMixin, teacher: Plan, steps: int, noise: Tensor, order: int, *,
-             precision: str) -> Plan:
-    """Keep those of a teacher's timesteps over which first-order steps err least in all: a shortest path.
+def shortest(model: nn.Module, schedule: SchedulerMixin, teacher: Plan, counts: Sequence[int], noise: Tensor,
+             order: int, *, precision: str) -> dict[int, Plan]:
+    """Keep those of a teacher's timesteps over which first-order steps err least in all: shortest paths.
 
     One run of the teacher gives x_t on its way and the outputs there. The price of a jump from i to j is how far one
     DDIM step from x_i ends from x_j; prices add up along a path (GITS, section 3.3, without its weights).
@@ -163,25 +162,28 @@ def shortest(model: nn.Module, schedule: SchedulerMixin, teacher: Plan, steps: i
     Parameters
     ----------
     teacher : Plan, full
-    steps : int, timesteps to keep, from 1 to the teacher's
+    counts : sequence of int, how many timesteps to keep, each from 1 to the teacher's
     order : int, of DPM-Solver++, which then walks them
 
     Returns
     -------
-    plan : Plan, full
+    plans : dict of count to Plan, full
     """
     price = jumps(model, schedule, teacher, noise, precision)
-    total = np.full((steps + 1, teacher.steps + 1), np.inf)  # of the best path of so many jumps to a place
+    total = np.full((max(counts) + 1, teacher.steps + 1), np.inf)  # of the best path of so many jumps to a place
     came, total[0, 0] = np.zeros(total.shape, int), 0.0
-    for jump in range(1, steps + 1):
+    for jump in range(1, max(counts) + 1):
         ways = total[jump - 1][:, None] + price
         came[jump], total[jump] = ways.argmin(axis=0), ways.min(axis=0)
-    place, kept = teacher.steps, []
-    for jump in range(steps, 0, -1):
-        place = came[jump, place]
-        kept.append(teacher.timesteps[place])
-    return teacher.at(kept[::-1], solver="dpmsolver++", order=order, table=None,
-                      provenance={"method": "shortest path", "steps": steps})
+    plans = {}
+    for steps in counts:
+        place, kept = teacher.steps, []
+        for jump in range(steps, 0, -1):
+            place = came[jump, place]
+            kept.append(teacher.timesteps[place])
+        plans[steps] = teacher.at(kept[::-1], solver="dpmsolver++", order=order, table=None,
+                                  provenance={"method": "shortest path", "steps": steps})
+    return plans
 
 
 @torch.inference_mode()
