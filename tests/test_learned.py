@@ -149,6 +149,8 @@ def test_shortest_paths_are_those_of_trying_all(unet, schedule, teacher, noise):
     def length(kept):
         return sum(price[a, b] for a, b in itertools.pairwise((*kept, 10)))
 
+    with pytest.raises(ValueError, match=r"1 to 10 can be kept, got \[3, 11\]"):
+        learned.shortest(unet, schedule, teacher, (3, 11), noise, 2, precision="fp32")
     found = learned.shortest(unet, schedule, teacher, (5, 1, 2, 3, 10), noise, 2, precision="fp32")
     assert list(found) == [5, 1, 2, 3, 10]
     for steps, plan in found.items():

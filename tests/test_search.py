@@ -6,16 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from functools import partial
 
 import numpy as np
-import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, IntDistribution
-from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 
 from lib.grid import blocks, cost
@@ -60,16 +57,12 @@ def test_it_repeats_and_draws_better_than_random(teacher, tmp_path):
     assert np.median([found.error for found in one[30:]]) < np.median([found.error for found in random[30:]])
 
 
-def test_all_that_is_known_are_parents_though_they_outnumber_the_population(teacher, tmp_path):
-    start = [{"a": a, "b": 20} for a in range(9, 25)]
-    run(teacher, tmp_path / "journal", trials=10, start=start)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        storage = JournalStorage(searching._Journal(str(tmp_path / "journal")))
-        study, = optuna.get_all_study_names(storage)
-        trials = optuna.load_study(study_name=study, storage=storage).get_trials(states=[TrialState.COMPLETE])
-    generations = [value for trial in trials for name, value in trial.system_attrs.items() if "generation" in name]
-    assert generations[:16] == [0] * 16 and set(generations[16:]) == {1}, "the default population is 10"
+def test_of_more_starts_than_the_population_the_best_are_the_parents(teacher, tmp_path):
+    far, near = [{"a": a, "b": 30} for a in range(29, 17, -1)], [{"a": a, "b": 4} for a in range(8)]
+    found = search(Toy(teacher), error, macs, trials=30, population=4, seed=0, storage=tmp_path / "journal",
+                   start=far + near)
+    assert len(found) == len(far + near) + 30
+    assert np.mean([one.genome["b"] < 15 for one in found[-20:]]) > 0.8, "not of those that came first"
 
 
 def test_mutation_alone_crosses_nothing_and_finds_better_than_random(teacher, tmp_path):

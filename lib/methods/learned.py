@@ -168,7 +168,14 @@ def shortest(model: nn.Module, schedule: SchedulerMixin, teacher: Plan, counts: 
     Returns
     -------
     plans : dict of count to Plan, full
+
+    Raises
+    ------
+    ValueError
+        If a count is none of these.
     """
+    if not 1 <= min(counts) <= max(counts) <= teacher.steps:
+        raise ValueError(f"counts: of {teacher.steps} timesteps 1 to {teacher.steps} can be kept, got {list(counts)}")
     price = jumps(model, schedule, teacher, noise, precision)
     total = np.full((max(counts) + 1, teacher.steps + 1), np.inf)  # of the best path of so many jumps to a place
     came, total[0, 0] = np.zeros(total.shape, int), 0.0

@@ -77,7 +77,7 @@ def search(space: Space, error: Callable[[Plan], float], macs: Callable[[Plan], 
     space : Space
     error, macs : callable(plan), both minimised; what an error hangs on is its `key`, where it has one
         With several workers they, and the space, are sent to other processes: no lambdas.
-    population : int, of NSGA-II; as many as the start genomes, where these are more: all of them are parents
+    population : int, of NSGA-II; of more start genomes than that the best go on
     storage : Path or str
         A journal file, or the URL of a database (``sqlite:///...``, ``postgresql+psycopg2://...``) that machines share.
         If it holds trials of this title and of what is searched here (space, error, budget, method), the search goes on
@@ -102,7 +102,7 @@ def search(space: Space, error: Callable[[Plan], float], macs: Callable[[Plan], 
     start = [dict(genome) for genome in start]
     known = {plan.key for plan in map(space.decode, start) if budget is None or macs(plan) <= budget}
     trials += len(known)
-    job = _Job(space, error, macs, trials, max(population, len(known)), seed, storage, budget, method, title)
+    job = _Job(space, error, macs, trials, population, seed, storage, budget, method, title)
     study = job.open()
     for genome in start:
         study.enqueue_trial(genome, skip_if_exists=True)

@@ -63,7 +63,7 @@ def transformer_table(study: str) -> str:
 
 
 def students_table(study: str) -> str:
-    """Give as Markdown what block search gives, beside the teacher that was trained on and a thin network."""
+    """Give as Markdown what block search gives, beside the teacher that was trained on."""
     tables = paths.REPORTS / study / "02_block_search" / "tables"
     seconds = pd.read_csv(tables / "seconds.csv")[["name", *FASTER]]
     table = pd.read_csv(tables / "students.csv").merge(seconds, on="name")

@@ -117,7 +117,7 @@ def thin(teacher: UNet, least: int) -> UNet:
     """
     groups = teacher.config.norm_num_groups
     scaled = [tuple(groups * max(2, round(scale * width / groups)) for width in teacher.config.block_out_channels)
-              for scale in np.arange(0.3, 1.01, 0.01)]
+              for scale in np.arange(0.01, 1.01, 0.01)]
     for widths in dict.fromkeys(scaled):
         made = type(teacher).from_config(teacher.config, block_out_channels=widths)
         if cost.count(made).call >= least:

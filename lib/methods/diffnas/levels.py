@@ -120,6 +120,8 @@ def form_seconds(model: UNet, space: FormSpace, images: int, repeats: int, *, pr
                  ) -> dict[str, dict[Form, float]]:
     """Measure the median seconds of each residual block in each of its forms, by itself, on the model's device.
 
+    All forms lie in memory as `lib.teachers.networks.load` lays a teacher: channels-last on CUDA. No graph is recorded.
+
     Parameters
     ----------
     model : a teacher; time does not hang on the weights
@@ -131,14 +133,16 @@ def form_seconds(model: UNet, space: FormSpace, images: int, repeats: int, *, pr
     found, at = residuals(model), resolutions(model)
     if not kept.exists():
         seconds, device = {}, next(model.parameters()).device
+        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         with sampling.autocast(device, precision):
             for path, block in found.items():
-                h = torch.randn(images, block.in_channels, *at[path], device=device)
+                h = torch.randn(images, block.in_channels, *at[path], device=device).to(memory_format=layout)
                 embedded = torch.randn(images, block.time_emb_proj.in_features, device=device)
                 shaped = {form: copy.deepcopy(block) for form in space.of(block)}
                 for form, one in shaped.items():
                     shape(one, form)
-                runs = {form: partial(one.to(device), h, embedded) for form, one in shaped.items()}
+                    one.to(device, memory_format=layout)
+                runs = {form: partial(one, h, embedded) for form, one in shaped.items()}
                 times = cost.interleave(runs, repeats, title=f"forms of {path}")
                 seconds[path] = [float(np.median(times[form])) for form in runs]
         kept.write_text(json.dumps(seconds))
