@@ -304,6 +304,22 @@ def test_a_notebook_with_other_parameters_than_its_dataclass_is_refused(tmp_path
         run.notebook("04_schedule_search", "smoke")
 
 
+def test_notebooks_that_run_at_once_share_no_socket(tmp_path, monkeypatch):
+    seen = []
+
+    def execute(source, executed, values, config, **_):
+        seen.append(config.KernelManager)
+        assert Path(config.KernelManager.ip).parent.is_dir()
+        nbformat.write(nbformat.v4.new_notebook(), executed)
+
+    monkeypatch.setattr(run.papermill, "execute_notebook", execute)
+    monkeypatch.setattr(paths, "DATA", tmp_path)
+    for _ in range(2):
+        run.notebook("01_teacher_analysis", "smoke")
+    assert [one.transport for one in seen] == ["ipc", "ipc"], "no network"
+    assert seen[0].ip != seen[1].ip
+
+
 def test_a_missing_input_names_the_notebook_that_makes_it(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "DATA", tmp_path)
     there = stage.Stage("01_teacher_analysis", params.load("digits")["01_teacher_analysis"])
