@@ -251,11 +251,10 @@ def test_forms_are_timed_each_by_itself_and_once(unet, tmp_path, monkeypatch):
 
 def test_the_thin_network_is_the_thinnest_that_is_no_smaller(unet):
     call = cost.count(unet).call
-    for least in (0, 0.6 * call, call):
+    for least in (0.3 * call, 0.6 * call, call):
         made = diffnas.thin(unet, least)
         widths = list(made.config.block_out_channels)
         assert cost.count(made).call >= least and all(a <= b for a, b in zip(widths, unet.config.block_out_channels))
-        assert least or set(widths) == {2 * unet.config.norm_num_groups}
     assert widths == list(unet.config.block_out_channels), "for all of its MACs, the teacher itself"
     with pytest.raises(ValueError, match="the teacher has fewer than"):
         diffnas.thin(unet, call + 1)

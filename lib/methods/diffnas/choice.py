@@ -108,18 +108,20 @@ def random_search(model: UNet, space: FormSpace, budget: int, generator: torch.G
 def thin(teacher: UNet, least: int) -> UNet:
     """Build the thinnest UNet of at least so many MACs a call whose widths are the teacher's, scaled alike.
 
-    Widths are multiples of the norm's groups, two channels a group at least. Weights are fresh.
+    Widths are multiples of the norm's groups, and at least two channels a group and 0.3 of the teacher's. Weights are
+    fresh.
 
     Raises
     ------
     ValueError
         If the teacher itself is smaller.
     """
-    groups = teacher.config.norm_num_groups
-    scaled = [tuple(groups * max(2, round(scale * width / groups)) for width in teacher.config.block_out_channels)
-              for scale in np.arange(0.01, 1.01, 0.01)]
-    for widths in dict.fromkeys(scaled):
-        made = type(teacher).from_config(teacher.config, block_out_channels=widths)
-        if cost.count(made).call >= least:
-            return made
-    raise ValueError(f"the teacher has fewer than {least} MACs a call")
+    def built(scale: float) -> UNet:
+        widths = [groups * max(2, round(scale * width / groups)) for width in teacher.config.block_out_channels]
+        return type(teacher).from_config(teacher.config, block_out_channels=tuple(widths))
+
+    groups, scales = teacher.config.norm_num_groups, np.arange(0.3, 1.01, 0.01)
+    place = bisect_left(scales, least, key=lambda scale: cost.count(built(scale)).call)
+    if place == len(scales):
+        raise ValueError(f"the teacher has fewer than {least} MACs a call")
+    return built(scales[place])
