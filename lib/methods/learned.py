@@ -36,7 +36,6 @@ class Recipe:
     Attributes
     ----------
     updates, batch : int; of AdamW, and images of each, drawn from the noise that is given
-        Some images weigh so much more than others that batches jump: with no more noise than a batch all see all.
     learning_rate : float, of the logarithms of the gaps between steps, with a cosine
     coefficients : bool, learn what each of the solver's coefficients is multiplied by, too
     seed : int, of the batches
@@ -126,6 +125,8 @@ def learn(model: nn.Module, start: Plan, noise: Tensor, wanted: Tensor, extracto
           recipe: Recipe, *, precision: str, work: Path, title: str = "steps") -> tuple[Plan, list[dict]]:
     """Learn steps whose images look as wanted, from the same noise. A killed training goes on.
 
+    The loss is the mean distance (root of the sum of squares) of an image's features from the wanted image's.
+
     Parameters
     ----------
     model : of the blocks and noise schedule of `start`
@@ -144,7 +145,8 @@ def learn(model: nn.Module, start: Plan, noise: Tensor, wanted: Tensor, extracto
 
     def loss(steps: Steps, generator: torch.Generator, _: float) -> Tensor:
         rows = torch.randperm(len(noise), generator=generator)[:recipe.batch]
-        return (extractor(steps(model, noise[rows].to(device), precision))[0] - seen[rows]).square().mean()
+        made = extractor(steps(model, noise[rows].to(device), precision))[0]
+        return (made - seen[rows]).norm(dim=1).mean()  # squares are the few images' alone that became something else
 
     history = train(steps, loss, steps=recipe.updates, lr=recipe.learning_rate, ema_decay=0.9, seed=recipe.seed,
                     device=device.type, precision="fp32", work=work / start.key, save_every=20, warmup=5, title=title)
