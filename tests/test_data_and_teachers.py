@@ -150,7 +150,7 @@ def test_what_is_transparent_shows_white(mode, pixel, seen, tmp_path):
 @pytest.mark.parametrize(("labels", "message"), [
     ([-1] * 12, r"row 0 .*: the label is -1, must lie in 0\.\.11: number the classes from 0 on"),
     ([0] * 11 + [10**10], r"row 11 .*: the label is 10000000000, must lie in 0\.\.11"),
-    ([1] * 5 + [None] + [0] * 6, r"row 5 .*: no label, where the first image has one: label all images or none"),
+    ([1] * 5 + [None] + [0] * 6, r"row 5 .*: no label, where the first image has one: give all images a label or none"),
     ([None] + [3] * 11, r"row 1 .*: the label is 3, where the first image has none"),
     ([0.5] * 12, r"row 0 .*: the label is 0.5, must be a whole number")])
 @pytest.mark.parametrize("column", ["label", "labels"])
@@ -190,6 +190,41 @@ def test_the_hub_is_asked_for_the_revision_that_nobody_named(monkeypatch):
                      ("a/b", "dataset", None), ("a/b", "model", None)]
 
 
+def captions(folder, rows, name="metadata.jsonl"):
+    if name.endswith("csv"):
+        pd.DataFrame(rows).to_csv(folder / name, index=False)
+    else:
+        (folder / name).write_text("\n".join(map(json.dumps, rows)))
+    return rows
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_a_folder_with_captions_gives_a_prompt_each(name, folder, tmp_path):
+    files = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*.png"))]
+    rows = captions(folder, [{"file_name": file, "text": f"picture {i}, framed"} for i, file in enumerate(files)][::-1],
+                    name)
+    found = data.load(str(folder), 8, 0.25, 0)
+    assert found.prompts == tuple(f"picture {i}, framed" for i in range(12)) and found.labels.any()
+    records = {"image": encoded(folder), "caption": [row["text"] for row in rows[::-1]]}
+    assert data.load(parquet(tmp_path / "all.parquet", records), 8, 0.25, 0).prompts == found.prompts
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda rows: rows.pop(), r"11.png: no prompt, where the first image has one: give all images a prompt or none"),
+    (lambda rows: rows[3].update(file_name="9.png"), r"metadata.jsonl, row 3: there is no .*9.png. Mend the row"),
+    (lambda rows: rows[4].update(text=4), "the prompt is 4, must be text"),
+    (lambda rows: rows[4].update(text=" "), "the prompt is ' ', must be text"),
+    (lambda rows: rows[0].update(title=rows[0].pop("text")), "metadata.jsonl must have file_name and one of text, "),
+    (lambda rows: rows.clear(), "metadata.jsonl must have file_name and one of text, prompt, caption in each row")])
+def test_captions_that_cannot_be_read_are_refused(change, message, folder):
+    files = sorted(folder.rglob("*.png"), key=lambda file: file.name)
+    rows = [{"file_name": str(file.relative_to(folder)), "text": "a picture"} for file in files]
+    change(rows)
+    captions(folder, rows)
+    with pytest.raises(ValueError, match=message):
+        data.load(str(folder), 8, 0.25, 0)
+
+
 def test_no_label_at_all_is_none(folder, tmp_path):
     records = {"image": encoded(folder), "label": pd.array([None] * 12, dtype="Int64")}
     assert not data.load(parquet(tmp_path / "all.parquet", records), 8, 0.25, 0).labels.any()
@@ -201,9 +236,6 @@ def test_what_a_study_cannot_show_is_refused_in_a_sentence(folder):
     few = data.load("digits", 8, 0.005, 0)
     with pytest.raises(ValueError, match="9 images are held out, and the study wants 16: raise held_out"):
         few.check_enough()
-    (folder / "metadata.csv").write_text("file_name,label\n")
-    with pytest.raises(ValueError, match=r"metadata\.csv says something about the images, which is not read here"):
-        data.load(str(folder), 8, 0.25, 0)
 
 
 def test_what_is_no_data_set_is_refused_by_name(folder, tmp_path):
@@ -212,7 +244,7 @@ def test_what_is_no_data_set_is_refused_by_name(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
     refused = {
-        "digit": "neither 'digits' nor a file or folder that exists. A data set of the Hugging Face hub is written",
+        "digit": "none of 'digits', 'letters', a file or folder that exists. A data set of the Hugging Face hub",
         str(tmp_path / "empty"): "holds neither images nor parquet files",
         str(tmp_path / "cut.parquet"): "cut.parquet cannot be read as a data set",
         parquet(tmp_path / "few.parquet", {"image": pictures[:3]}): "holds 3 images; that is too few",

@@ -3,6 +3,7 @@
 ``params/<study>.yaml`` has a section `common` and one a notebook; a notebook's parameters are both together, flat.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -22,8 +23,9 @@ class ParamsError(ValueError):
 
 
 def _data(source: str) -> str:
-    if source != "digits" and not source.startswith("hub:") and not Path(source).exists():
-        raise ValueError("must be digits, a file or folder that exists, or hub:OWNER/NAME")
+    drawn = re.fullmatch("digits|letters(:[1-9][0-9]*)?", source)
+    if not drawn and not source.startswith("hub:") and not Path(source).exists():
+        raise ValueError("must be digits, letters or letters:COUNT, a file or folder that exists, or hub:OWNER/NAME")
     return source
 
 
