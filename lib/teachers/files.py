@@ -153,9 +153,9 @@ def _told(file: Path) -> dict[Path, str]:
     columns = set(rows[0]) if rows and isinstance(rows[0], dict) else set()
     said = next((name for name in PROMPTS if name in columns), None)
     if said is None or "file_name" not in columns:
-        raise ValueError(f"{file} must have file_name and one of {', '.join(PROMPTS)} in each row. Nothing else is read "
-                         "of such a file: put each class into a subfolder of its name, or images and labels into a "
-                         "parquet file")
+        raise ValueError(f"{file} must have file_name and one of {', '.join(PROMPTS)} in each row, and nothing else is "
+                         "read of it: put each class into a subfolder of its name, or images and labels into a parquet "
+                         "file")
     prompts = {}
     for number, row in enumerate(rows):
         place = file.parent / str(row.get("file_name"))
