@@ -18,10 +18,11 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib.grid import blocks, cost, graphs, sampling, solvers
 from lib.grid.engine import Engine
+from lib.grid.model import Model
 from lib.grid.plan import NoiseSchedule, Plan, PlanError
 from lib.grid.solvers import State, advance, noise_levels
 from lib.study import paths
@@ -203,46 +204,44 @@ def images(model: str, plan: Path, out: Path, *, count: int, seed: int, device: 
     seed : int, of the noise: image number i of a seed is the same whoever makes it
     """
     state = PartialState(cpu=device == "cpu")
-    network, schedule = networks.load(model, str(state.device))
-    shape, decode = blocks.input_shape(network), networks.decoder(model, str(state.device))
-    if reads := set(blocks.example_conditions(network, 1, "cpu")) - {"class_labels"}:
+    teacher = networks.load(model, str(state.device))
+    if reads := set(blocks.example_conditions(teacher.network, 1, "cpu")) - {"class_labels"}:
         raise ValueError(f"{model} reads {', '.join(sorted(reads))}, and the command line has none to give: in Python, "
                          "`with lib.apply.Planned(pipe, plan): pipe(prompt, ...)` does the same")
-    if decode is None and shape[0] not in (1, 3):
-        raise ValueError(f"{model} draws {shape[0]} channels, which is no picture, and names no vae to decode them")
+    if teacher.latents is None and teacher.shape[0] not in (1, 3):
+        raise ValueError(f"{model} draws {teacher.shape[0]} channels, which is no picture, and names no vae to decode "
+                         "them")
     walk = Plan.load(plan)
     if count < state.num_processes:
         raise ValueError(f"{count} images for {state.num_processes} processes: ask for more images, or start fewer")
     own = np.array_split(np.arange(count), state.num_processes)[state.process_index]
-    noise = sampling.noise("report", seed, int(own[0]), len(own), shape)
-    made, seconds = _timed(network, schedule, walk, noise, precision, "sampling" if state.is_main_process else None)
+    noise = sampling.noise("report", seed, int(own[0]), len(own), teacher.shape)
+    made, seconds = _timed(teacher, walk, noise, precision, "sampling" if state.is_main_process else None)
     paths.writable(out)
-    pictures = decode or (lambda made: made)
-    for number, pixels in zip(own, to_uint8(pictures(made)).permute(0, 2, 3, 1).numpy()):
+    for number, pixels in zip(own, to_uint8(made).permute(0, 2, 3, 1).numpy()):
         Image.fromarray(pixels.squeeze()).save(out / f"{number:06d}.png")
     state.wait_for_everyone()
     if state.is_main_process:
         print(f"{count} images in {out}: {seconds:.4f} s each")
-        costs, few = cost.count(network), noise[:COMPARED]
+        costs, few = cost.count_model(teacher), noise[:COMPARED]
         own = {"solver": "dpmsolver++", "order": 2, "table": None} if walk.table else {}
         full = walk.at(walk.grid, **own)
         fewer = costs.executed(full) / costs.executed(walk)
-        if network.device.type == "cuda":  # what comes for the second time is recorded: the third is as fast as it gets
+        if teacher.device.type == "cuda":  # what comes for the second time is recorded: the third is as fast as it gets
             for plan in (full, walk) * 2:
-                sampling.sample(network, schedule, plan, few, precision=precision)
-        theirs, slow = _timed(network, schedule, full, few, precision, "the full run")
-        ours, fast = _timed(network, schedule, walk, few, precision, "the plan")
-        noisy = float((pictures(ours) - pictures(theirs)).square().mean())
+                sampling.sample(teacher, plan, few, precision=precision)
+        theirs, slow = _timed(teacher, full, few, precision, "the full run")
+        ours, fast = _timed(teacher, walk, few, precision, "the plan")
+        noisy = float((ours - theirs).square().mean())
         print(f"beside all {len(walk.grid)} steps, on {len(few)} images: {fewer:.2f} times fewer executed MACs, "
               f"{slow / fast:.2f} times faster, {costs.kept(walk) / 2**20:.2f} MiB an image kept between steps, "
               f"PSNR {10 * math.log10(4 / max(noisy, 1e-10)):.1f} dB")
 
 
-def _timed(network: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: Tensor, precision: str, title: str | None
-           ) -> tuple[Tensor, float]:
+def _timed(model: Model, plan: Plan, noise: Tensor, precision: str, title: str | None) -> tuple[Tensor, float]:
     """Give the images and the seconds of each."""
     begun = time.perf_counter()
-    made = sampling.sample(network, schedule, plan, noise, precision=precision, title=title)
+    made = sampling.sample(model, plan, noise, precision=precision, title=title)
     return made, (time.perf_counter() - begun) / len(noise)
 
 

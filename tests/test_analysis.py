@@ -6,12 +6,13 @@ import reference
 import torch
 
 from lib.grid import cost, sampling
+from lib.grid.model import Model
 from lib.grid.plan import Plan
 from lib.judging import analysis
 
 
 def test_similarity_is_the_cosine_of_neighbouring_outputs(unet, schedule, teacher, noise, described):
-    found = analysis.similarity(unet, schedule, teacher, noise)
+    found = analysis.similarity(Model(unet, schedule), teacher, noise)
     assert np.isnan(found[0]).all() and not np.isnan(found[1:]).any()
     outputs = []
     handle = unet.up_blocks[0].resnets[1].register_forward_hook(lambda m, i, o: outputs.append(o.flatten(1)))
@@ -24,17 +25,17 @@ def test_similarity_is_the_cosine_of_neighbouring_outputs(unet, schedule, teache
 
 
 def test_sensitivity_is_the_change_of_the_image_from_one_reused_cell(unet, schedule, teacher, noise, described):
-    damage = analysis.sensitivity(unet, schedule, teacher, noise, [2, 7])
-    images = sampling.sample(unet, schedule, teacher, noise)
+    damage = analysis.sensitivity(Model(unet, schedule), teacher, noise, [2, 7])
+    images = sampling.sample(Model(unet, schedule), teacher, noise)
     for row, step in enumerate((2, 7)):
         for name in ("mid", "up2.1", "down0.0"):
             cells = teacher.computes
             cells[step, described.index[name]] = False
-            changed = sampling.sample(unet, schedule, teacher.with_cells(cells), noise)
+            changed = sampling.sample(Model(unet, schedule), teacher.with_cells(cells), noise)
             expected = float((changed - images).square().mean() / images.var(dim=0).mean())
             assert damage[row, described.index[name]] == pytest.approx(expected, rel=0.02, abs=1e-9), (step, name)
     with pytest.raises(ValueError, match="a full plan of DDIM"):
-        analysis.sensitivity(unet, schedule, Plan.random(0.5, 0, teacher), noise, [2])
+        analysis.sensitivity(Model(unet, schedule), Plan.random(0.5, 0, teacher), noise, [2])
 
 
 def test_a_blocks_time_is_that_blocks(unet, noise, described):

@@ -9,7 +9,8 @@ from diffusers import CacheMixin, DDIMPipeline, DDIMScheduler, DDPMScheduler, PN
 from tiny import STEPS, ddim
 
 from lib.apply import Planned
-from lib.grid import blocks, sampling
+from lib.grid import blocks
+from lib.grid.model import Conditions
 from lib.grid.plan import NoiseSchedule, Plan, PlanError, trailing
 
 
@@ -137,7 +138,7 @@ def test_a_stock_pipelines_guidance_is_the_plans(interval, every, reuse, null_ho
         with pytest.raises(PlanError, match="call the pipeline with guidance, or take a plan of one pass"):
             pipe(**options, guidance_scale=1.0)
     assert torch.equal(images, again)
-    wanted = reference.sample(pipe.unet, plan, latents, sampling.Conditions(*texts, scale=4.0))
+    wanted = reference.sample(pipe.unet, plan, latents, Conditions(*texts, scale=4.0))
     torch.testing.assert_close(images, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
 

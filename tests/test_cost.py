@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DModel
 
 from lib.grid import cost
+from lib.grid.model import Model
 from lib.grid.plan import Plan
 
 
@@ -80,7 +81,7 @@ def test_interleaving_takes_turns_and_ratios_have_an_interval():
 
 def test_a_plans_time_is_the_sum_over_its_columns(unet, schedule, teacher, described, noise, tmp_path):
     plan = Plan.deepcache(5, described.branch(1), teacher)
-    latency = cost.measure(unet, schedule, [plan], noise, precision="fp32", repeats=2)
+    latency = cost.measure(Model(unet, schedule), [plan], noise, precision="fp32", repeats=2)
     live = plan.live
     full, part = ("".join("01"[runs] for runs in row.astype(int)) + "1" for row in live[:2])
     assert set(latency.seconds) == {full, part} and latency.batch == len(noise)

@@ -12,7 +12,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from lib.grid import blocks, cost, sampling
-from lib.grid.plan import NoiseSchedule, Plan, trailing
+from lib.grid.model import Model
+from lib.grid.plan import Plan, trailing
 from lib.judging import analysis
 from lib.study import paths
 from lib.teachers import data, networks
@@ -259,9 +260,9 @@ def test_what_is_no_data_set_is_refused_by_name(folder, tmp_path):
 def test_a_teacher_comes_back_from_its_folder(unet, schedule, teacher, noise, tmp_path):
     networks.save(tmp_path, unet, schedule)
     assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.pkl"))
-    model, again = networks.load(tmp_path)
+    again = networks.load(tmp_path)
     plan = Plan.random(0.5, 0, teacher)
-    assert torch.equal(sampling.sample(model, again, plan, noise), sampling.sample(unet, schedule, plan, noise))
+    assert torch.equal(sampling.sample(again, plan, noise), sampling.sample(Model(unet, schedule), plan, noise))
     with pytest.raises(FileNotFoundError, match="no teacher in .* 00_teacher_training makes it"):
         networks.load(tmp_path / "none")
 
@@ -301,15 +302,15 @@ def test_other_peoples_pipelines_are_loaded(tmp_path, schedule, noise):
                         down_block_types=("AttnDownBlock2D", "DownBlock2D"),
                         up_block_types=("UpBlock2D", "AttnUpBlock2D"))
     DDPMPipeline(model, DDPMScheduler(clip_sample=False)).save_pretrained(tmp_path / "ddpm")
-    loaded, found = networks.load(tmp_path / "ddpm")
-    described, fits = blocks.describe(loaded), NoiseSchedule.of(found)
-    teacher = Plan.full(trailing(8, fits.train_timesteps), fits, described.names)
+    loaded = networks.load(tmp_path / "ddpm")
+    described = blocks.describe(loaded.network)
+    teacher = Plan.full(trailing(8, 1000), loaded.noise_schedule, described.names)
     noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert analysis.similarity(loaded, found, teacher, noise).shape[1] == len(described)
-    costs = cost.count(loaded)
+    assert analysis.similarity(loaded, teacher, noise).shape[1] == len(described)
+    costs = cost.count_model(loaded)
     plan = Plan.deepcache(3, described.branch(2), teacher)
     assert costs.executed(plan) < costs.executed(teacher)
-    assert sampling.sample(loaded, found, plan, noise).shape == (2, 3, 16, 16)
+    assert sampling.sample(loaded, plan, noise).shape == (2, 3, 16, 16)
 
 
 def test_pipelines_of_other_things_are_refused(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMPipeline
 
 from lib.grid import blocks, cost, sampling
+from lib.grid.model import Model
 from lib.grid.plan import Plan
 from lib.methods import diffnas
 from lib.methods.diffnas import Form, FormSpace, Student
@@ -75,17 +76,17 @@ def test_a_student_survives_saving(unet, supernet, batch, tmp_path):
 def test_a_student_is_sampled_like_a_teacher(unet, supernet, schedule, teacher, noise, tmp_path):
     made = diffnas.student(supernet, drawn(unet, 3)).eval()
     networks.save(tmp_path, made, schedule)
-    again, found = networks.load(tmp_path)
-    assert isinstance(again, Student) and diffnas.forms(again) == diffnas.forms(made)
+    again = networks.load(tmp_path)
+    assert isinstance(again.network, Student) and diffnas.forms(again.network) == diffnas.forms(made)
     assert isinstance(DDIMPipeline.from_pretrained(tmp_path, use_safetensors=True).unet, Student)
     plan = Plan.random(0.5, 0, teacher)  # the teacher's plan: a student has the same blocks
-    assert torch.equal(sampling.sample(again, found, plan, noise), sampling.sample(made, schedule, plan, noise))
+    assert torch.equal(sampling.sample(again, plan, noise), sampling.sample(Model(made, schedule), plan, noise))
 
 
 def test_a_student_of_the_teachers_shape_gives_the_teachers_images(unet, supernet, schedule, teacher, noise):
     same = diffnas.student(supernet, diffnas.forms(unet)).eval()
-    torch.testing.assert_close(sampling.sample(same, schedule, teacher, noise),
-                               sampling.sample(unet, schedule, teacher, noise), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(sampling.sample(Model(same, schedule), teacher, noise),
+                               sampling.sample(Model(unet, schedule), teacher, noise), rtol=1e-4, atol=1e-3)
 
 
 def test_a_student_is_costed_and_described_as_it_is(unet, supernet):

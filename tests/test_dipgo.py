@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lib.grid import cost, sampling
+from lib.grid.model import Model
 from lib.grid.plan import NoiseSchedule, Plan, trailing
 from lib.methods import dipgo
 
@@ -29,8 +30,8 @@ def test_gates_of_0_and_1_are_the_engines_cells(unet, schedule, teacher, noise, 
     plan = Plan.random(keep, 3, base, reuse)
     model, noise = copy.deepcopy(unet).double(), noise.double()
     with torch.no_grad():
-        soft = dipgo.SuperNet(model, base, schedule, reuse=reuse).images(noise, gates_of(plan.computes).double())
-    wanted = sampling.sample(model, schedule, plan, noise)
+        soft = dipgo.SuperNet(Model(model, schedule), base, reuse=reuse).images(noise, gates_of(plan.computes).double())
+    wanted = sampling.sample(Model(model, schedule), plan, noise)
     assert (soft - wanted).abs().max() <= 1e-8 * wanted.abs().max()
 
 
@@ -46,7 +47,7 @@ def test_plans_that_forecast_cost_what_their_prices_say(unet, teacher, described
 
 def test_the_hooks_are_taken_off(unet, schedule, teacher, noise):
     gates = torch.ones(teacher.steps, len(teacher.blocks), requires_grad=True)
-    dipgo.SuperNet(unet, teacher, schedule).images(noise, gates).sum().backward()
+    dipgo.SuperNet(Model(unet, schedule), teacher).images(noise, gates).sum().backward()
     assert not any(module._forward_hooks for module in unet.modules())
 
 
@@ -66,7 +67,7 @@ def test_a_gates_gradient_is_the_finite_difference(unet, schedule, short, noise,
             return (net.images(noise, gates) * weight).sum()
 
         weight = torch.randn(noise.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        net = dipgo.SuperNet(model, short, schedule, reuse=reuse)
+        net = dipgo.SuperNet(Model(model, schedule), short, reuse=reuse)
         value(gates).backward()
         for cell in [(1, 0), (2, 5), (3, 12), (4, 13)]:
             step = torch.zeros_like(gates)
@@ -82,7 +83,7 @@ def test_nested_checkpoints_change_no_gradient(unet, schedule, teacher, noise):
     found = []
     for nested in (False, True):
         gates = torch.full((teacher.steps, len(teacher.blocks)), 0.7, requires_grad=True)
-        dipgo.SuperNet(unet, teacher, schedule).images(noise, gates, nested).square().mean().backward()
+        dipgo.SuperNet(Model(unet, schedule), teacher).images(noise, gates, nested).square().mean().backward()
         found.append(gates.grad)
     torch.testing.assert_close(*found)
     assert found[0][0].abs().max() == 0 < found[0][1:].abs().max()
@@ -161,7 +162,7 @@ def run(unet, schedule, short, prices, work, kill=99, bad=99, start=None, learn=
             raise KeyboardInterrupt
         return sampling.noise("search", 0, first, count, (1, 16, 16)) * (float("nan") if first >= bad else 1)
 
-    return pruner, learn(pruner, dipgo.SuperNet(unet, short, schedule), prices, bank, recipe, work=work,
+    return pruner, learn(pruner, dipgo.SuperNet(Model(unet, schedule), short), prices, bank, recipe, work=work,
                          watch=watch)
 
 
@@ -255,7 +256,7 @@ def test_what_lies_outside_whole_columns(described, teacher, prices):
 def test_nested_checkpoints_hold_little_more_for_many_steps(unet, schedule, described):
     def peak(steps, nested):
         full = Plan.full(trailing(steps, 1000), NoiseSchedule.of(schedule), described.names)
-        net, gates = dipgo.SuperNet(unet, full, schedule), torch.ones(steps, len(described), requires_grad=True)
+        net, gates = dipgo.SuperNet(Model(unet, schedule), full), torch.ones(steps, len(described), requires_grad=True)
         start = sampling.noise("search", 0, 0, 1, (1, 16, 16))
         return cost.peak_memory(lambda: net.images(start, gates, nested).mean().backward())
 

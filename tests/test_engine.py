@@ -8,12 +8,13 @@ from diffusers import DDIMScheduler
 
 from lib.grid import blocks, sampling
 from lib.grid.engine import Engine
+from lib.grid.model import Model
 from lib.grid.plan import NoiseSchedule, Plan, PlanError, trailing
 from lib.teachers import networks
 
 
 def sample(unet, schedule, plan, noise, **options):
-    return sampling.sample(unet, schedule, plan, noise, **options)
+    return sampling.sample(Model(unet, schedule), plan, noise, **options)
 
 
 def whole_columns(teacher, kept):

@@ -9,6 +9,7 @@ import torch
 import torch_fidelity
 from simulation import covered, simulate
 
+from lib.grid.model import Model
 from lib.grid.plan import Plan
 from lib.judging import banks, estimates, evaluate, extractor
 from lib.judging.banks import Bank
@@ -216,7 +217,7 @@ def test_judges_that_contradict_each_other_are_found():
 def test_a_bank_samples_once_and_keeps_features(unet, schedule, teacher, extractors, tmp_path, monkeypatch):
     def bank(**options):
         usual = {"count": 5, "seed": 0, "precision": "fp32", "work": tmp_path}
-        return Bank("report", unet, schedule, extractors, **usual | options)
+        return Bank("report", Model(unet, schedule), extractors, **usual | options)
 
     plan, (first_judge, second_judge) = Plan.few_steps(2, "uniform", teacher), extractors
     features = bank().features(plan)

@@ -1,5 +1,7 @@
 """The identities on the other families: text-conditioned UNets and transformers, guided in one pass and in two."""
 
+import copy
+
 import numpy as np
 import pytest
 import reference
@@ -7,8 +9,8 @@ import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 
 from lib.grid import blocks, cost, sampling
+from lib.grid.model import Conditions, Model
 from lib.grid.plan import NoiseSchedule, Plan, trailing
-from lib.grid.sampling import Conditions
 from lib.judging import analysis
 from lib.methods import diffnas, dipgo
 from lib.teachers import networks
@@ -32,6 +34,17 @@ def texts(seed):
     return {"encoder_hidden_states": torch.randn(COUNT, 5, 12, generator=torch.Generator().manual_seed(seed))}
 
 
+class Words(torch.nn.Module):
+    """A text encoder that knows three words."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("known", torch.cat([torch.zeros(1, 5, 12), texts(0)["encoder_hidden_states"]]))
+
+    def forward(self, prompts):
+        return {"encoder_hidden_states": self.known[[["", "one", "two", "three"].index(word) for word in prompts]]}
+
+
 CONDITIONS = {text_unet: (texts(0), texts(1)),
               dit: ({"class_labels": torch.tensor([1, 2, 3])}, {"class_labels": torch.full((COUNT,), 10)})}
 
@@ -39,12 +52,14 @@ CONDITIONS = {text_unet: (texts(0), texts(1)),
 @pytest.fixture(params=[text_unet, dit], ids=["text UNet", "DiT"], scope="module")
 def family(request):
     torch.manual_seed(0)
-    model = request.param().eval().requires_grad_(False)
-    for weight in model.parameters():  # zero-initialised layers would hide every difference
+    network = request.param().eval().requires_grad_(False)
+    for weight in network.parameters():  # zero-initialised layers would hide every difference
         if not weight.any():
             weight.normal_(std=0.05)
     given, null = CONDITIONS[request.param]
-    return model, blocks.describe(model), Conditions(given, null, scale=2.0)
+    said = {"text": Words(), "prompts": ("one", "two", "three")} if request.param is text_unet else {}
+    model = Model(network, networks.noise_schedule(), **said, guidance=2.0)
+    return model, blocks.describe(network), Conditions(given, null, scale=2.0)
 
 
 @pytest.fixture
@@ -59,11 +74,11 @@ def test_recorded_steps_give_what_unrecorded_ones_give(family, full, schedule, n
     model, _, conditions = family
     guided = Conditions(conditions.given, conditions.null, conditions.scale, apart)
     plans = [Plan.random(share, 0, full) for share in (0.3, 0.7)]
-    wanted = [sampling.sample(model, schedule, plan, noise, guided) for plan in plans]
+    wanted = [sampling.sample(model, plan, noise, guided) for plan in plans]
     tapes = request.getfixturevalue("tapes")
     for _ in range(3):
         for plan, images in zip(plans, wanted, strict=True):
-            assert torch.equal(sampling.sample(model, schedule, plan, noise, guided), images)
+            assert torch.equal(sampling.sample(model, plan, noise, guided), images)
     assert tapes
 
 
@@ -71,21 +86,21 @@ def test_recorded_steps_give_what_unrecorded_ones_give(family, full, schedule, n
 def test_any_plan_gives_what_replacing_gives_guided_in_one_pass_or_two(family, full, schedule, noise, seed):
     model, _described, conditions = family
     plan = Plan.random(0.2 + 0.2 * seed, seed, full)
-    wanted = reference.sample(model, plan, noise, conditions)
+    wanted = reference.sample(model.network, plan, noise, conditions)
     for apart in (False, True):
         guided = Conditions(conditions.given, conditions.null, conditions.scale, apart)
-        images = sampling.sample(model, schedule, plan, noise, guided)
+        images = sampling.sample(model, plan, noise, guided)
         torch.testing.assert_close(images, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
-        torch.testing.assert_close(sampling.sample(model, schedule, plan, noise, guided, batch_size=2), images,
+        torch.testing.assert_close(sampling.sample(model, plan, noise, guided, batch_size=2), images,
                                    rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
 
 def test_a_scale_of_one_is_no_guidance(family, full, schedule, noise):
     model, _, conditions = family
-    plain = sampling.sample(model, schedule, full, noise, Conditions(conditions.given))
-    one = sampling.sample(model, schedule, full, noise, Conditions(conditions.given, conditions.null, 1.0))
+    plain = sampling.sample(model, full, noise, Conditions(conditions.given))
+    one = sampling.sample(model, full, noise, Conditions(conditions.given, conditions.null, 1.0))
     torch.testing.assert_close(one, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max()))
-    two = sampling.sample(model, schedule, full, noise, conditions)
+    two = sampling.sample(model, full, noise, conditions)
     assert (two - plain).abs().max() > 0.01 * plain.abs().max()
 
 
@@ -94,37 +109,39 @@ def test_gates_of_0_and_1_are_the_plan(family, full, schedule, noise):
     plan = Plan.random(0.5, 1, full)
     with torch.no_grad():
         gates = torch.from_numpy(plan.computes).float()
-        soft = dipgo.SuperNet(model, full, schedule).images(noise, gates, False, conditions)
-    hard = sampling.sample(model, schedule, plan, noise, conditions)
+        soft = dipgo.SuperNet(model, full).images(noise, gates, False, conditions)
+    hard = sampling.sample(model, plan, noise, conditions)
     torch.testing.assert_close(soft, hard, rtol=1e-3, atol=1e-3 * float(hard.abs().max()))
 
 
 def test_a_gradient_reaches_every_gate(family, full, schedule, noise):
     model, described, conditions = family
     gates = torch.full((full.steps, len(described)), 0.7, requires_grad=True)
-    dipgo.SuperNet(model, full, schedule).images(noise, gates, True, conditions).square().mean().backward()
+    dipgo.SuperNet(model, full).images(noise, gates, True, conditions).square().mean().backward()
     assert (gates.grad[1:] != 0).all()
 
 
 def test_costs_are_of_live_cells_and_of_calls(family, full):
     model, described, _ = family
-    costs = cost.count(model)
-    assert costs.executed(full) == 8 * costs.call
+    costs = cost.count_model(model)
+    assert costs.passes == 2 and costs.executed(full) == 16 * costs.call, "both passes"
     alternate = full.with_cells(np.repeat(np.arange(8)[:, None] % 2 == 0, len(described), axis=1))
-    resting = 4 * costs.rest if described.cache == "residual" else 0  # a transformer's stem and head run all the same
-    assert costs.executed(alternate) == 4 * costs.call + resting
+    resting = 8 * costs.rest if described.cache == "residual" else 0  # a transformer's stem and head run all the same
+    assert costs.executed(alternate) == 8 * costs.call + resting
+    alone = cost.count_model(model.replace(guidance=1.0))
+    assert alone.passes == 1 and alone.call == costs.call and alone.executed(full) == 8 * costs.call
 
 
 def test_the_teacher_analysis_runs_on_it(family, full, schedule, noise):
     model, described, conditions = family
-    alike = analysis.similarity(model, schedule, full, noise, conditions)
+    alike = analysis.similarity(model, full, noise)
     assert alike.shape == (8, len(described)) and np.isfinite(alike[1:]).all()
-    damage = analysis.sensitivity(model, schedule, full, noise, [2, 5], conditions)
+    damage = analysis.sensitivity(model, full, noise, [2, 5])
     assert damage.shape == (2, len(described)) and (damage > 0).all()
     plan = Plan.deepcache(2, described.branch(0), full)
-    latency = cost.measure(model, schedule, [full, plan], noise, conditions=conditions, precision="fp32", repeats=1)
+    latency = cost.measure(model, [full, plan], noise, precision="fp32", repeats=1)
     assert latency.of(plan) > 0
-    seconds = cost.block_seconds(model, noise, 1, conditions.given)
+    seconds = cost.block_seconds(model.network, noise, 1, conditions.given)
     assert set(seconds) == {*described.names, "stem and head"}
 
 
@@ -141,7 +158,7 @@ def test_elastic_blocks_fit_text_conditioned_unets(schedule, noise, tmp_path):
     assert cost.count(small).call < cost.count(model).call
     assert diffnas.joint_loss(small, model, noise, t, noise, 0.5, **given) > 0
     networks.save(tmp_path / "student", small, schedule)
-    again, _ = networks.load(tmp_path / "student")
+    again = networks.load(tmp_path / "student").network
     assert isinstance(again, diffnas.ConditionStudent)
     assert torch.equal(again(noise, t, **given).sample, small(noise, t, **given).sample)
 
@@ -167,19 +184,30 @@ def test_the_papers_models_cost_what_papers_print():
 
 def test_a_class_conditional_network_draws_its_labels_from_the_noise(schedule):
     torch.manual_seed(0)
-    model = networks.transformer((1, 16, 16), 16, 3, 2, 4, 10).eval().requires_grad_(False)
+    model = Model(networks.transformer((1, 16, 16), 16, 3, 2, 4, 10).eval().requires_grad_(False), schedule)
     noise = sampling.noise("report", 0, 0, 2000, (1, 16, 16))
-    labels = Conditions.drawn(model, noise).given["class_labels"]
+    labels = model.labels(noise)
     shares = torch.bincount(labels, minlength=10) / len(labels)
     assert len(shares) == 10 and (shares - 0.1).abs().max() < 0.03
-    assert torch.equal(Conditions.drawn(model, noise[7:9]).given["class_labels"], labels[7:9])
-    described = blocks.describe(model)
-    fits = NoiseSchedule.of(schedule)
-    full = Plan.full(trailing(5, fits.train_timesteps), fits, described.names, cache=described.cache)
+    assert torch.equal(model.asked(noise[7:9]).given["class_labels"], labels[7:9])
+    described = blocks.describe(model.network)
+    full = Plan.full(trailing(5, 1000), model.noise_schedule, described.names, cache=described.cache)
     plan, few = Plan.deepcache(2, described.branch(1), full), noise[:4]
     said = Conditions({"class_labels": labels[:4]})
-    assert torch.equal(sampling.sample(model, schedule, plan, few), sampling.sample(model, schedule, plan, few, said))
-    assert Conditions.drawn(text_unet(), few) is None
+    assert torch.equal(sampling.sample(model, plan, few), sampling.sample(model, plan, few, said))
+    guided = model.replace(guidance=2.0)
+    said = Conditions(said.given, {"class_labels": torch.full((4,), 10)}, 2.0)
+    assert torch.equal(sampling.sample(guided, plan, few), sampling.sample(model, plan, few, said))
+    assert not model.replace(network=text_unet()).asked(few).given
+
+
+def test_a_models_digest_is_of_all_that_decides_an_image(family):
+    model, _, _ = family
+    other = copy.deepcopy(model.network)
+    next(other.parameters()).add_(1)
+    digests = {model.digest, model.replace(network=other).digest, model.replace(guidance=3.0).digest,
+               model.replace(prompts=("one",)).digest, model.replace(latents=torch.nn.Linear(1, 1)).digest}
+    assert len(digests) == 5 and model.replace(network=copy.deepcopy(model.network)).digest == model.digest
 
 
 def test_a_transformer_learns_with_one_label_in_ten_unsaid(schedule):

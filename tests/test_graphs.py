@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lib.grid import graphs, sampling
+from lib.grid.model import Conditions, Model
 from lib.grid.plan import NoiseSchedule, Plan
 
 
@@ -24,7 +25,7 @@ def deepcache(teacher, described):
 @pytest.fixture
 def plain(unet, schedule, deepcache, noise):
     """The images without recordings; to be asked for before `tapes`."""
-    return sampling.sample(unet, schedule, deepcache, noise)
+    return sampling.sample(Model(unet, schedule), deepcache, noise)
 
 
 @pytest.fixture
@@ -43,47 +44,48 @@ def calls(own):
 
 def test_a_kind_of_step_is_recorded_once_and_then_no_python_runs(plain, own, schedule, deepcache, noise, tapes, calls):
     for _ in range(2):
-        assert torch.equal(sampling.sample(own, schedule, deepcache, noise), plain)
+        assert torch.equal(sampling.sample(Model(own, schedule), deepcache, noise), plain)
     assert len(tapes) == 2  # the full step, which keeps a feature, and the partial one
     calls.clear()
-    assert torch.equal(sampling.sample(own, schedule, deepcache, noise), plain)
+    assert torch.equal(sampling.sample(Model(own, schedule), deepcache, noise), plain)
     assert not calls
 
 
 def test_every_batch_size_has_recordings_of_its_own(own, schedule, deepcache, noise, tapes):
     for _ in range(3):
         for count in (3, 1, 2):
-            alone = sampling.sample(own, schedule, deepcache, noise, batch_size=count)
-            torch.testing.assert_close(alone, sampling.sample(own, schedule, deepcache, noise), rtol=1e-4, atol=1e-4)
+            alone = sampling.sample(Model(own, schedule), deepcache, noise, batch_size=count)
+            together = sampling.sample(Model(own, schedule), deepcache, noise)
+            torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-4)
     assert len(tapes) == 6
 
 
 def test_plans_share_recordings(own, schedule, teacher, deepcache, noise, tapes):
     for _ in range(2):
-        sampling.sample(own, schedule, deepcache, noise)
+        sampling.sample(Model(own, schedule), deepcache, noise)
     made = len(tapes)
-    sampling.sample(own, schedule, deepcache.with_cells(deepcache.computes, method="another"), noise)
+    sampling.sample(Model(own, schedule), deepcache.with_cells(deepcache.computes, method="another"), noise)
     assert len(tapes) == made
 
 
 def test_no_more_recordings_are_kept_than_the_limit(plain, own, schedule, deepcache, noise, tapes, monkeypatch):
     monkeypatch.setattr(graphs, "LIMIT", 1)
     for _ in range(3):
-        assert torch.equal(sampling.sample(own, schedule, deepcache, noise), plain)
+        assert torch.equal(sampling.sample(Model(own, schedule), deepcache, noise), plain)
         assert len(graphs._shelves[own].recordings) == 1 < len(tapes)
 
 
 def test_weights_trained_on_are_read_anew_and_moved_ones_recorded_anew(own, schedule, deepcache, noise, tapes):
     for _ in range(2):
-        before = sampling.sample(own, schedule, deepcache, noise)
+        before = sampling.sample(Model(own, schedule), deepcache, noise)
     made = len(tapes)
     with torch.no_grad():
         own.conv_out.weight.mul_(0.5)
-    other = sampling.sample(own, schedule, deepcache, noise)
+    other = sampling.sample(Model(own, schedule), deepcache, noise)
     assert len(tapes) == made and not torch.equal(other, before)
     own.double().float()  # elsewhere in memory
     for _ in range(2):
-        assert torch.equal(sampling.sample(own, schedule, deepcache, noise), other)
+        assert torch.equal(sampling.sample(Model(own, schedule), deepcache, noise), other)
     assert len(tapes) == 2 * made
 
 
@@ -94,8 +96,8 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is_with_a_message(plain, own,
 
     monkeypatch.setattr(graphs, "cuda_graph", refuse)
     with pytest.warns(UserWarning, match="all run without from here: operation not permitted"):
-        assert torch.equal(sampling.sample(own, schedule, deepcache, noise), plain)
-    assert torch.equal(sampling.sample(own, schedule, deepcache, noise), plain)
+        assert torch.equal(sampling.sample(Model(own, schedule), deepcache, noise), plain)
+    assert torch.equal(sampling.sample(Model(own, schedule), deepcache, noise), plain)
 
 
 def test_gradients_flow_where_they_are_asked_for(own, schedule, teacher, noise, tapes):
@@ -108,10 +110,10 @@ def test_gradients_flow_where_they_are_asked_for(own, schedule, teacher, noise, 
 
 
 def test_an_exception_in_a_run_leaves_nothing_behind(own, schedule, deepcache, noise, tapes):
-    wanted = [sampling.sample(own, schedule, deepcache, noise) for _ in range(3)][-1]
+    wanted = [sampling.sample(Model(own, schedule), deepcache, noise) for _ in range(3)][-1]
     engine = graphs.engine(own, deepcache, NoiseSchedule.of(schedule))
     with pytest.raises(KeyboardInterrupt), torch.inference_mode(), engine:
-        for number, _ in enumerate(sampling.walk(engine, noise)):
+        for number, _ in enumerate(sampling.walk(engine, noise, Conditions())):
             if number == 3:
                 raise KeyboardInterrupt
-    assert torch.equal(sampling.sample(own, schedule, deepcache, noise), wanted)
+    assert torch.equal(sampling.sample(Model(own, schedule), deepcache, noise), wanted)

@@ -1,5 +1,7 @@
 """The grid against its slow reference: any plan, with all states and passes, on every family."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import reference
@@ -9,6 +11,7 @@ from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, UN
 from lib.grid import blocks, cost, graphs, sampling, solvers
 from lib.grid.blocks import lives, wiring
 from lib.grid.engine import Engine
+from lib.grid.model import Conditions, Model
 from lib.grid.plan import (
     DROP,
     GIVEN,
@@ -22,7 +25,6 @@ from lib.grid.plan import (
     quadratic,
     trailing,
 )
-from lib.grid.sampling import Conditions
 from lib.teachers import networks
 
 STEPS, COUNT, EACH = 7, 2, 65
@@ -145,7 +147,7 @@ def test_any_plan_is_the_slow_reference(family, start, seed):
             plan = plan.replace(passes=(GIVEN,), states=plan.states[1:], net=plan.net[1:]).guided(
                 (int(rng.integers(0, 3)), int(rng.integers(3, plan.steps))) if plan.steps > 3 else None,
                 every=int(rng.integers(1, 4)), reuse=int(rng.choice([0, 2, 3])), null_holds=plan.null_holds)
-        images = sampling.sample(model, schedule, plan, start, own)
+        images = sampling.sample(Model(model, schedule), plan, start, own)
         assert images.isfinite().all()
         same(images, reference.sample(model, plan, start, own))
 
@@ -158,10 +160,10 @@ def test_recordings_are_the_eager_engine_with_all_states_and_both_passes(family,
     plan = drawn(plan, rng) if seed else Plan.deepcache(2, blocks.describe(model).branch(0), plan, PARABOLA)
     graphs._shelves.clear()  # what other plans have recorded
     conditions = conditions and Conditions(conditions.given, conditions.null, 2.0, apart=bool(seed % 2))
-    wanted = sampling.sample(model, networks.noise_schedule(), plan, start, conditions)
+    wanted = sampling.sample(Model(model, networks.noise_schedule()), plan, start, conditions)
     tapes = request.getfixturevalue("tapes")
     for _ in range(3):
-        assert torch.equal(sampling.sample(model, networks.noise_schedule(), plan, start, conditions), wanted)
+        assert torch.equal(sampling.sample(Model(model, networks.noise_schedule()), plan, start, conditions), wanted)
     assert tapes
 
 
@@ -206,7 +208,8 @@ def test_dead_cells_change_no_bit(family, start, seed):
     plan = drawn(base(model, rng, (NULL, GIVEN) if conditions and seed % 2 else (GIVEN,)), rng)
     settled = plan.settled()
     assert settled.key == plan.key and settled.settled() == settled
-    images = [sampling.sample(model, networks.noise_schedule(), one, start, conditions) for one in (plan, settled)]
+    whole = Model(model, networks.noise_schedule())
+    images = [sampling.sample(whole, one, start, conditions) for one in (plan, settled)]
     assert torch.equal(*images)
 
 
@@ -328,14 +331,16 @@ def test_outside_an_interval_the_scale_is_1_and_the_null_pass_costs_nothing(guid
     assert plan.key != full.key
     calls = []
     handle = model.conv_in.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
-    images = sampling.sample(model, networks.noise_schedule(), plan, start, conditions)
+    images = sampling.sample(Model(model, networks.noise_schedule()), plan, start, conditions)
     handle.remove()
     assert calls == [COUNT] * 2 + [2 * COUNT] * 3 + [COUNT] * 2
     costs = cost.count(model)
     assert costs.executed(plan) == 10 * costs.call
-    assert costs.executed(full, passes=2) == 14 * costs.call, "a plan of one pass, guided, runs each sheet twice"
+    guided = dataclasses.replace(costs, passes=2)
+    assert guided.executed(full) == 14 * costs.call, "a plan of one pass, guided, runs each sheet twice"
+    assert guided.executed(plan) == 10 * costs.call
     with pytest.raises(PlanError, match="the network was called for given with"):
-        sampling.sample(model, networks.noise_schedule(), plan, start, Conditions(conditions.given))
+        sampling.sample(Model(model, networks.noise_schedule()), plan, start, Conditions(conditions.given))
     with pytest.raises(PlanError, match="drops a pass at some steps: give `net` with the cells"):
         Plan.deepcache(2, blocks.describe(model).branch(0), plan)
     unguided = Conditions(conditions.given)
@@ -391,7 +396,7 @@ def test_a_linear_forecast_of_the_whole_output_is_a_multistep_step(start):
     net = np.array([1, 0, 0, 1, 2, 2, 1, 2, 2, 1, 2, 2])
     cells = np.repeat((net == 1)[:, None], len(names), axis=1)
     plan = full.with_cells(cells, net)
-    images = sampling.sample(model, schedule, plan, start)
+    images = sampling.sample(Model(model, schedule), plan, start)
     alpha, sigma = (part.numpy() for part in solvers.noise_levels((*full.timesteps,), fits))
     ratio = np.append(sigma / alpha, 0.0)  # d(x / alpha) = epsilon d(sigma / alpha), exactly, while epsilon is held
     place = 2 * np.log(alpha / sigma)
@@ -422,13 +427,13 @@ def test_flow_matching_walks_too(start):
     with torch.inference_mode():
         for t in scheduler.timesteps:
             x_t = scheduler.step(model(x_t, t).sample, t, x_t).prev_sample
-    images = sampling.sample(model, scheduler, full, start)
+    images = sampling.sample(Model(model, scheduler), full, start)
     torch.testing.assert_close(images, x_t, rtol=1e-4, atol=1e-4)
     with pytest.raises(PlanError, match="log_snr is infinite at pure noise"):
         Plan.deepcache(2, blocks.describe(model).branch(0), full, LINE)
     by_time = full.replace(abscissa="timestep")
     plan = Plan.deepcache(2, blocks.describe(model).branch(0), by_time, LINE)
-    same(sampling.sample(model, scheduler, plan, start), reference.sample(model, plan, start))
+    same(sampling.sample(Model(model, scheduler), plan, start), reference.sample(model, plan, start))
 
 
 def test_stock_pndm_and_a_learned_solver_walk_forecasts_too(family, start):
@@ -445,7 +450,7 @@ def test_stock_pndm_and_a_learned_solver_walk_forecasts_too(family, start):
     learned = full.replace(solver="learned", order=2, table=Learned(quantity="data", **kept))
     for plan in (pndm, learned):
         plan = Plan.deepcache(3, described.branch(0), plan, LINE)
-        images = sampling.sample(model, networks.noise_schedule(), plan, start, own)
+        images = sampling.sample(Model(model, networks.noise_schedule()), plan, start, own)
         same(images, reference.sample(model, plan, start, own))
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lib.grid import blocks, sampling, solvers
+from lib.grid.model import Conditions, Model
 from lib.grid.plan import NoiseSchedule, Plan, PlanError
 from lib.methods import learned
 from lib.teachers import networks
@@ -33,8 +34,8 @@ def test_they_begin_as_the_plan_they_begin_with(unet, schedule, teacher, noise, 
     start = Plan.few_steps(5, "uniform", teacher, order)
     steps = learned.Steps(start)
     assert np.allclose(steps.timesteps().detach(), start.timesteps, atol=1e-3)
-    images = steps(unet, noise, "fp32")
-    assert torch.allclose(images, sampling.sample(unet, schedule, start, noise), atol=1e-4)
+    images = steps(Model(unet, schedule), noise, "fp32")
+    assert torch.allclose(images, sampling.sample(Model(unet, schedule), start, noise), atol=1e-4)
 
 
 @pytest.mark.parametrize("coefficients", [False, True])
@@ -44,9 +45,9 @@ def test_they_sample_as_the_plan_that_they_end_in(unet, schedule, teacher, noise
     steps = moved(teacher.at((999, 700, 400, 200, 50), solver=solver, order=order), coefficients)
     plan = steps.plan()
     plan.save(tmp_path / "plan.json")
-    images = sampling.sample(unet, schedule, Plan.load(tmp_path / "plan.json"), noise)
-    assert torch.allclose(steps(unet, noise, "fp32"), images, atol=1e-4)
-    assert not torch.allclose(images, sampling.sample(unet, schedule, steps.start, noise), atol=1e-3)
+    images = sampling.sample(Model(unet, schedule), Plan.load(tmp_path / "plan.json"), noise)
+    assert torch.allclose(steps(Model(unet, schedule), noise, "fp32"), images, atol=1e-4)
+    assert not torch.allclose(images, sampling.sample(Model(unet, schedule), steps.start, noise), atol=1e-3)
     assert plan.solver == ("learned" if coefficients else solver) and plan.timesteps[0] == 999
 
 
@@ -58,15 +59,16 @@ def test_they_draw_the_labels_of_a_transformer(schedule):
         torch.nn.init.normal_(last.weight)
     start = Plan.full((999, 700, 400, 100), NoiseSchedule.of(schedule), blocks.describe(dit).names, 2, cache="residual")
     steps = moved(start, True)
-    assert torch.allclose(steps(dit, noise, "fp32"), sampling.sample(dit, schedule, steps.plan(), noise), atol=1e-4)
+    model = Model(dit, schedule)
+    assert torch.allclose(steps(model, noise, "fp32"), sampling.sample(model, steps.plan(), noise), atol=1e-4)
 
 
-def test_the_gradient_is_that_of_finite_differences(unet, teacher, noise):
+def test_the_gradient_is_that_of_finite_differences(unet, schedule, teacher, noise):
     steps = moved(Plan.few_steps(4, "uniform", teacher, 2), True)
     aim = torch.zeros(6, 1, 16, 16)
 
     def loss():
-        return (steps(unet, noise, "fp32") - aim).square().mean()
+        return (steps(Model(unet, schedule), noise, "fp32") - aim).square().mean()
 
     loss().backward()
     for weight in (steps.gaps, steps.changes):
@@ -94,24 +96,25 @@ def test_the_timesteps_always_make_a_plan(teacher):
 def test_they_learn_to_look_like_many_steps(unet, schedule, teacher, tmp_path, coefficients):
     start, noise = Plan.few_steps(3, "uniform", teacher, 1), sampling.noise("search", 0, 0, 16, (1, 16, 16))
     recipe = learned.Recipe(updates=25, batch=8, learning_rate=0.05, coefficients=coefficients)
-    wanted = sampling.sample(unet, schedule, teacher, noise)
-    found = [learned.learn(unet, start, noise, wanted, lambda images: (images.flatten(1),), recipe, precision="fp32",
+    model = Model(unet, schedule)
+    wanted = sampling.sample(model, teacher, noise)
+    found = [learned.learn(model, start, noise, wanted, lambda images: (images.flatten(1),), recipe, precision="fp32",
                            work=tmp_path / name) for name in ("one", "two")]
     (plan, history), (again, _) = found
     assert plan.key == again.key and history[-1]["loss"] < history[0]["loss"]
     fresh = sampling.noise("select", 0, 0, 16, (1, 16, 16))
-    many, few, better = (sampling.sample(unet, schedule, one, fresh) for one in (teacher, start, plan))
+    many, few, better = (sampling.sample(model, one, fresh) for one in (teacher, start, plan))
     assert (better - many).square().mean() < 0.9 * (few - many).square().mean(), "on noise it has not seen, too"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_they_learn_on_cuda(unet, schedule, teacher, noise, tmp_path):
-    moved, start = copy.deepcopy(unet).cuda(), Plan.few_steps(3, "uniform", teacher, 2)
-    wanted, recipe = sampling.sample(moved, schedule, teacher, noise), learned.Recipe(updates=3, coefficients=True)
+    moved, start = Model(copy.deepcopy(unet).cuda(), schedule), Plan.few_steps(3, "uniform", teacher, 2)
+    wanted, recipe = sampling.sample(moved, teacher, noise), learned.Recipe(updates=3, coefficients=True)
     plan, _ = learned.learn(moved, start, noise, wanted, lambda images: (images.flatten(1),), recipe, precision="fp32",
                             work=tmp_path)
     assert plan.timesteps != start.timesteps
-    paths = [learned.shortest(one, schedule, teacher, (4,), noise, 2, precision="fp32") for one in (unet, moved)]
+    paths = [learned.shortest(one, teacher, (4,), noise, 2, precision="fp32") for one in (Model(unet, schedule), moved)]
     assert paths[0][4].timesteps == paths[1][4].timesteps
 
 
@@ -127,14 +130,14 @@ def test_what_cannot_be_learned_is_refused(teacher, start, message):
 @pytest.mark.parametrize("order", [1, 2])
 def test_the_price_of_a_jump_is_that_of_sampling(unet, schedule, teacher, noise, order):
     walked = teacher.replace(order=order)
-    price = learned.jumps(unet, schedule, walked, noise, "fp32")
+    price = learned.jumps(Model(unet, schedule), walked, noise, "fp32")
     full = [noise]
     with sampling.graphs.engine(unet, walked, walked.schedule) as engine, torch.inference_mode():
-        full += list(sampling.walk(engine, noise))
+        full += list(sampling.walk(engine, noise, Conditions()))
     assert np.isinf(price[np.tril_indices(11)]).all()
     if order == 1:
         assert np.abs(np.diag(price, 1)).max() < 1e-3, "the teacher's own steps cost nothing"
-    one = sampling.sample(unet, schedule, teacher.at(teacher.timesteps[:1]), noise)  # one jump to the image
+    one = sampling.sample(Model(unet, schedule), teacher.at(teacher.timesteps[:1]), noise)  # one jump to the image
     assert price[0, 10] == pytest.approx(float((one - full[-1]).flatten(1).norm(dim=1).mean()), rel=1e-3)
     with torch.inference_mode():
         output = unet(full[4], teacher.timesteps[4]).sample
@@ -144,14 +147,14 @@ def test_the_price_of_a_jump_is_that_of_sampling(unet, schedule, teacher, noise,
 
 
 def test_shortest_paths_are_those_of_trying_all(unet, schedule, teacher, noise):
-    price = learned.jumps(unet, schedule, teacher, noise, "fp32")
+    price = learned.jumps(Model(unet, schedule), teacher, noise, "fp32")
 
     def length(kept):
         return sum(price[a, b] for a, b in itertools.pairwise((*kept, 10)))
 
     with pytest.raises(ValueError, match=r"1 to 10 can be kept, got \[3, 11\]"):
-        learned.shortest(unet, schedule, teacher, (3, 11), noise, 2, precision="fp32")
-    found = learned.shortest(unet, schedule, teacher, (5, 1, 2, 3, 10), noise, 2, precision="fp32")
+        learned.shortest(Model(unet, schedule), teacher, (3, 11), noise, 2, precision="fp32")
+    found = learned.shortest(Model(unet, schedule), teacher, (5, 1, 2, 3, 10), noise, 2, precision="fp32")
     assert list(found) == [5, 1, 2, 3, 10]
     for steps, plan in found.items():
         every = [(0, *rest) for rest in itertools.combinations(range(1, 10), steps - 1)]

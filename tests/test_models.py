@@ -26,8 +26,8 @@ from PIL import Image
 from lib import apply
 from lib.apply import Planned
 from lib.grid import blocks, cost, sampling
+from lib.grid.model import Conditions, Model
 from lib.grid.plan import NoiseSchedule, Plan, PlanError
-from lib.grid.sampling import Conditions
 from lib.study import paths
 from lib.teachers import networks
 
@@ -62,7 +62,7 @@ def counted(model):
     shape = blocks.input_shape(model)
     noise = torch.randn(2, *shape)
     conditions = Conditions(blocks.example_conditions(model, 2, "cpu"))
-    images = sampling.sample(model, tiny.ddim(), full, noise, conditions)
+    images = sampling.sample(Model(model, tiny.ddim()), full, noise, conditions)
     assert images.shape == noise.shape and images.isfinite().all()
     return costs
 
@@ -103,7 +103,8 @@ def test_nested_conditions_are_guided_in_one_batch_and_apart():
         with Planned(pipe, plan):
             wanted = tiny.call(pipe, options, latents=latents, guidance_scale=3.0, output_type="latent")
         for apart in (False, True):
-            images = sampling.sample(pipe.unet, pipe.scheduler, plan, latents, Conditions(given, null, 3.0, apart))
+            said = Conditions(given, null, 3.0, apart)
+            images = sampling.sample(Model(pipe.unet, pipe.scheduler), plan, latents, said)
             torch.testing.assert_close(images, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
 
@@ -171,7 +172,7 @@ def test_pipelines_are_loaded_as_they_were_saved(kind, options, prediction, tmp_
     pipe, _ = tiny.made(tiny.stable_diffusion)
     pipe.scheduler = kind(**tiny.NOISE | {"beta_end": 0.015}, prediction_type=prediction, **options)
     pipe.save_pretrained(tmp_path)
-    _, schedule = networks.load(tmp_path)
+    schedule = networks.load(tmp_path).schedule
     assert NoiseSchedule.of(schedule) == NoiseSchedule.of(pipe.scheduler)
     x_0, noise, t = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.tensor([400])
     torch.testing.assert_close(schedule.add_noise(x_0, noise, t),

@@ -49,6 +49,7 @@ from doors import by_reference, check, full_plan, plans, random_plan, same, watc
 from lib.apply import Planned
 from lib.grid import blocks, cost, sampling
 from lib.grid.engine import Engine
+from lib.grid.model import Model
 from lib.grid.plan import NoiseSchedule, Plan, PlanError
 
 # ---- what holds on to network, scheduler or pipeline -----------------------------------------------------------------
@@ -401,9 +402,9 @@ def test_layerwise_casting_keeps_its_computing_precision():
     model = tiny.plain_unet().eval()
     plan = full_plan(tiny.DDIMPipeline(model, tiny.ddim()), 4)
     noise = torch.randn(1, 4, 8, 8)
-    wanted = sampling.sample(model, tiny.ddim(), plan, noise)
+    wanted = sampling.sample(Model(model, tiny.ddim()), plan, noise)
     model.enable_layerwise_casting(torch.bfloat16, torch.float32)
-    images = sampling.sample(model, tiny.ddim(), plan, noise)
+    images = sampling.sample(Model(model, tiny.ddim()), plan, noise)
     torch.testing.assert_close(images, wanted, rtol=0.1, atol=0.1 * float(wanted.abs().max()))
 
 
@@ -579,7 +580,7 @@ def test_a_learned_variance_is_left_out(channels, kind):
     plan = Plan.deepcache(2, blocks.describe(model).branch(0), full_plan(pipe))
     noise = torch.randn(1, channels, 8, 8, generator=torch.manual_seed(1))
     wanted = reference.sample(model, plan, noise)
-    torch.testing.assert_close(sampling.sample(model, pipe.scheduler, plan, noise), wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(sampling.sample(Model(model, pipe.scheduler), plan, noise), wanted, rtol=1e-3, atol=1e-3)
     with Planned(pipe, plan):
         images = tiny.call(pipe, {"output_type": "np"})
     np.testing.assert_allclose(images, (wanted / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1), atol=1e-3)

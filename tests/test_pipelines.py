@@ -15,8 +15,8 @@ from doors import check, full_plan, plans, random_plan
 from lib.apply import Planned
 from lib.grid import blocks, sampling
 from lib.grid.engine import Engine
+from lib.grid.model import Conditions, Model
 from lib.grid.plan import Learned, NoiseSchedule, Plan, PlanError, trailing
-from lib.grid.sampling import Conditions
 
 
 @pytest.mark.parametrize("kind", tiny.ALL, ids=lambda kind: kind.__name__)
@@ -80,7 +80,7 @@ def test_sizes_that_do_not_halve_evenly(size):
     noise, texts = torch.randn(2, 4, *size), {"encoder_hidden_states": torch.randn(2, 5, 16)}
     for seed in range(6):
         plan = random_plan(full, seed)
-        images = sampling.sample(model, tiny.ddim(), plan, noise, Conditions(texts))
+        images = sampling.sample(Model(model, tiny.ddim()), plan, noise, Conditions(texts))
         wanted = reference.sample(model, plan, noise, Conditions(texts))
         torch.testing.assert_close(images, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lib.grid import sampling
+from lib.grid.model import Model
 from lib.grid.plan import Plan
 from lib.teachers import networks
 from lib.teachers.data import to_uint8
@@ -69,7 +70,7 @@ def test_two_processes_sample_the_images_of_one(tmp_path, unet, schedule, teache
                   "--out", tmp_path / "out", "--count", 5, "--seed", 3)
     assert said.startswith(f"5 images in {tmp_path / 'out'}") and "PSNR" in said
     assert f"beside all 10 steps, on {(5, 3)[processes - 1]} images: 1.65 times fewer executed MACs" in said
-    images = sampling.sample(unet, schedule, plan, sampling.noise("report", 3, 0, 5, (1, 16, 16)))
+    images = sampling.sample(Model(unet, schedule), plan, sampling.noise("report", 3, 0, 5, (1, 16, 16)))
     files = sorted((tmp_path / "out").iterdir())
     assert [file.name for file in files] == [f"{number:06d}.png" for number in range(5)]
     for file, image in zip(files, to_uint8(images)):

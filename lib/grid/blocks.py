@@ -30,7 +30,7 @@ class Block:
     name : str, such as "down0.1", "down0.down", "mid", "up2.up"
     level : str, such as "down0"
     modules : tuple of str
-        Module paths in the model, in the order in which they run; the last one gives the block's output.
+        Module paths in the network, in the order in which they run; the last one gives the block's output.
     reads : tuple of str
         The blocks whose outputs it reads (`STEM` for the stem's): the one before it first, then the skip connection.
     """
@@ -245,28 +245,28 @@ LEVELS = ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D",
 """The UNet levels that are known here."""
 
 
-def describe(model: nn.Module) -> Blocks:
+def describe(network: nn.Module) -> Blocks:
     """Describe a network as blocks.
 
     Raises
     ------
     TypeError
-        If the model, or one of its levels, is of a kind that is not supported.
+        If the network, or one of its levels, is of a kind that is not supported.
     """
-    if hasattr(model, "_orig_mod"):
+    if hasattr(network, "_orig_mod"):
         raise TypeError("a network compiled by torch.compile holds no plan: take its own, model._orig_mod. "
                         "(lib.apply.Planned does so by itself.)")
-    if isinstance(model, UNet2DModel | UNet2DConditionModel):
-        return _unet(model)
-    if isinstance(model, DiTTransformer2DModel | PixArtTransformer2DModel):
-        paths = {f"block{i}": f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))}
+    if isinstance(network, UNet2DModel | UNet2DConditionModel):
+        return _unet(network)
+    if isinstance(network, DiTTransformer2DModel | PixArtTransformer2DModel):
+        paths = {f"block{i}": f"transformer_blocks.{i}" for i in range(len(network.transformer_blocks))}
         found = [Block(name, name, (paths[name],), (before,)) for before, name in pairwise([STEM, *paths])]
         return Blocks(tuple(found), paths, "residual")
-    raise TypeError(f"{type(model).__name__} is not supported. Supported: UNet2DModel, UNet2DConditionModel, "
+    raise TypeError(f"{type(network).__name__} is not supported. Supported: UNet2DModel, UNet2DConditionModel, "
                     "DiTTransformer2DModel and PixArtTransformer2DModel.")
 
 
-def input_shape(model: nn.Module) -> tuple[int, int, int]:
+def input_shape(network: nn.Module) -> tuple[int, int, int]:
     """Give the shape of what a network denoises, (C, H, W), at its sample size.
 
     Raises
@@ -274,21 +274,21 @@ def input_shape(model: nn.Module) -> tuple[int, int, int]:
     ValueError
         If its config names none.
     """
-    config, size = model.config, model.config.sample_size
+    config, size = network.config, network.config.sample_size
     if size is None:
-        raise ValueError(f"this {type(model).__name__} names no sample_size: set it in its config.json (latents are "
+        raise ValueError(f"this {type(network).__name__} names no sample_size: set it in its config.json (latents are "
                          "smaller than images, often by 8)")
     added = HINT if config.get("addition_embed_type") == "image_hint" else 0  # channels that it makes of a picture
     return config.in_channels - added, *((size, size) if isinstance(size, int) else size)
 
 
-def example_conditions(model: nn.Module, count: int, device: torch.device | str) -> dict[str, Tensor | dict]:
+def example_conditions(network: nn.Module, count: int, device: torch.device | str) -> dict[str, Tensor | dict]:
     """Give what a network reads besides image and timestep, of the right shapes, for `count` images."""
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(count, *shape, device=device, dtype=dtype)
 
-    config, given, added = model.config, {}, {}
-    if isinstance(model, UNet2DConditionModel):
+    config, given, added = network.config, {}, {}
+    if isinstance(network, UNet2DConditionModel):
         given["encoder_hidden_states"] = zeros(77, config.encoder_hid_dim or _widest(config.cross_attention_dim))
         images = {"text_image_proj": config.cross_attention_dim, "image_proj": config.encoder_hid_dim}
         if config.encoder_hid_dim_type in images:
@@ -302,12 +302,12 @@ def example_conditions(model: nn.Module, count: int, device: torch.device | str)
         elif kind in ("image", "image_hint"):
             added["image_embeds"] = zeros(config.encoder_hid_dim)
         if kind == "image_hint":
-            added["hint"] = zeros(3, *(8 * side for side in input_shape(model)[1:]))
+            added["hint"] = zeros(3, *(8 * side for side in input_shape(network)[1:]))
     elif config.get("caption_channels"):
         given["encoder_hidden_states"] = zeros(120, config.caption_channels)
-        wanted = model.use_additional_conditions
+        wanted = network.use_additional_conditions
         added = {"resolution": zeros(2) if wanted else None, "aspect_ratio": zeros(1) if wanted else None}
-    elif hasattr(model, "transformer_blocks") and config.get("num_embeds_ada_norm"):
+    elif hasattr(network, "transformer_blocks") and config.get("num_embeds_ada_norm"):
         given["class_labels"] = zeros(dtype=torch.long)
     kind = config.get("class_embed_type")
     if kind in ("identity", "projection", "simple_projection"):
@@ -326,18 +326,18 @@ def _widest(widths: int | tuple[int, ...]) -> int:
     return widths if isinstance(widths, int) else max(widths)
 
 
-def _unet(model: UNet2DModel | UNet2DConditionModel) -> Blocks:
-    if isinstance(model, UNet2DModel) and model.config.time_embedding_type == "fourier":
+def _unet(network: UNet2DModel | UNet2DConditionModel) -> Blocks:
+    if isinstance(network, UNet2DModel) and network.config.time_embedding_type == "fourier":
         raise TypeError("time_embedding_type fourier is not supported: there the timestep scales the output, so a "
                         "reused output is not what the network would give.")
-    for module in (*model.down_blocks, model.mid_block, *model.up_blocks):
+    for module in (*network.down_blocks, network.mid_block, *network.up_blocks):
         if type(module).__name__ not in LEVELS:
             raise TypeError(f"a level of type {type(module).__name__} is not supported. Supported: "
                             f"{', '.join(LEVELS)}.")
     blocks: list[Block] = []
     skips, before = [STEM], STEM
     modules: dict[str, str] = {}
-    for i, level in enumerate(model.down_blocks):
+    for i, level in enumerate(network.down_blocks):
         name, path = f"down{i}", f"down_blocks.{i}"
         modules[name] = path
         for block in _layers(level, name, path, "downsamplers", "down"):
@@ -347,7 +347,7 @@ def _unet(model: UNet2DModel | UNet2DConditionModel) -> Blocks:
     modules["mid"] = "mid_block"
     blocks.append(Block("mid", "mid", ("mid_block",), (before,)))
     before = "mid"
-    for i, level in enumerate(model.up_blocks):
+    for i, level in enumerate(network.up_blocks):
         name, path = f"up{i}", f"up_blocks.{i}"
         modules[name] = path
         for block in _layers(level, name, path, "upsamplers", "up"):

@@ -1,4 +1,4 @@
-"""What a model under a plan costs: multiply-accumulates (MACs) executed, parameters, measured time.
+"""What a network under a plan costs: multiply-accumulates (MACs) executed, parameters, measured time.
 
 MACs are counted by torch's `FlopCounterMode` on the meta device. Convolutions and matrix products count; norms,
 activations and additions do not. The products inside attention are kept apart, because papers on UNets leave them out
@@ -10,23 +10,23 @@ import json
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import pandas as pd
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from lib.grid import blocks as _blocks
 from lib.grid import graphs, sampling
-from lib.grid.plan import NoiseSchedule, Plan
+from lib.grid.model import Model
+from lib.grid.plan import Plan
 
 ATTENTION = ("scaled_dot_product", "bmm")  # operators that only attention uses in these networks
 
@@ -42,6 +42,9 @@ class Costs:
     parameters : dict of block name to number of parameters
     outputs : dict of block name to numbers that it gives, and "net" to the whole output's: what is kept takes memory
     rest, rest_parameters : MACs and parameters of stem and head, which run at every network call
+    passes : how often a plan of one pass runs at each step: 2 under guidance
+    text, decoder : MACs of what reads an image's prompt, once for each pass, and of what decodes its latents; they cost
+        the same under every plan, so `executed` leaves them out
     """
 
     blocks: dict[str, int]
@@ -50,6 +53,9 @@ class Costs:
     outputs: dict[str, int]
     rest: int
     rest_parameters: int
+    passes: int = 1
+    text: int = 0
+    decoder: int = 0
 
     @property
     def call(self) -> int:
@@ -61,28 +67,27 @@ class Costs:
         """The same without attention's products, as published for UNets."""
         return self.call - sum(self.attention.values())
 
-    def per_step(self, plan: Plan, passes: int = 1) -> np.ndarray:
+    def per_step(self, plan: Plan) -> np.ndarray:
         """Give the MACs executed at each of the plan's steps, all passes together, (S,), int.
 
         Live cells cost what their blocks do, and each network call its stem and head; a forecast costs nothing.
-
-        Parameters
-        ----------
-        passes : int
-            How many passes each sheet of the plan stands for: 2 where a plan of one pass is sampled with guidance.
         """
         macs = np.array([self.blocks[name] for name in plan.blocks], dtype=np.int64)
-        return passes * sum(life.live @ macs + life.called * self.rest for life in plan.life)
+        return self._runs(plan) * sum(life.live @ macs + life.called * self.rest for life in plan.life)
 
-    def executed(self, plan: Plan, passes: int = 1) -> int:
-        """Give the MACs that one image costs under a plan; `passes` as in `per_step`."""
-        return int(self.per_step(plan, passes).sum())
+    def _runs(self, plan: Plan) -> int:
+        """Give how many passes each sheet of a plan stands for."""
+        return self.passes if len(plan.passes) == 1 else 1
 
-    def kept(self, plan: Plan, dtype: torch.dtype = torch.float32, passes: int = 1) -> int:
+    def executed(self, plan: Plan) -> int:
+        """Give the MACs that one image costs under a plan."""
+        return int(self.per_step(plan).sum())
+
+    def kept(self, plan: Plan, dtype: torch.dtype = torch.float32) -> int:
         """Give the bytes that a plan keeps between steps at most, for one image: known before it runs."""
         sizes = np.array([self.outputs[name] for name in plan.blocks], dtype=np.int64)
         held = sum(life.keep @ sizes + life.net_keep * self.outputs["net"] for life in plan.life)
-        return passes * int(held.max()) * dtype.itemsize
+        return self._runs(plan) * int(held.max()) * dtype.itemsize
 
     def save(self, path: Path) -> None:
         """Write the costs as JSON."""
@@ -94,13 +99,18 @@ class Costs:
         return cls(**json.loads(path.read_text()))
 
 
-def count(model: nn.Module) -> Costs:
-    """Count MACs and parameters of a model's blocks for one image of the model's sample size."""
+def count(network: nn.Module, conditions: sampling.Conditions | None = None) -> Costs:
+    """Count MACs and parameters of a network's blocks for one image of the network's sample size.
+
+    Parameters
+    ----------
+    conditions : Conditions of one image; None for what such networks mostly read
+    """
     # Parameters, which want gradients: of tensors that do not, the counter misses what attention multiplies.
-    weightless = {id(tensor): nn.Parameter(tensor.detach().to("meta")) for tensor in model.parameters()}
-    twin = copy.deepcopy(model, weightless).to("meta").float()
-    x_t = torch.empty(1, *_blocks.input_shape(model), device="meta")
-    described, outputs = _blocks.describe(model), {}
+    weightless = {id(tensor): nn.Parameter(tensor.detach().to("meta")) for tensor in network.parameters()}
+    twin = copy.deepcopy(network, weightless).to("meta").float()
+    x_t = torch.empty(1, *_blocks.input_shape(network), device="meta")
+    described, outputs = _blocks.describe(network), {}
 
     def measure(name: str) -> Callable:
         return lambda module, inputs, output: outputs.__setitem__(name, output[0].numel() if isinstance(output, tuple)
@@ -109,10 +119,11 @@ def count(model: nn.Module) -> Costs:
     for block in described:
         twin.get_submodule(block.modules[-1]).register_forward_hook(measure(block.name))
     with FlopCounterMode(display=False, depth=None) as counter:
-        predicted = twin(x_t, timestep=torch.zeros(1, device="meta", dtype=torch.long),
-                         **_blocks.example_conditions(model, 1, "meta"))
+        given = conditions.given if conditions else _blocks.example_conditions(network, 1, "meta")
+        given = tree_map_only(torch.Tensor, lambda rows: rows.to("meta"), given)
+        predicted = twin(x_t, timestep=torch.zeros(1, device="meta", dtype=torch.long), **given)
     outputs["net"] = predicted[0].numel()
-    root = type(model).__name__
+    root = type(network).__name__
     flops = {path.removeprefix(f"{root}."): {str(operator): n for operator, n in operators.items()}
              for path, operators in counter.get_flop_counts().items()}
     macs, attention, parameters = {}, {}, {}
@@ -121,10 +132,22 @@ def count(model: nn.Module) -> Costs:
         macs[block.name] = sum(n for _, n in operators) // 2
         attention[block.name] = sum(n for name, n in operators if any(word in name for word in ATTENTION)) // 2
         parameters[block.name] = sum(p.numel() for path in block.modules
-                                     for p in model.get_submodule(path).parameters())
-    total = sum(p.numel() for p in model.parameters())
+                                     for p in network.get_submodule(path).parameters())
+    total = sum(p.numel() for p in network.parameters())
     return Costs(macs, attention, parameters, outputs, counter.get_total_flops() // 2 - sum(macs.values()),
-                 total - sum(parameters.values()))
+                 total - sum(parameters.values()), passes=2 if conditions and conditions.null else 1)
+
+
+@torch.no_grad()
+def count_model(model: Model) -> Costs:
+    """Count a model's network under the model's own conditions and guidance, its text encoder and its decoder."""
+    noise = torch.zeros(1, *model.shape, device=model.device)
+    with FlopCounterMode(display=False, depth=None) as text:
+        conditions = model.asked(noise)
+    with FlopCounterMode(display=False, depth=None) as decoder:
+        model.decode(noise)
+    return replace(count(model.network, conditions), text=text.get_total_flops() // 2,
+                   decoder=decoder.get_total_flops() // 2)
 
 
 def interleave(runs: dict[str, Callable[[], object]], repeats: int, warmup: int = 2, title: str = "timing"
@@ -227,8 +250,8 @@ class Latency:
         return cls(**json.loads(path.read_text()))
 
 
-def measure(model: nn.Module, schedule: SchedulerMixin, plans: Iterable[Plan], noise: torch.Tensor, *, precision: str,
-            repeats: int, conditions: sampling.Conditions | None = None) -> Latency:
+def measure(model: Model, plans: Iterable[Plan], noise: torch.Tensor, *, precision: str, repeats: int,
+            conditions: sampling.Conditions | None = None) -> Latency:
     """Measure the median time of each column pattern while walking some plans in turn.
 
     Parameters
@@ -237,10 +260,11 @@ def measure(model: nn.Module, schedule: SchedulerMixin, plans: Iterable[Plan], n
         A few steps of each kind are enough, such as DeepCache over ten steps at each branch.
     noise : Tensor, (B, C, H, W)
     repeats : int, walks of each plan, after one that does not count
-    conditions : Conditions of the B images, where the network reads any
+    conditions : Conditions of the B images; None for those that the model draws
     """
-    engines = [graphs.engine(model, plan, NoiseSchedule.of(schedule)) for plan in plans]
+    engines = [graphs.engine(model.network, plan, model.noise_schedule) for plan in plans]
     seconds: dict[str, list[float]] = {pattern: [] for engine in engines for pattern in _patterns(engine.plan)}
+    conditions = conditions or model.asked(noise)
     with torch.inference_mode(), sampling.autocast(noise.device, precision):
         for turn in tqdm(range(repeats + 1), desc="latency of columns", unit="round"):
             for engine in engines:
@@ -260,7 +284,7 @@ def _patterns(plan: Plan) -> list[str]:
     return ["".join("01"[int(runs)] for runs in row) for row in live]
 
 
-def block_seconds(model: nn.Module, x_t: torch.Tensor, repeats: int,
+def block_seconds(network: nn.Module, x_t: torch.Tensor, repeats: int,
                   conditions: Mapping[str, torch.Tensor] | None = None) -> dict[str, float]:
     """Measure the median time of each block in a plain network call.
 
@@ -273,8 +297,8 @@ def block_seconds(model: nn.Module, x_t: torch.Tensor, repeats: int,
     -------
     seconds : dict of block name to float, and of "stem and head"
     """
-    described = _blocks.describe(model)
-    conditions = conditions or _blocks.example_conditions(model, len(x_t), x_t.device)
+    described = _blocks.describe(network)
+    conditions = conditions or _blocks.example_conditions(network, len(x_t), x_t.device)
     owner = {path: block.name for block in described for path in block.modules}
     spent: dict[str, float] = {}
     starts: dict[str, float] = {}
@@ -289,14 +313,14 @@ def block_seconds(model: nn.Module, x_t: torch.Tensor, repeats: int,
 
     handles = []
     for path in owner:
-        module = model.get_submodule(path)
+        module = network.get_submodule(path)
         handles += [module.register_forward_pre_hook(before(path)), module.register_forward_hook(after(path))]
     rounds = []
     with torch.inference_mode():
         for _ in range(repeats + 1):
             spent.clear()
             start = _now()
-            model(x_t, timestep=torch.full((len(x_t),), 500, device=x_t.device), **conditions)
+            network(x_t, timestep=torch.full((len(x_t),), 500, device=x_t.device), **conditions)
             rounds.append(dict(spent) | {"stem and head": _now() - start - sum(spent.values())})
     for handle in handles:
         handle.remove()

@@ -1,4 +1,4 @@
-"""Runs a model under a plan: each cell computes, holds or forecasts, and what is needed later is kept.
+"""Runs a network under a plan: each cell computes, holds or forecasts, and what is needed later is kept.
 
 The network's own forward pass stays as it is (no copy of it that the next diffusers release would break): hooks
 (`lib.grid.hooks`) ask the engine at each block whether it runs. Nothing of the cache is ever lent: what a block gave
@@ -27,17 +27,17 @@ CLOSE = 0.01
 
 
 class Engine:
-    """A model under a plan, as a context manager: inside, ``engine(x_t, step)`` predicts at a step of the plan.
+    """A network under a plan, as a context manager: inside, ``engine(x_t, step)`` predicts at a step of the plan.
 
-    A pipeline may call the model itself instead: the timestep of a call says which step it is. A run may begin at any
-    step; what nothing is cached for is computed. On leaving, the model is as it was. `reset` starts over (the next
+    A pipeline may call the network itself instead: the timestep of a call says which step it is. A run may begin at any
+    step; what nothing is cached for is computed. On leaving, the network is as it was. `reset` starts over (the next
     batch, or after a run that was broken off) and forgets what was cached.
 
     Parameters
     ----------
-    model : Module of a family that `lib.grid.blocks.describe` knows
+    network : Module of a family that `lib.grid.blocks.describe` knows
     plan : Plan
-    schedule : NoiseSchedule of the model, checked against the plan's
+    schedule : NoiseSchedule of the network, checked against the plan's
     led : bool
         True if a scheduler says when the next step begins (`at`), and when a run is on (`closed`): then calls at any
         other timestep, or between runs, are somebody else's and refused.
@@ -45,13 +45,13 @@ class Engine:
     Raises
     ------
     PlanError
-        If the plan is for other blocks or another noise schedule; if a plan, or another cache, is on the model; at
+        If the plan is for other blocks or another noise schedule; if a plan, or another cache, is on the network; at
         calls that the plan does not know.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, schedule: NoiseSchedule, led: bool = False):
-        self.model, self.plan, self.led = model, plan, led
-        self.blocks = _blocks.describe(model)
+    def __init__(self, network: nn.Module, plan: Plan, schedule: NoiseSchedule, led: bool = False):
+        self.network, self.plan, self.led = network, plan, led
+        self.blocks = _blocks.describe(network)
         plan.check_fits(self.blocks.names, schedule)
         if plan.cache != self.blocks.cache:
             raise PlanError(f"the plan caches each block's {plan.cache}, this network's blocks cache their "
@@ -59,7 +59,7 @@ class Engine:
         self.solver = solvers.of(plan)
         self._abscissae = solvers.abscissae(plan.timesteps, plan.schedule, plan.abscissa).tolist()
         self._hooks = Hooks(self)
-        self._signature = inspect.signature(model.forward)
+        self._signature = inspect.signature(network.forward)
         self.closed = led
         self.reset()
 
@@ -78,7 +78,7 @@ class Engine:
         self.thread: int | None = None  # whose run it is; None until its first call
         if self.on:
             self._hooks.check()
-            self._dtype = self.model.dtype
+            self._dtype = self.network.dtype
 
     def at(self, step: int) -> None:
         """Say which step the next calls belong to."""
@@ -102,7 +102,7 @@ class Engine:
         self._cache, self._shapes, self.life, self._first = {}, {}, self._now.life, step
 
     def __enter__(self) -> Self:
-        self._weight, self._dtype = next(self.model.parameters()), self.model.dtype
+        self._weight, self._dtype = next(self.network.parameters()), self.network.dtype
         self._hooks.put_on()
         return self
 
@@ -112,7 +112,7 @@ class Engine:
 
     @property
     def on(self) -> bool:
-        """Whether the plan is on the model."""
+        """Whether the plan is on the network."""
         return self._hooks.on
 
     def __call__(self, x_t: Tensor, step: int, passes: Sequence[str] = (GIVEN,), **conditions) -> Tensor:
@@ -136,7 +136,7 @@ class Engine:
         else:
             t = None  # is refused by `run`
         try:
-            return self.model(x_t.to(self._dtype), timestep=t, **conditions).sample[:, :x_t.shape[1]]
+            return self.network(x_t.to(self._dtype), timestep=t, **conditions).sample[:, :x_t.shape[1]]
         finally:
             self._told, self._names = False, self._now.passes
 

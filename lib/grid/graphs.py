@@ -37,10 +37,10 @@ def unrecorded() -> Iterator[None]:
         _recording = before
 
 
-def engine(model: nn.Module, plan: Plan, schedule: NoiseSchedule, led: bool = False) -> Engine:
-    """Give the engine that suits where the model lies: with recorded graphs on CUDA, the plain one elsewhere."""
-    kind = GraphedEngine if next(model.parameters()).is_cuda else Engine
-    return kind(model, plan, schedule, led)
+def engine(network: nn.Module, plan: Plan, schedule: NoiseSchedule, led: bool = False) -> Engine:
+    """Give the engine that suits where the network lies: with recorded graphs on CUDA, the plain one elsewhere."""
+    kind = GraphedEngine if next(network.parameters()).is_cuda else Engine
+    return kind(network, plan, schedule, led)
 
 
 def cuda_graph(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
@@ -70,18 +70,18 @@ class GraphedEngine(Engine):
     def reset(self) -> None:
         """Go back to the first step and forget all that was cached; and all recordings, if the network has changed."""
         super().reset()
-        if self.on and (self.led or self._glance != _glance(self.model)):
+        if self.on and (self.led or self._glance != _glance(self.network)):
             self._look()
 
     def _look(self) -> None:
         """Take the shelf that belongs to the network as it is now."""
-        self._shelf, self._glance = _shelf(self.model), _glance(self.model)
-        self._alive = _has_life_of_its_own(self.model)
+        self._shelf, self._glance = _shelf(self.network), _glance(self.network)
+        self._alive = _has_life_of_its_own(self.network)
 
     def call(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
         """Run the network at the current step, recorded if this kind of step has come before."""
         global _recording
-        if not self._told and self._glance != _glance(self.model):  # a callback has changed the network
+        if not self._told and self._glance != _glance(self.network):  # a callback has changed the network
             self._look()
         if torch.is_grad_enabled() or not _recording or self._alive:
             return forward(*args, **kwargs)
@@ -94,7 +94,7 @@ class GraphedEngine(Engine):
             shelf.seen.add(kind)
             return forward(*args, **kwargs)
         if kind not in shelf.recordings and len(shelf.recordings) >= LIMIT:
-            shelf = self._shelf = _new_shelf(self.model, shelf.portrait, shelf.seen)
+            shelf = self._shelf = _new_shelf(self.network, shelf.portrait, shelf.seen)
         values = {int(place): self.value(int(place)) for place in self._group.read.nonzero()[0]}
         try:
             recording = shelf.recordings[kind] = shelf.recordings.get(kind) or self._record(forward, leaves, tree,
@@ -142,7 +142,7 @@ class GraphedEngine(Engine):
         return cells, tree, inputs, lowered
 
     def _buffer(self, name: tuple, like: Tensor) -> Tensor:
-        """Give the buffer of a name and shape; it stays where it is for as long as the model lives."""
+        """Give the buffer of a name and shape; it stays where it is for as long as the network lives."""
         key = (name, like.shape, like.dtype)
         if key not in self._shelf.buffers:
             with torch.inference_mode(False):  # one that every kind of context may write
@@ -199,33 +199,33 @@ class _Shelf:
 _shelves: WeakKeyDictionary[nn.Module, _Shelf] = WeakKeyDictionary()
 
 
-def _shelf(model: nn.Module) -> _Shelf:
+def _shelf(network: nn.Module) -> _Shelf:
     """Give a network's recordings; none, once it is another network than it was."""
-    portrait = _portrait(model)
-    if model not in _shelves or _shelves[model].portrait != portrait:
-        return _new_shelf(model, portrait, set())
-    return _shelves[model]
+    portrait = _portrait(network)
+    if network not in _shelves or _shelves[network].portrait != portrait:
+        return _new_shelf(network, portrait, set())
+    return _shelves[network]
 
 
-def _new_shelf(model: nn.Module, portrait: tuple, seen: set[tuple]) -> _Shelf:
+def _new_shelf(network: nn.Module, portrait: tuple, seen: set[tuple]) -> _Shelf:
     """Put an empty shelf, with a pool of its own, in place of a network's."""
     pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
-    _shelves[model] = _Shelf(portrait, pool, seen)
-    return _shelves[model]
+    _shelves[network] = _Shelf(portrait, pool, seen)
+    return _shelves[network]
 
 
 OURS = {"forward", "_diffusers_hook", "_compiled_call_impl"}
 """What an engine itself sets on modules."""
 
 
-def _portrait(model: nn.Module) -> tuple:
+def _portrait(network: nn.Module) -> tuple:
     """Give all of a network that a recording has taken in beside its inputs, and that may have changed since.
 
     That is where its weights lie (their values are read anew at every replay), which modules it has, and what each of
     them holds as a Python value: FreeU's factors, scales of adapters, attention processors, hooks, the training mode.
     """
     modules = []
-    for path, module in model.named_modules():
+    for path, module in network.named_modules():
         own = {name: value for name, value in vars(module).items() if name not in OURS}
         others = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
         modules.append((path, type(module), _values(own), _values({k: v for k, v in others.items() if k != HOOK})))
@@ -247,10 +247,10 @@ def _values(value: Any, depth: int = 4) -> Any:
     return type(value), id(value), _values(getattr(value, "__dict__", None), depth - 1)
 
 
-def _glance(model: nn.Module) -> list:
+def _glance(network: nn.Module) -> list:
     """Give what tells quickly that something was assigned to a module, moved, or changed in an attention processor."""
-    seen: list = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
-    for module in model.modules():
+    seen: list = [tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers())]
+    for module in network.modules():
         own = vars(module)
         seen.append([list(map(id, value)) if isinstance(value, list) else id(value) for value in own.values()])
         if "processor" in own:
@@ -258,8 +258,8 @@ def _glance(model: nn.Module) -> list:
     return seen
 
 
-def _has_life_of_its_own(model: nn.Module) -> bool:
+def _has_life_of_its_own(network: nn.Module) -> bool:
     """Say whether Python code that a replay would not run (others' hooks and processors) is within a network."""
-    return any((module is not model and (module._forward_hooks or module._forward_pre_hooks))
+    return any((module is not network and (module._forward_hooks or module._forward_pre_hooks))
                or not type(vars(module).get("processor")).__module__.startswith(("diffusers.", "builtins"))
-               for module in model.modules())
+               for module in network.modules())

@@ -46,7 +46,7 @@ class _Place:
 
 
 class Hooks:
-    """An engine's hooks on its model.
+    """An engine's hooks on its network.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ class Hooks:
     Raises
     ------
     PlanError
-        If a plan, or another cache, is on the model already.
+        If a plan, or another cache, is on the network already.
     """
 
     def __init__(self, engine: "Engine"):
@@ -77,7 +77,7 @@ class Hooks:
         self._check_strangers({path for path, _ in hooks})
         try:
             for path, hook in hooks:
-                self._places.append(_put(path, self.engine.model.get_submodule(path), hook))
+                self._places.append(_put(path, self.engine.network.get_submodule(path), hook))
         except BaseException:
             self.take_off()
             raise
@@ -111,7 +111,7 @@ class Hooks:
         self._check_strangers({place.path for place in self._places})
         for number, place in enumerate(self._places):
             module, name = place.module, place.path or "the network"
-            if self.engine.model.get_submodule(place.path) is not module:
+            if self.engine.network.get_submodule(place.path) is not module:
                 raise PlanError(f"{name} is another module than when {self.engine.plan.title} was put on: leave the "
                                 "block, or disable() the plan, and put it on again.")
             around = module._diffusers_hook._hook_order[-1] != HOOK or (
@@ -124,8 +124,8 @@ class Hooks:
             self._places[number] = _put(place.path, module, place.hook)
 
     def _check_strangers(self, own: set[str]) -> None:
-        """Refuse a model that somebody else caches, or loads in groups: they know nothing of blocks that do not run."""
-        for path, module in self.engine.model.named_modules():
+        """Refuse a network that others cache, or load in groups: they know nothing of blocks that do not run."""
+        for path, module in self.engine.network.named_modules():
             registry, name = getattr(module, "_diffusers_hook", None), path or "the network"
             for kind, hook in (registry.hooks.items() if registry else ()):
                 if kind == HOOK and hook.engine is not self.engine:
@@ -138,7 +138,7 @@ class Hooks:
                         getattr(group, "stream", None) is not None or (path and path in own))):
                     raise PlanError(f"group offloading is on {name}, by groups of blocks or ahead of time, and a plan "
                                     "may skip the block that loads the next: offload leaf by leaf without a stream, or "
-                                    "the whole model.")
+                                    "the whole network.")
             known = (registry and registry.hooks) or hasattr(module, "_hf_hook") or _is_own(module)
             if path in own and "forward" in vars(module) and not known:
                 raise PlanError(REPLACED.format(name))

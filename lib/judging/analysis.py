@@ -6,42 +6,40 @@ import numpy as np
 import pandas as pd
 import torch
 from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DConditionModel, UNet2DModel
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from lib.grid import blocks as _blocks
 from lib.grid import cost, solvers
 from lib.grid.engine import Engine
-from lib.grid.plan import NoiseSchedule, Plan
-from lib.grid.sampling import Conditions, walk
+from lib.grid.model import Model
+from lib.grid.plan import Plan
+from lib.grid.sampling import walk
 
 
 @torch.inference_mode()
-def similarity(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: Tensor,
-               conditions: Conditions | None = None) -> np.ndarray:
+def similarity(model: Model, plan: Plan, noise: Tensor) -> np.ndarray:
     """Measure how alike each block's outputs are at neighbouring steps of a full plan.
 
     Parameters
     ----------
     plan : Plan, (T, N), all cells computing
     noise : Tensor, (n, C, H, W)
-    conditions : Conditions of the n images, where the network reads any
 
     Returns
     -------
     similarity : (T, N), cosine similarity with the step before, mean over images; NaN at the first step
     """
-    described = _blocks.describe(model)
+    described = _blocks.describe(model.network)
     now: dict[int, Tensor] = {}
-    handles = [model.get_submodule(block.modules[-1]).register_forward_hook(
+    handles = [model.network.get_submodule(block.modules[-1]).register_forward_hook(
         lambda module, inputs, output, place=place: now.__setitem__(
             place, (output[0] if isinstance(output, tuple) else output).flatten(1)))
         for place, block in enumerate(described)]
     values, before = np.full((plan.steps, len(described)), np.nan), {}
     try:
-        with Engine(model, plan, NoiseSchedule.of(schedule)) as engine:
-            for step, _ in enumerate(walk(engine, noise, conditions)):
+        with Engine(model.network, plan, model.noise_schedule) as engine:
+            for step, _ in enumerate(walk(engine, noise, model.asked(noise))):
                 for place, output in now.items():
                     if step:
                         alike = torch.cosine_similarity(output, before[place], dim=1)
@@ -54,8 +52,7 @@ def similarity(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: Te
 
 
 @torch.inference_mode()
-def forecast_errors(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: Tensor, interval: int,
-                    conditions: Conditions | None = None) -> pd.DataFrame:
+def forecast_errors(model: Model, plan: Plan, noise: Tensor, interval: int) -> pd.DataFrame:
     """Measure how far held and forecast outputs lie from what each block would give, along a full run.
 
     As if each block had computed at every `interval`-th step alone, while x_t walks as in the full run: one forecast's
@@ -71,16 +68,16 @@ def forecast_errors(model: nn.Module, schedule: SchedulerMixin, plan: Plan, nois
     errors : columns step, block, since (steps since it computed), hold, line, parabola: the distance from the block's
         output over that output's norm, mean over images; as soon as there are outputs for a parabola
     """
-    described = _blocks.describe(model)
+    described = _blocks.describe(model.network)
     places = solvers.abscissae(plan.timesteps, plan.schedule, plan.abscissa).tolist()
     now: dict[str, Tensor] = {}
-    handles = [model.get_submodule(block.modules[-1]).register_forward_hook(
+    handles = [model.network.get_submodule(block.modules[-1]).register_forward_hook(
         lambda module, inputs, output, name=block.name: now.__setitem__(
             name, (output[0] if isinstance(output, tuple) else output).flatten(1).clone())) for block in described]
     rows, computed, known = [], [], {}
     try:
-        with Engine(model, plan, NoiseSchedule.of(schedule)) as engine:
-            for step, _ in enumerate(walk(engine, noise, conditions)):
+        with Engine(model.network, plan, model.noise_schedule) as engine:
+            for step, _ in enumerate(walk(engine, noise, model.asked(noise))):
                 if step % interval == 0:
                     computed = [step, *computed][:3]
                     known = {name: [output, *known.get(name, ())][:3] for name, output in now.items()}
@@ -99,8 +96,7 @@ def forecast_errors(model: nn.Module, schedule: SchedulerMixin, plan: Plan, nois
 
 
 @torch.inference_mode()
-def sensitivity(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: Tensor, steps: list[int],
-                conditions: Conditions | None = None) -> np.ndarray:
+def sensitivity(model: Model, plan: Plan, noise: Tensor, steps: list[int]) -> np.ndarray:
     """Measure the damage to the final image when one block is reused at one step.
 
     Under DDIM a run has no memory but its image and its cache: so each run starts one step before the reused cell,
@@ -118,8 +114,8 @@ def sensitivity(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: T
     """
     if plan.solver not in ("ddim", "dpmsolver++") or plan.order != 1 or not plan.computes.all():
         raise ValueError("sensitivity needs a full plan of DDIM, which remembers no step before")
-    fits, conditions = NoiseSchedule.of(schedule), conditions or Conditions.drawn(model, noise)
-    with Engine(model, plan, fits) as engine:
+    conditions = model.asked(noise)
+    with Engine(model.network, plan, model.noise_schedule) as engine:
         states = [noise, *walk(engine, noise, conditions)]  # states[s]: x_t before step s
     images = states[-1]
     damage = np.zeros((len(steps), len(plan.blocks)))
@@ -129,7 +125,7 @@ def sensitivity(model: nn.Module, schedule: SchedulerMixin, plan: Plan, noise: T
         tail = plan.at(plan.timesteps[first:])
         compute = tail.computes
         compute[1, place] = False
-        with Engine(model, tail.with_cells(compute), fits) as engine:
+        with Engine(model.network, tail.with_cells(compute), model.noise_schedule) as engine:
             *_, changed = walk(engine, states[first], conditions)
         damage[i, place] = float((changed - images).square().mean() / images.var(dim=0).mean())
     return damage
@@ -171,11 +167,11 @@ def published_costs() -> tuple[pd.DataFrame, pd.DataFrame]:
     models, rows = [], []
     for name, (make, published, of) in PUBLISHED.items():
         with torch.device("meta"):
-            model = make()
-        costs, described = cost.count(model), _blocks.describe(model)
+            network = make()
+        costs, described = cost.count(network), _blocks.describe(network)
         shares = [(described.branch(branch) @ np.array(list(costs.blocks.values())) + costs.rest) / costs.call
                   for branch in range(4)]
-        models.append({"model": name, "parameters_millions": model.num_parameters() / 1e6,
+        models.append({"model": name, "parameters_millions": network.num_parameters() / 1e6,
                        "gmacs_without": costs.call_without_attention / 1e9, "gmacs_with": costs.call / 1e9,
                        "published": published, "of": of} | {f"partial_{i}": share for i, share in enumerate(shares)})
         rows += [{"model": name, "block": block, "gmacs": macs / 1e9, "parameters": costs.parameters[block]}

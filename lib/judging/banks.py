@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from lib.grid import blocks, sampling
+from lib.grid import sampling
+from lib.grid.model import Model
 from lib.grid.plan import Plan
 from lib.judging import extractor
 
@@ -21,7 +21,7 @@ class Bank:
     Parameters
     ----------
     name : str, of the bank of noise (`lib.grid.sampling.BANKS`)
-    model, schedule : a model and its noise schedule
+    model : Model, a teacher or a student
     extractors : all that look at the images; the first is asked where none is named
     count : int, n images
     seed : int, of the bank
@@ -31,14 +31,14 @@ class Bank:
     known : Path of files of features that `save` wrote; those of the same bank are taken
     """
 
-    def __init__(self, name: str, model: nn.Module, schedule: SchedulerMixin, extractors: Sequence[extractor.Extractor],
-                 *, count: int, seed: int, precision: str, work: Path, known: Iterable[Path] = ()):
-        self.name, self.model, self.schedule = name, model, schedule
+    def __init__(self, name: str, model: Model, extractors: Sequence[extractor.Extractor], *, count: int, seed: int,
+                 precision: str, work: Path, known: Iterable[Path] = ()):
+        self.name, self.model = name, model
         self.extractors = {one.name: one for one in extractors}  # a name is a hash of weights: taken once
         self.first = next(iter(self.extractors))
         self.count, self.seed, self.precision = count, seed, precision
         libraries = " ".join(f"{library} {version(library)}" for library in ("torch", "diffusers"))
-        about = f"{digest(model)} {name} {seed} {count} {precision} {libraries}"
+        about = f"{model.digest} {name} {seed} {count} {precision} {libraries}"
         self.key = hashlib.sha256(about.encode()).hexdigest()[:16]
         self.work = work / f"{name}-{self.key}"
         self.work.mkdir(parents=True, exist_ok=True)
@@ -51,11 +51,11 @@ class Bank:
 
     def noise(self, count: int | None = None) -> Tensor:
         """Give the first `count` (or all) noises of the bank, (n, C, H, W)."""
-        return sampling.noise(self.name, self.seed, 0, count or self.count, blocks.input_shape(self.model))
+        return sampling.noise(self.name, self.seed, 0, count or self.count, self.model.shape)
 
     def images(self, plan: Plan, count: int) -> Tensor:
         """Sample the bank's first `count` images under a plan, (count, C, H, W), about [-1, 1]."""
-        return sampling.sample(self.model, self.schedule, plan, self.noise(count), precision=self.precision)
+        return sampling.sample(self.model, plan, self.noise(count), precision=self.precision)
 
     def features(self, plan: Plan, title: str | None = None, by: str | None = None) -> Tensor:
         """Give the features of the bank's images under a plan, (n, D).
@@ -70,8 +70,7 @@ class Bank:
         if not found and path.exists():
             found.update(load_file(path))
         if missing := self.extractors.keys() - found.keys():
-            images = sampling.sample(self.model, self.schedule, plan, self.noise(), precision=self.precision,
-                                     title=title)
+            images = sampling.sample(self.model, plan, self.noise(), precision=self.precision, title=title)
             found.update({one: extractor.embed(self.extractors[one], images) for one in missing})
             partial = path.with_suffix(f".{os.getpid()}")  # workers may write the same features at once
             save_file(found, partial)
@@ -82,12 +81,3 @@ class Bank:
         """Write the features of all plans seen so far to one file."""
         save_file({f"{self.key}/{plan}/{by}": tensor for plan, found in self._features.items()
                    for by, tensor in found.items()}, path)
-
-
-def digest(model: nn.Module) -> str:
-    """Give a hash of a model's configuration and weights."""
-    config = {key: value for key, value in model.config.items() if not key.startswith("_")}  # "_" holds the folder
-    total = hashlib.sha256(str(sorted(config.items())).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        total.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return total.hexdigest()[:16]

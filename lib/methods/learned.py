@@ -8,19 +8,17 @@ arXiv 2503.21774).
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lib.grid import sampling, solvers
 from lib.grid.engine import Engine
-from lib.grid.plan import Learned, NoiseSchedule, Plan, PlanError
-from lib.grid.sampling import Conditions
+from lib.grid.model import Model
+from lib.grid.plan import Learned, Plan, PlanError
 from lib.teachers.training import train
 
 CLOSEST = 0.1
@@ -89,21 +87,21 @@ class Steps(nn.Module):
         b = plain.b * (1 + PACE * self.changes.cpu())
         return solvers.Table(plain.from_x, plain.from_output, plain.a, b, plain.A, plain.B)
 
-    def forward(self, model: nn.Module, noise: Tensor, precision: str) -> Tensor:
-        """Sample images, (n, C, H, W), of noise alike; differentiable in the weights."""
-        timesteps, conditions = self.timesteps(), Conditions.drawn(model, noise)
+    def forward(self, model: Model, noise: Tensor, precision: str) -> Tensor:
+        """Sample images, (n, C', H', W'), of noise, (n, C, H, W); differentiable in the weights."""
+        timesteps, conditions = self.timesteps(), model.asked(noise)
         table, state, x_t = self.table(timesteps), (), noise
 
-        def predict(x_t: Tensor, step: int, **given: Tensor) -> Tensor:
+        def predict(x_t: Tensor, step: int, passes: tuple[str, ...] = (), **given: Tensor) -> Tensor:
             t = timesteps[step].to(x_t).expand(len(x_t))
-            return model(x_t, timestep=t, **given).sample[:, :x_t.shape[1]]
+            return model.network(x_t, timestep=t, **given).sample[:, :x_t.shape[1]]
 
         for step in range(self.start.steps):
-            call = partial(conditions.predict, predict) if conditions else predict
             with sampling.autocast(x_t.device, precision):
-                output = checkpoint(call, x_t, step, use_reentrant=False, preserve_rng_state=False)
+                output = checkpoint(conditions.predict, predict, x_t, step, use_reentrant=False,
+                                    preserve_rng_state=False)
             x_t, state = solvers.advance(table, step, x_t, output.to(x_t.dtype), state)
-        return x_t.float()
+        return model.decode(x_t.float())
 
     @torch.no_grad()
     def plan(self) -> Plan:
@@ -121,7 +119,7 @@ class Steps(nn.Module):
         return self.start.replace(**about)
 
 
-def learn(model: nn.Module, start: Plan, noise: Tensor, wanted: Tensor, extractor: Callable[[Tensor], tuple],
+def learn(model: Model, start: Plan, noise: Tensor, wanted: Tensor, extractor: Callable[[Tensor], tuple],
           recipe: Recipe, *, precision: str, work: Path, title: str = "steps") -> tuple[Plan, list[dict]]:
     """Learn steps whose images look as wanted, from the same noise. A killed training goes on.
 
@@ -129,9 +127,9 @@ def learn(model: nn.Module, start: Plan, noise: Tensor, wanted: Tensor, extracto
 
     Parameters
     ----------
-    model : of the blocks and noise schedule of `start`
     start : Plan, full: the few steps to begin with
-    noise, wanted : Tensor, (n, C, H, W), all that the training sees: noise, and the images that many steps make of it
+    noise, wanted : Tensor, (n, C, H, W) and (n, C', H', W'), all that the training sees: noise, and the images that
+        many steps make of it
     extractor : callable(images), whose first output, (n, D), is what is compared; differentiable
     work : Path, of the training's state; each start of one model may have the same
 
@@ -139,7 +137,7 @@ def learn(model: nn.Module, start: Plan, noise: Tensor, wanted: Tensor, extracto
     -------
     plan, history : the learned plan, and what `lib.teachers.training.train` gives
     """
-    device, steps = next(model.parameters()).device, Steps(start, recipe.coefficients)
+    device, steps = model.device, Steps(start, recipe.coefficients)
     with torch.no_grad():
         seen = torch.cat([extractor(few.to(device))[0] for few in wanted.split(250)])
 
@@ -154,8 +152,8 @@ def learn(model: nn.Module, start: Plan, noise: Tensor, wanted: Tensor, extracto
     return plan.replace(provenance=plan.provenance | asdict(recipe) | {"from": list(start.timesteps)}), history
 
 
-def shortest(model: nn.Module, schedule: SchedulerMixin, teacher: Plan, counts: Sequence[int], noise: Tensor,
-             order: int, *, precision: str) -> dict[int, Plan]:
+def shortest(model: Model, teacher: Plan, counts: Sequence[int], noise: Tensor, order: int, *, precision: str
+             ) -> dict[int, Plan]:
     """Keep those of a teacher's timesteps over which first-order steps err least in all: shortest paths.
 
     One run of the teacher gives x_t on its way and the outputs there. The price of a jump from i to j is how far one
@@ -178,7 +176,7 @@ def shortest(model: nn.Module, schedule: SchedulerMixin, teacher: Plan, counts: 
     """
     if not 1 <= min(counts) <= max(counts) <= teacher.steps:
         raise ValueError(f"counts: of {teacher.steps} timesteps 1 to {teacher.steps} can be kept, got {list(counts)}")
-    price = jumps(model, schedule, teacher, noise, precision)
+    price = jumps(model, teacher, noise, precision)
     total = np.full((max(counts) + 1, teacher.steps + 1), np.inf)  # of the best path of so many jumps to a place
     came, total[0, 0] = np.zeros(total.shape, int), 0.0
     for jump in range(1, max(counts) + 1):
@@ -196,19 +194,18 @@ def shortest(model: nn.Module, schedule: SchedulerMixin, teacher: Plan, counts: 
 
 
 @torch.inference_mode()
-def jumps(model: nn.Module, schedule: SchedulerMixin, teacher: Plan, noise: Tensor, precision: str) -> np.ndarray:
+def jumps(model: Model, teacher: Plan, noise: Tensor, precision: str) -> np.ndarray:
     """Give the prices of jumps between a teacher's places, (T + 1, T + 1), the last of which is the image.
 
     The mean over images of the distance (root of the sum of squares) of where the jump ends from where the teacher
     walks; infinite where a jump would go back.
     """
-    device, fits = next(model.parameters()).device, NoiseSchedule.of(schedule)
+    device, fits = model.device, model.noise_schedule
     x_t, state, path, outputs = noise.to(device), (), [noise.to(device)], []
-    conditions = Conditions.drawn(model, noise)
-    with Engine(model, teacher, fits) as engine, sampling.autocast(device, precision):
-        predict = partial(conditions.predict, engine) if conditions else engine
+    conditions = model.asked(noise)
+    with Engine(model.network, teacher, fits) as engine, sampling.autocast(device, precision):
         for step in range(teacher.steps):
-            outputs.append(predict(x_t, step).to(x_t.dtype))
+            outputs.append(conditions.predict(engine, x_t, step).to(x_t.dtype))
             x_t, state = solvers.advance(engine.solver, step, x_t, outputs[-1], state)
             path.append(x_t)
     ddim = solvers.coefficients("ddim", teacher.timesteps, fits, order=1)

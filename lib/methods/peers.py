@@ -24,17 +24,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lib.grid import blocks, cost, sampling, solvers
+from lib.grid.model import Model
 from lib.grid.plan import COMPUTE, HOLD, LINE, Plan
 
 
 @torch.inference_mode()
-def deepcache(model: nn.Module, teacher: Plan, interval: int, branch: int, noise: Tensor, *,
+def deepcache(network: nn.Module, teacher: Plan, interval: int, branch: int, noise: Tensor, *,
               precision: str = "fp32", **conditions) -> Tensor:
     """Sample with the `DeepCache` package (Ma et al. 2023), uniformly, over a full plan's steps and solver.
 
     Parameters
     ----------
-    model : a UNet with two residual blocks, or one and a sampler, a level
+    network : a UNet with two residual blocks, or one and a sampler, a level
     interval, branch : int, the package's cache_interval and cache_branch_id
     noise : Tensor, (n, C, H, W)
     conditions : what else the network reads
@@ -42,29 +43,28 @@ def deepcache(model: nn.Module, teacher: Plan, interval: int, branch: int, noise
     from DeepCache import DeepCacheSDHelper
 
     timesteps = torch.tensor(teacher.timesteps)
-    helper = DeepCacheSDHelper(pipe=SimpleNamespace(unet=model, scheduler=SimpleNamespace(timesteps=timesteps)))
+    helper = DeepCacheSDHelper(pipe=SimpleNamespace(unet=network, scheduler=SimpleNamespace(timesteps=timesteps)))
     helper.set_params(cache_interval=interval, cache_branch_id=branch)
     helper.enable()
-    x_t, table, state = noise.to(model.device), solvers.of(teacher), ()
+    x_t, table, state = noise.to(network.device), solvers.of(teacher), ()
     try:
         with sampling.autocast(x_t.device, precision):
             for step, t in enumerate(timesteps):
-                predicted = model(x_t.to(model.dtype), t, **conditions).sample[:, :x_t.shape[1]]
+                predicted = network(x_t.to(network.dtype), t, **conditions).sample[:, :x_t.shape[1]]
                 x_t, state = solvers.advance(table, step, x_t, predicted.float(), state)
     finally:
         helper.disable()
     return x_t.cpu()
 
 
-def first_block_caching(model: ModelMixin, teacher: Plan, threshold: float, noise: Tensor
-                        ) -> tuple[Plan, Tensor]:
+def first_block_caching(model: Model, teacher: Plan, threshold: float, noise: Tensor) -> tuple[Plan, Tensor]:
     """Sample with diffusers' first-block cache over a full plan's steps and solver.
 
     It decides at each step, by one number of the whole batch, whether the blocks behind the first run.
 
     Parameters
     ----------
-    model : a transformer; it stays as it is
+    model : Model, of a transformer; it stays as it is
     threshold : float, relative change of the first block's residual below which the others are reused
     noise : Tensor, (n, C, H, W)
 
@@ -78,7 +78,7 @@ def first_block_caching(model: ModelMixin, teacher: Plan, threshold: float, nois
     return _executed(model, teacher, noise, enable, method="first-block caching", threshold=threshold)
 
 
-def dbcache(model: ModelMixin, teacher: Plan, threshold: float, noise: Tensor, forecast: bool = False
+def dbcache(model: Model, teacher: Plan, threshold: float, noise: Tensor, forecast: bool = False
             ) -> tuple[Plan, Tensor]:
     """Sample with the `cache-dit` package (DBCache, one block computed first) as `first_block_caching` does.
 
@@ -103,7 +103,7 @@ def dbcache(model: ModelMixin, teacher: Plan, threshold: float, noise: Tensor, f
     return plan.with_cells(cells, **about), images
 
 
-def taylorseer(model: ModelMixin, teacher: Plan, interval: int, noise: Tensor) -> tuple[Plan, Tensor]:
+def taylorseer(model: Model, teacher: Plan, interval: int, noise: Tensor) -> tuple[Plan, Tensor]:
     """Sample with diffusers' TaylorSeer cache (Liu et al. 2025) of order 1, in its lite mode, as `dbcache` does.
 
     The first three steps and then every `interval`-th compute; between, the network's whole output is forecast by a
@@ -112,7 +112,7 @@ def taylorseer(model: ModelMixin, teacher: Plan, interval: int, noise: Tensor) -
 
     Parameters
     ----------
-    model : a DiTTransformer2DModel
+    model : Model, of a DiTTransformer2DModel
     """
     def enable(cached: ModelMixin) -> None:
         apply_taylorseer_cache(cached, TaylorSeerCacheConfig(
@@ -125,25 +125,27 @@ def taylorseer(model: ModelMixin, teacher: Plan, interval: int, noise: Tensor) -
 
 
 @torch.inference_mode()
-def _executed(model: ModelMixin, teacher: Plan, noise: Tensor, enable: Callable[[ModelMixin], None],
+def _executed(model: Model, teacher: Plan, noise: Tensor, enable: Callable[[ModelMixin], None],
               reuse: int = HOLD, **provenance) -> tuple[Plan, Tensor]:
     """Sample with another's cache on a copy of a transformer, and note which blocks ran at which step."""
-    cached, described, cells = copy.deepcopy(model), blocks.describe(model), np.zeros_like(teacher.computes)
+    cached, described = copy.deepcopy(model.network), blocks.describe(model.network)
+    cells = np.zeros_like(teacher.computes)
     for place, block in enumerate(described):
         def note(*_, place: int = place) -> None:
             cells[step, place] = True
         next(cached.get_submodule(block.modules[0]).children()).register_forward_pre_hook(note)
     enable(cached)
-    x_t, table, state = noise.to(model.device), solvers.of(teacher), ()
-    given = {}
-    if conditions := sampling.Conditions.drawn(model, x_t):
-        given = {name: rows.to(x_t.device) for name, rows in conditions.given.items()}
+    x_t, table, state, conditions = noise.to(model.device), solvers.of(teacher), (), model.asked(noise)
+
+    def predict(x_t: Tensor, step: int, passes: tuple[str, ...] = (), **given: Tensor) -> Tensor:
+        t = torch.tensor(teacher.timesteps[step], device=x_t.device).expand(len(x_t))
+        return cached(x_t, t, **given).sample[:, :x_t.shape[1]]
+
     with CacheMixin.cache_context(cached, "given"):
-        for step, t in enumerate(teacher.timesteps):
-            predicted = cached(x_t, torch.tensor(t, device=x_t.device).expand(len(x_t)), **given).sample
-            x_t, state = solvers.advance(table, step, x_t, predicted[:, :x_t.shape[1]], state)
+        for step in range(teacher.steps):
+            x_t, state = solvers.advance(table, step, x_t, conditions.predict(predict, x_t, step), state)
     cells = np.where(cells, COMPUTE, reuse)
-    return teacher.replace(abscissa="step").with_cells(cells, **provenance), x_t.cpu()
+    return teacher.replace(abscissa="step").with_cells(cells, **provenance), model.decode(x_t).cpu()
 
 
 def diff_pruning(model: UNet2DModel, images: Tensor, schedule: DDIMScheduler, share: float, *, seed: int,

@@ -1,8 +1,6 @@
 """Teachers: a DDPM UNet trained here, or any diffusers pipeline; saved and loaded as diffusers does."""
 
 import json
-from collections.abc import Callable
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -22,12 +20,15 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
 from lib.grid.blocks import input_shape
+from lib.grid.model import Model
 from lib.grid.plan import NoiseSchedule
 from lib.teachers.data import HUB
 from lib.teachers.training import own_share, train
 
 UNSAID = 0.1
 """The share of labels that a class-conditional network does not see in training."""
+FEW = 16
+"""Images that an autoencoder sees at once."""
 
 
 def noise_schedule() -> DDIMScheduler:
@@ -184,8 +185,8 @@ def save(folder: Path, model: ModelMixin, schedule: DDIMScheduler) -> None:
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline", **kinds}, indent=1))
 
 
-def load(source: Path | str, device: str = "cpu") -> tuple[ModelMixin, SchedulerMixin]:
-    """Load the network and the noise schedule of a pipeline, ready for sampling; nothing else of it is read.
+def load(source: Path | str, device: str = "cpu") -> Model:
+    """Load a pipeline's network, noise schedule and autoencoder, ready for sampling.
 
     Parameters
     ----------
@@ -208,36 +209,50 @@ def load(source: Path | str, device: str = "cpu") -> tuple[ModelMixin, Scheduler
     part = next((part for part in ("unet", "transformer") if part in parts), None)
     if part is None:
         raise ValueError(f"{source} is a {parts.get('_class_name')} without unet and transformer: no plan fits it.")
-    model = _class(source, parts, part, ModelMixin).from_pretrained(**name, subfolder=part, use_safetensors=True)
+    network = _part(source, part, device)
     saved = _class(source, parts, "scheduler", SchedulerMixin).from_pretrained(**name, subfolder="scheduler")
     NoiseSchedule.check_kind(saved)
     schedule = saved
     if "beta_start" in saved.config and not isinstance(saved, DDIMScheduler):  # some add noise in units of their own
         unsaid = {option: saved.config.get(option, False) for option in ("clip_sample", "thresholding")}
         schedule = DDIMScheduler.from_config(saved.config, **unsaid)
-    model.eval().requires_grad_(False).to(device)
-    if model.device.type == "cuda":
-        model.to(memory_format=torch.channels_last)
-    return model, schedule
+    if network.device.type == "cuda":
+        network.to(memory_format=torch.channels_last)
+    coder = next((part for part in ("vae", "vqvae") if part in parts), None)
+    return Model(network, schedule, latents=coder and Autoencoder(_part(source, coder, device)))
 
 
-@torch.inference_mode()
-def _decoded(vae: ModelMixin, latents: Tensor) -> Tensor:
-    scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
-    return torch.cat([vae.decode(few.to(vae.device) / scale + shift).sample.cpu() for few in latents.split(16)])
+class Autoencoder(nn.Module):
+    """A diffusers autoencoder, between images and latents as pipelines scale them; a few images at a time."""
+
+    def __init__(self, vae: ModelMixin):
+        super().__init__()
+        self.vae, self.config = vae, vae.config
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Map images, (n, C', H', W') in [-1, 1], to the latents' means, (n, C, H, W)."""
+        scale, shift = self._scaling()
+        return torch.cat([(self._mean(few.to(self.vae.device)) - shift) * scale for few in images.split(FEW)])
+
+    def _mean(self, images: Tensor) -> Tensor:
+        coded = self.vae.encode(images)
+        return coded.latent_dist.mean if "latent_dist" in coded else coded[0]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Map latents, (n, C, H, W), to images, (n, C', H', W'), about [-1, 1]."""
+        scale, shift = self._scaling()
+        latents = latents.to(self.vae.device) / scale + shift
+        return torch.cat([self.vae.decode(few).sample for few in latents.split(FEW)])
+
+    def _scaling(self) -> tuple[float, float]:
+        return self.config.get("scaling_factor") or 1.0, self.config.get("shift_factor") or 0.0
 
 
-def decoder(source: Path | str, device: str = "cpu") -> Callable[[Tensor], Tensor] | None:
-    """Give what turns a pipeline's latents, (n, C, H, W), into images, (n, C', H', W'), about [-1, 1].
-
-    None, where a pipeline draws the images themselves.
-    """
-    name, parts = _index(source)
-    part = next((part for part in ("vae", "vqvae") if part in parts), None)
-    if part is None:
-        return None
-    vae = _class(source, parts, part, ModelMixin).from_pretrained(**name, subfolder=part, use_safetensors=True)
-    return partial(_decoded, vae.eval().requires_grad_(False).to(device))
+def _part(source: Path | str, part: str, device: str) -> ModelMixin:
+    """Load a part of a pipeline, frozen."""
+    where, parts = _index(source)
+    kind = _class(source, parts, part, ModelMixin)
+    return kind.from_pretrained(**where, subfolder=part, use_safetensors=True).eval().requires_grad_(False).to(device)
 
 
 def _index(source: Path | str) -> tuple[dict, dict]:

@@ -11,6 +11,7 @@ import sys
 import time
 import torch
 from lib.grid import blocks, sampling
+from lib.grid.model import Model
 from lib.grid.plan import NoiseSchedule, Plan, trailing
 from lib.teachers import networks
 torch.set_num_threads(int(sys.argv[1]))
@@ -19,10 +20,10 @@ unet, schedule = networks.unet((1, 16, 16), [16, 32, 32], 1, 2).eval(), networks
 fits = NoiseSchedule.of(schedule)
 plan = Plan.full(trailing(5, fits.train_timesteps), fits, blocks.describe(unet).names)
 noise = torch.randn(64, 1, 16, 16)
-sampling.sample(unet, schedule, plan, noise)
+sampling.sample(Model(unet, schedule), plan, noise)
 for _ in range(3):
     begun = time.perf_counter()
-    sampling.sample(unet, schedule, plan, noise)
+    sampling.sample(Model(unet, schedule), plan, noise)
     print(time.perf_counter() - begun)
 """
 TRAINING = """

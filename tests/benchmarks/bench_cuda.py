@@ -13,6 +13,7 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
 from lib.grid import blocks, cost, graphs, sampling
+from lib.grid.model import Conditions, Model
 from lib.grid.plan import NoiseSchedule, Plan, trailing
 from lib.methods import dipgo, peers
 from lib.study import params, paths
@@ -61,8 +62,9 @@ class Case:
         return self.costs.executed(self.full) / self.costs.executed(plan)
 
     def ours(self, plan):
-        conditions = sampling.Conditions(self.given) if self.given else None
-        return sampling.sample(self.model, self.schedule, plan, self.noise, conditions, batch_size=len(self.noise))
+        conditions = Conditions(self.given) if self.given else None
+        model = Model(self.model, self.schedule)
+        return sampling.sample(model, plan, self.noise, conditions, batch_size=len(self.noise))
 
     def unrecorded(self, plan):
         with graphs.unrecorded():

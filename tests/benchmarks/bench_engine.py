@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from lib.grid import blocks, cost, sampling
+from lib.grid.model import Model
 from lib.grid.plan import HOLD, LINE, PARABOLA, NoiseSchedule, Plan, trailing
 from lib.methods import diffnas, peers
 from lib.study import params
@@ -49,7 +50,7 @@ def test_full_plan_against_a_plain_diffusers_loop(setting):
         return plain_loop(unet, schedule, noise, teacher.steps, precision)
 
     def ours():
-        return sampling.sample(unet, schedule, teacher, noise, precision=precision)
+        return sampling.sample(Model(unet, schedule), teacher, noise, precision=precision)
 
     relative, absolute = (0, 1e-3) if precision == "fp32" else (1e-2, 0.3)
     torch.testing.assert_close(ours(), plain(), rtol=relative, atol=absolute)
@@ -65,7 +66,7 @@ def test_measured_speed_up_over_that_of_executed_macs(setting):
     kept = np.arange(teacher.steps) % 5 == 0
     plans = {"full": teacher, "DeepCache 1:5, shallowest branch": Plan.deepcache(5, described.branch(0), teacher),
              "40 of 50 columns all reused": teacher.with_cells(np.repeat(kept[:, None], len(described), axis=1))}
-    runs = {name: (lambda plan=plan: sampling.sample(unet, schedule, plan, noise, precision=precision))
+    runs = {name: (lambda plan=plan: sampling.sample(Model(unet, schedule), plan, noise, precision=precision))
             for name, plan in plans.items()}
     seconds = cost.interleave(runs, PAIRS)
     for name, plan in list(plans.items())[1:]:
@@ -81,7 +82,7 @@ def test_what_a_forecast_costs_in_time(setting):
     costs = cost.count(unet)
     plans = {"full": teacher} | {name: Plan.deepcache(2, described.branch(0), teacher, reuse)
                                  for name, reuse in (("hold", HOLD), ("line", LINE), ("parabola", PARABOLA))}
-    runs = {name: partial(sampling.sample, unet, schedule, plan, noise, precision=precision)
+    runs = {name: partial(sampling.sample, Model(unet, schedule), plan, noise, precision=precision)
             for name, plan in plans.items()}
     seconds = cost.interleave(runs, PAIRS)
     for name, plan in list(plans.items())[1:]:
@@ -102,7 +103,7 @@ def test_deepcache_package_against_our_plan(setting):
         return peers.deepcache(unet, teacher, 5, 0, noise, precision=precision)
 
     def ours():
-        return sampling.sample(unet, schedule, plan, noise, precision=precision)
+        return sampling.sample(Model(unet, schedule), plan, noise, precision=precision)
 
     assert torch.equal(theirs(), ours())
     seconds = cost.interleave({"theirs": theirs, "ours": ours}, PAIRS)

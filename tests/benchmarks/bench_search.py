@@ -6,6 +6,7 @@ from statistics import median
 import torch
 
 from lib.grid import blocks, cost
+from lib.grid.model import Model
 from lib.grid.plan import NoiseSchedule, Plan, trailing
 from lib.judging import evaluate, extractor
 from lib.judging.banks import Bank
@@ -33,7 +34,7 @@ def test_two_workers_against_one(tmp_path):
     for turn in range(TURNS):
         for workers in (1, 2):
             torch.set_num_threads(workers)  # they share them: one each
-            bank = Bank("search", unet, schedule, [classifier], count=searching.search_images, seed=0,
+            bank = Bank("search", Model(unet, schedule), [classifier], count=searching.search_images, seed=0,
                         precision="bf16", work=tmp_path / f"{turn}-{workers}")
             bank.features(teacher)
             start = time.perf_counter()

@@ -3,14 +3,13 @@
 import math
 
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lib.grid import blocks as _blocks
 from lib.grid import sampling, solvers
-from lib.grid.plan import HOLD, NoiseSchedule, Plan, PlanError
-from lib.grid.sampling import Conditions
+from lib.grid.model import Conditions, Model
+from lib.grid.plan import HOLD, Plan, PlanError
 from lib.grid.solvers import State
 
 
@@ -25,24 +24,22 @@ class SuperNet:
 
     Parameters
     ----------
-    model : Module of a family that `lib.grid.blocks.describe` knows
+    model : Model
     plan : Plan, full: the teacher's T steps and solver
-    schedule : the model's noise schedule
     precision : "fp32" or "bf16", of the network
     reuse : 0 (hold, as in the paper), 2 (line) or 3 (parabola): what a cell that does not compute gives
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, schedule: SchedulerMixin, precision: str = "fp32",
-                 reuse: int = HOLD):
+    def __init__(self, model: Model, plan: Plan, precision: str = "fp32", reuse: int = HOLD):
         self.model, self.plan, self.precision, self.depth = model, plan, precision, max(1, reuse)
-        self.blocks = _blocks.describe(model)
-        plan.check_fits(self.blocks.names, NoiseSchedule.of(schedule))
+        self.blocks = _blocks.describe(model.network)
+        plan.check_fits(self.blocks.names, model.noise_schedule)
         if len(plan.passes) > 1:
             raise PlanError("gates are of one pass: train them under a plan of one, and guide what comes of it.")
         self._solver = solvers.of(plan)
         self._places = solvers.abscissae(plan.timesteps, plan.schedule, plan.abscissa)
 
-    def _step(self, step: int, gates: Tensor, conditions: Conditions | None, x_t: Tensor, *before: Tensor) -> State:
+    def _step(self, step: int, gates: Tensor, conditions: Conditions, x_t: Tensor, *before: Tensor) -> State:
         """Make one step. It reads and leaves nothing but its arguments, so that a checkpoint may make it again.
 
         `before` is the solver's state, then for each block its last values and, where there are several, their
@@ -73,12 +70,13 @@ class SuperNet:
 
         def predict(x_t: Tensor, step: int, passes: tuple[str, ...] = (), **given: Tensor) -> Tensor:
             t = torch.as_tensor(self.plan.timesteps[step], device=x_t.device).expand(len(x_t))
-            return self.model(x_t, timestep=t, **given).sample[:, :x_t.shape[1]]
+            return self.model.network(x_t, timestep=t, **given).sample[:, :x_t.shape[1]]
 
-        handles = [self.model.get_submodule(block.modules[-1]).register_forward_hook(mix) for block in self.blocks]
+        modules = [self.model.network.get_submodule(block.modules[-1]) for block in self.blocks]
+        handles = [module.register_forward_hook(mix) for module in modules]
         try:
             with sampling.autocast(x_t.device, self.precision):
-                prediction = conditions.predict(predict, x_t, step) if conditions else predict(x_t, step)
+                prediction = conditions.predict(predict, x_t, step)
         finally:  # a checkpoint leaves early, by an exception
             for handle in handles:
                 handle.remove()
@@ -89,7 +87,7 @@ class SuperNet:
         """Give how many tensors the solver's state has before a step."""
         return min(step, 1) + min(step, self._solver.b.shape[1])
 
-    def _walk(self, first: int, last: int, gates: Tensor, conditions: Conditions | None, *state: Tensor) -> State:
+    def _walk(self, first: int, last: int, gates: Tensor, conditions: Conditions, *state: Tensor) -> State:
         for step in range(first, last):
             state = checkpoint(self._step, step, gates, conditions, *state, use_reentrant=False,
                                preserve_rng_state=False)
@@ -107,15 +105,14 @@ class SuperNet:
             Keep the N outputs of some sqrt(2 T) steps only, and make the steps between again where the gradient needs
             them: a checkpoint at each step alone would keep all T x N. The stretches between get shorter as the kept
             steps fill the memory, so that no stretch needs more than another.
-        conditions : Conditions of the images, guided in one batch (`apart` False), where the network reads any
+        conditions : Conditions of the images, guided in one batch (`apart` False); None for those that the model draws
 
         Returns
         -------
-        images : Tensor, (n, C, H, W)
+        images : Tensor, (n, C', H', W')
         """
-        device = next(self.model.parameters()).device
-        noise, gates = noise.to(device), gates.to(device)
-        conditions = conditions or Conditions.drawn(self.model, noise)
+        noise, gates = noise.to(self.model.device), gates.to(self.model.device)
+        conditions = conditions or self.model.asked(noise)
         state = self._step(0, gates, conditions, noise)
         first, stretch = 1, math.ceil(math.sqrt(2 * self.plan.steps + 0.25) - 0.5) if nested else self.plan.steps
         while first < self.plan.steps:
@@ -126,7 +123,7 @@ class SuperNet:
             else:
                 state = self._walk(first, last, gates, conditions, *state)
             first, stretch = last, max(1, stretch - 1)
-        return state[0]
+        return self.model.decode(state[0])
 
 
 def _moved(now: Tensor, known: State, gate: Tensor) -> State:
