@@ -281,7 +281,7 @@ def test_the_loss_is_zero_for_a_model_that_knows_the_noise(schedule):
             return type("Output", (), {"sample": x_t / scale})
 
     oracle = Oracle()
-    loss = networks.denoising_loss(images, schedule, 7)(oracle, torch.Generator().manual_seed(0), 0.0)
+    loss = networks.denoising_loss(networks.Samples(images), schedule, 7)(oracle, torch.Generator().manual_seed(0), 0.0)
     assert loss < 1e-8
     assert (oracle.t[:3] + oracle.t[4:]).tolist() == [999] * 3, "timesteps come in antithetic pairs"
 

@@ -251,14 +251,14 @@ def test_forms_are_timed_each_by_itself_and_once(unet, tmp_path, monkeypatch):
 
 
 def test_the_thin_network_is_the_thinnest_that_is_no_smaller(unet):
-    call = cost.count(unet).call
+    call, model = cost.count(unet).call, Model(unet, networks.noise_schedule())
     for least in (0.3 * call, 0.6 * call, call):
-        made = diffnas.thin(unet, least)
+        made = diffnas.thin(model, least)
         widths = list(made.config.block_out_channels)
         assert cost.count(made).call >= least and all(a <= b for a, b in zip(widths, unet.config.block_out_channels))
     assert widths == list(unet.config.block_out_channels), "for all of its MACs, the teacher itself"
     with pytest.raises(ValueError, match="the teacher has fewer than"):
-        diffnas.thin(unet, call + 1)
+        diffnas.thin(model, call + 1)
 
 
 def test_a_reference_that_others_beat_spoils_no_tolerance(unet, tables):
@@ -307,8 +307,8 @@ def test_beta_rises():
 
 def test_supernet_training_reaches_every_form(unet, schedule):
     model = diffnas.supernet(unet, SPACE)
-    images = torch.randn(20, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    loss = diffnas.supernet_loss(unet, images, schedule, 4, SPACE)
+    samples = networks.Samples(torch.randn(20, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
+    loss = diffnas.supernet_loss(unet, samples, schedule, 4, SPACE)
     for step in range(40):
         loss(model, torch.Generator().manual_seed(step), 0.0).backward()
     assert not [f"{path}.{name}" for path, block in diffnas.residuals(model).items()
@@ -317,9 +317,9 @@ def test_supernet_training_reaches_every_form(unet, schedule):
 
 def test_retraining_changes_its_loss_on_the_way(unet, supernet, schedule):
     made = diffnas.student(supernet, drawn(unet, 1))
-    images = torch.randn(20, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    loss = diffnas.retraining_loss(unet, images, schedule, 4, diffnas.BETAS["linear"])
-    x_t, t, noise, _ = networks.noisy_batch(images, schedule, 4, torch.Generator().manual_seed(0), made.device)
+    samples = networks.Samples(torch.randn(20, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
+    loss = diffnas.retraining_loss(unet, samples, schedule, 4, diffnas.BETAS["linear"])
+    x_t, t, noise, _ = samples.noisy(schedule, 4, torch.Generator().manual_seed(0), made.device)
     for way, beta in ((0.0, 0.0), (0.25, 0.5), (0.8, 1.0)):
         expected = diffnas.joint_loss(made, unet, x_t, t, noise, beta)
         torch.testing.assert_close(loss(made, torch.Generator().manual_seed(0), way), expected)

@@ -13,7 +13,7 @@ from lib.grid.model import Conditions, Model
 from lib.grid.plan import NoiseSchedule, Plan, trailing
 from lib.judging import analysis
 from lib.methods import diffnas, dipgo
-from lib.teachers import networks
+from lib.teachers import data, networks
 
 COUNT = 3
 
@@ -213,11 +213,31 @@ def test_a_models_digest_is_of_all_that_decides_an_image(family):
 def test_a_transformer_learns_with_one_label_in_ten_unsaid(schedule):
     torch.manual_seed(0)
     model = networks.transformer((1, 16, 16), 16, 2, 2, 4, 10)
-    images, labels, seen = torch.randn(50, 1, 16, 16), torch.arange(50) % 10, []
+    labels, seen = torch.arange(50) % 10, []
+    samples = networks.Samples(torch.randn(50, 1, 16, 16), Conditions({"class_labels": labels},
+                                                                      {"class_labels": torch.full((50,), 10)}))
     model.register_forward_pre_hook(lambda _, __, given: seen.append(given["class_labels"]), with_kwargs=True)
-    loss = networks.denoising_loss(images, schedule, 400, labels)
+    loss = networks.denoising_loss(samples, schedule, 400)
     loss(model, torch.Generator().manual_seed(0), 0.0).backward()
     unsaid = seen[0] == 10
     assert 0.05 < unsaid.float().mean() < 0.15
     again = loss(model, torch.Generator().manual_seed(0), 0.0)
     assert torch.equal(seen[0], seen[1]) and torch.equal(again, loss(model, torch.Generator().manual_seed(0), 0.0))
+
+
+def test_samples_are_encoded_and_said(family, schedule):
+    model, _, _ = family
+    shape = model.shape
+    prompts = tuple(("one", "two", "three")[i % 3] for i in range(12))
+    data_set = data.DataSet("x", torch.randn(12, *shape), torch.arange(12) % 10, torch.arange(9), torch.arange(9, 12),
+                            prompts)
+    samples = networks.Samples.of(model, data_set, data_set.held_out)
+    assert torch.equal(samples.x_0, data_set.images[9:])
+    x_t, t, noise, given = samples.noisy(schedule, 600, torch.Generator().manual_seed(0), model.device)
+    assert x_t.shape == noise.shape == (600, *shape) and t.shape == (600,)
+    (name, said), = given.items()
+    null = (said == samples.conditions.null[name][0]).flatten(1).all(dim=1) if said.ndim > 1 else said == 10
+    assert 0.07 < null.float().mean() < 0.13, "one in ten goes unsaid"
+    rows = torch.randint(3, (600,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(said[~null], samples.conditions.given[name][rows][~null]), "the others go with their image"
+    assert networks.denoising_loss(samples, schedule, 6)(model.network, torch.Generator().manual_seed(0), 0.0) > 0

@@ -13,15 +13,15 @@ from lib.teachers import networks
 
 
 def test_a_pruned_network_costs_less_and_is_sampled_like_the_teacher(unet, schedule, teacher, noise):
-    images = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    pruned = peers.diff_pruning(unet, images, schedule, 0.6, seed=0, batch_size=4, threshold=0.99)
+    samples = networks.Samples(torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
+    pruned = peers.diff_pruning(Model(unet, schedule), samples, 0.6, seed=0, batch_size=4, threshold=0.99)
     assert cost.count(pruned).call <= 0.6 * cost.count(unet).call < cost.count(unet).call
     assert blocks.describe(pruned).names == blocks.describe(unet).names
     rows = pruned.conv_in.weight.flatten(1)
     assert all((unet.conv_in.weight.flatten(1) == row).all(dim=1).any() for row in rows), "channels of the teacher"
     assert sampling.sample(Model(pruned.eval(), schedule), teacher, noise).shape == noise.shape
     with pytest.raises(ValueError, match="no network of 0%"):
-        peers.diff_pruning(unet, images, schedule, 0.001, seed=0, batch_size=4, threshold=0.99)
+        peers.diff_pruning(Model(unet, schedule), samples, 0.001, seed=0, batch_size=4, threshold=0.99)
 
 
 @pytest.mark.parametrize("branch", [0, 1])

@@ -26,9 +26,9 @@ torch.set_num_threads(1)
 digits = data.load("digits", 16, 0.25, 0)
 torch.manual_seed(0)
 model = networks.unet(digits.shape, [8, 8], 1, 4)
-training.train(model, networks.denoising_loss(digits.images, networks.noise_schedule(), 8), steps=12, lr=1e-3,
-               ema_decay=0.5, seed=0, device="cpu", precision="fp32", work=Path(sys.argv[1]) / "work", save_every=5,
-               warmup=5)
+loss = networks.denoising_loss(networks.Samples(digits.images), networks.noise_schedule(), 8)
+training.train(model, loss, steps=12, lr=1e-3, ema_decay=0.5, seed=0, device="cpu", precision="fp32",
+               work=Path(sys.argv[1]) / "work", save_every=5, warmup=5)
 save_file(model.state_dict(), Path(sys.argv[1]) / "weights.safetensors")
 print("share", training.own_share(torch.arange(6)).tolist(), flush=True)
 """

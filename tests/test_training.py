@@ -25,7 +25,7 @@ work, out, pause = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 digits = data.load("digits", 16, 0.25, 0)
 torch.manual_seed(0)
 model = networks.unet(digits.shape, [8, 8], 1, 4)
-inner = networks.denoising_loss(digits.images, networks.noise_schedule(), 8)
+inner = networks.denoising_loss(networks.Samples(digits.images), networks.noise_schedule(), 8)
 def loss(model, generator, way):
     time.sleep(pause)
     return inner(model, generator, way)

@@ -10,11 +10,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import (
     CacheMixin,
-    DDIMScheduler,
     FirstBlockCacheConfig,
     ModelMixin,
     TaylorSeerCacheConfig,
-    UNet2DModel,
 )
 from diffusers.hooks import apply_first_block_cache, apply_taylorseer_cache
 from diffusers.models.attention_processor import Attention
@@ -26,6 +24,7 @@ from tqdm import tqdm
 from lib.grid import blocks, cost, sampling, solvers
 from lib.grid.model import Model
 from lib.grid.plan import COMPUTE, HOLD, LINE, Plan
+from lib.teachers.networks import Samples
 
 
 @torch.inference_mode()
@@ -148,8 +147,8 @@ def _executed(model: Model, teacher: Plan, noise: Tensor, enable: Callable[[Mode
     return teacher.replace(abscissa="step").with_cells(cells, **provenance), model.decode(x_t).cpu()
 
 
-def diff_pruning(model: UNet2DModel, images: Tensor, schedule: DDIMScheduler, share: float, *, seed: int,
-                 batch_size: int = 64, threshold: float = 0.05) -> UNet2DModel:
+def diff_pruning(model: Model, samples: Samples, share: float, *, seed: int, batch_size: int = 64,
+                 threshold: float = 0.05) -> ModelMixin:
     """Prune a UNet's channels by `torch-pruning` with the criterion of Diff-Pruning (Fang et al. 2023).
 
     The gradient of the loss is summed over the timesteps 0, 1, 2, ... up to where the loss has fallen to `threshold` of
@@ -157,14 +156,14 @@ def diff_pruning(model: UNet2DModel, images: Tensor, schedule: DDIMScheduler, sh
 
     Parameters
     ----------
-    model : a teacher; it stays as it is
-    images : Tensor, (n, C, H, W), training images
+    model : Model, a teacher with a UNet; it stays as it is
+    samples : Samples, for training
     share : float, of the teacher's MACs, in (0, 1)
     seed : int, of images and noise
 
     Returns
     -------
-    pruned : a UNet2DModel whose layers are thinner than its configuration says; it still has to be trained
+    pruned : a UNet whose layers are thinner than its configuration says; it still has to be trained
 
     Raises
     ------
@@ -177,13 +176,15 @@ def diff_pruning(model: UNet2DModel, images: Tensor, schedule: DDIMScheduler, sh
         import torch_pruning
     except ModuleNotFoundError:
         raise ModuleNotFoundError("torch-pruning is not installed: run\n    pip install .[peers]") from None
-    graded = copy.deepcopy(model).requires_grad_(True)
+    graded = copy.deepcopy(model.network).requires_grad_(True)
     generator, greatest = torch.Generator().manual_seed(seed), 0.0
-    x_0 = images[torch.randint(len(images), (batch_size,), generator=generator)].to(model.device)
+    rows = torch.randint(len(samples.x_0), (batch_size,), generator=generator)
+    x_0, given = samples.x_0[rows].to(model.device), samples.conditions.rows(rows).given
+    given = {name: some.to(model.device) for name, some in given.items()}
     noise = torch.randn(x_0.shape, generator=generator).to(model.device)
-    for t in tqdm(range(schedule.config.num_train_timesteps), desc="gradients for pruning", unit="timestep"):
+    for t in tqdm(range(model.noise_schedule.train_timesteps), desc="gradients for pruning", unit="timestep"):
         steps = torch.full((batch_size,), t, device=model.device)
-        loss = F.mse_loss(graded(schedule.add_noise(x_0, noise, steps), steps).sample, noise)
+        loss = F.mse_loss(graded(model.schedule.add_noise(x_0, noise, steps), steps, **given).sample, noise)
         greatest = max(greatest, loss.item())
         if loss.item() < threshold * greatest:
             break
@@ -195,12 +196,13 @@ def diff_pruning(model: UNet2DModel, images: Tensor, schedule: DDIMScheduler, sh
         queries = [layer for part in pruned.modules() if isinstance(part, Attention)
                    for layer in (part.to_q, part.to_k, part.to_v)]  # the heads keep their size
         torch_pruning.pruner.MetaPruner(
-            pruned, {"sample": x_0[:1], "timestep": steps[:1]}, importance=torch_pruning.importance.TaylorImportance(),
+            pruned, {"sample": x_0[:1], "timestep": steps[:1]} | {name: some[:1] for name, some in given.items()},
+            importance=torch_pruning.importance.TaylorImportance(),
             pruning_ratio=percent / 100, ignored_layers=[pruned.conv_out, *queries]).step()
         for part in pruned.modules():
             if isinstance(part, Downsample2D | Upsample2D):  # they check what they are given
                 part.channels, part.out_channels = part.conv.in_channels, part.conv.out_channels
-        if cost.count(pruned).call <= share * cost.count(model).call:
+        if cost.count_model(model.replace(network=pruned)).call <= share * cost.count_model(model).call:
             pruned.zero_grad()
             return pruned
     raise ValueError(f"torch-pruning finds no network of {share:.0%} of the MACs: raise the share")

@@ -1,8 +1,10 @@
 """Teachers: a DDPM UNet trained here, or any diffusers pipeline; saved and loaded as diffusers does."""
 
 import json
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +20,17 @@ from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lib.grid.blocks import input_shape
-from lib.grid.model import Model
+from lib.grid.model import Conditions, Model
 from lib.grid.plan import NoiseSchedule
-from lib.teachers.data import HUB
+from lib.teachers.data import DataSet
+from lib.teachers.files import HUB
 from lib.teachers.training import own_share, train
 
 UNSAID = 0.1
-"""The share of labels that a class-conditional network does not see in training."""
+"""The share of prompts or labels that a network does not see in training."""
 FEW = 16
 """Images that an autoencoder sees at once."""
 
@@ -84,50 +88,74 @@ def transformer(shape: tuple[int, int, int], width: int, layers: int, heads: int
     return model
 
 
-def noisy_batch(images: Tensor, schedule: DDIMScheduler, size: int, generator: torch.Generator,
-                device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""Draw images and noise them: x_t = sqrt(\bar\alpha_t) x_0 + sqrt(1 - \bar\alpha_t) \epsilon.
+@dataclass(frozen=True)
+class Samples:
+    """What a network trains on.
 
-    Parameters
+    Attributes
     ----------
-    images : Tensor, (n, C, H, W), in [-1, 1]
-    size : int, images drawn; timesteps come in antithetic pairs t, T-1-t, which lowers the variance
-
-    Returns
-    -------
-    x_t, t, noise, rows : Tensor, (size, C, H, W), (size,) and (size, C, H, W), on the device; (size,), of the images
-        Where several processes train together, this one's share of them.
+    x_0 : Tensor, (n, C, H, W), images in [-1, 1] or latents
+    conditions : Conditions of each, with `null`; empty where the network reads nothing
     """
-    last = schedule.config.num_train_timesteps - 1
-    rows = torch.randint(len(images), (size,), generator=generator)
-    half = torch.randint(last + 1, ((size + 1) // 2,), generator=generator)
-    t = torch.cat([half, last - half])[:size].to(device)
-    noise = torch.randn(size, *images.shape[1:], generator=generator).to(device)
-    rows, t, noise = own_share(rows), own_share(t), own_share(noise)
-    return schedule.add_noise(images[rows].to(device), noise, t), t, noise, rows
+
+    x_0: Tensor
+    conditions: Conditions = field(default_factory=Conditions)
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Model, data: DataSet, rows: Tensor) -> Self:
+        """Give some images of a data set as a model's network trains on them: encoded, with their prompts or labels."""
+        conditions = Conditions()
+        if model.text is not None and data.prompts:
+            said = [data.prompts[row] for row in rows.tolist()]
+            conditions = Conditions(model.text(said), model.text([""] * len(said)))
+        elif model.classes:
+            labels = data.labels[rows]
+            conditions = Conditions({"class_labels": labels}, {"class_labels": torch.full_like(labels, model.classes)})
+        return cls(model.encode(data.images[rows]).cpu(), conditions)
+
+    def noisy(self, schedule: DDIMScheduler, size: int, generator: torch.Generator, device: torch.device
+              ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        r"""Draw some and noise them: x_t = sqrt(\bar\alpha_t) x_0 + sqrt(1 - \bar\alpha_t) \epsilon.
+
+        Timesteps come in antithetic pairs t, T-1-t, which lowers the variance. Of one in ten the condition goes unsaid,
+        so that the network can be guided (Ho and Salimans 2022).
+
+        Returns
+        -------
+        x_t, t, noise, given : Tensor, (size, C, H, W), (size,) and (size, C, H, W), and what else the network reads, on
+            the device; where several processes train together, this one's share of them
+        """
+        last = schedule.config.num_train_timesteps - 1
+        rows = torch.randint(len(self.x_0), (size,), generator=generator)
+        half = torch.randint(last + 1, ((size + 1) // 2,), generator=generator)
+        t = torch.cat([half, last - half])[:size].to(device)
+        noise = torch.randn(size, *self.x_0.shape[1:], generator=generator).to(device)
+        given = {}
+        if self.conditions.given:
+            unsaid = own_share(torch.rand(size, generator=generator) < UNSAID)
+            own = self.conditions.rows(own_share(rows))
+            given = tree_map(lambda said, null: torch.where(unsaid.view(-1, *(1,) * (said.ndim - 1)), null, said)
+                             .to(device), own.given, own.null)
+        rows, t, noise = own_share(rows), own_share(t), own_share(noise)
+        return schedule.add_noise(self.x_0[rows].to(device), noise, t), t, noise, given
 
 
-def denoising_loss(images: Tensor, schedule: DDIMScheduler, batch_size: int, labels: Tensor | None = None):
+def denoising_loss(samples: Samples, schedule: DDIMScheduler, batch_size: int):
     """Give the loss of DDPM training (Ho et al. 2020, eq. 14): the mean squared error of the predicted noise.
 
     Parameters
     ----------
-    images : Tensor, (n, C, H, W), in [-1, 1]
-    batch_size : int, of `noisy_batch`
-    labels : Tensor, (n,), int64, for class-conditional networks; one in ten goes unsaid, so that they can be guided
+    batch_size : int, of `Samples.noisy`
 
     Returns
     -------
-    loss : callable(model, generator, way) -> scalar Tensor, as `lib.teachers.training.train` wants it
+    loss : callable(network, generator, way) -> scalar Tensor, as `lib.teachers.training.train` wants it
     """
 
-    def loss(model: nn.Module, generator: torch.Generator, _: float) -> Tensor:
-        x_t, t, noise, rows = noisy_batch(images, schedule, batch_size, generator, next(model.parameters()).device)
-        given = {}
-        if labels is not None:
-            unsaid = own_share(torch.rand(batch_size, generator=generator) < UNSAID)
-            given["class_labels"] = torch.where(unsaid, labels.max() + 1, labels[rows]).to(x_t.device)
-        return F.mse_loss(model(x_t, t, **given).sample.float(), noise)
+    def loss(network: nn.Module, generator: torch.Generator, _: float) -> Tensor:
+        x_t, t, noise, given = samples.noisy(schedule, batch_size, generator, next(network.parameters()).device)
+        return F.mse_loss(network(x_t, t, **given).sample.float(), noise)
 
     return loss
 
@@ -150,7 +178,7 @@ def fit(images: Tensor, *, widths: list[int], layers: int, norm_groups: int, tra
     """
     torch.manual_seed(seed)
     model = unet(tuple(images.shape[1:]), widths, layers, norm_groups).to(device)
-    loss = denoising_loss(images, noise_schedule(), batch_size)
+    loss = denoising_loss(Samples(images), noise_schedule(), batch_size)
     return model, train(model, loss, steps=training_steps, lr=learning_rate, ema_decay=ema_decay, seed=seed,
                         device=device, precision=precision, work=work, save_every=save_every, compiled=True,
                         title="teacher")

@@ -9,6 +9,7 @@ import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from lib.grid import cost
+from lib.grid.model import Model
 from lib.methods.diffnas.levels import form_macs, resolutions
 from lib.methods.diffnas.students import Architecture, Form, FormSpace, UNet, residuals
 from lib.methods.diffnas.supernets import draw
@@ -105,7 +106,7 @@ def random_search(model: UNet, space: FormSpace, budget: int, generator: torch.G
     return chosen
 
 
-def thin(teacher: UNet, least: int) -> UNet:
+def thin(teacher: Model, least: int) -> UNet:
     """Build the thinnest UNet of at least so many MACs a call whose widths are the teacher's, scaled alike.
 
     Widths are multiples of the norm's groups, and at least two channels a group and 0.3 of the teacher's. Weights are
@@ -117,11 +118,13 @@ def thin(teacher: UNet, least: int) -> UNet:
         If the teacher itself is smaller.
     """
     def built(scale: float) -> UNet:
-        widths = [groups * max(2, round(scale * width / groups)) for width in teacher.config.block_out_channels]
-        return type(teacher).from_config(teacher.config, block_out_channels=tuple(widths))
+        widths = [groups * max(2, round(scale * width / groups)) for width in own.config.block_out_channels]
+        return type(own).from_config(own.config, block_out_channels=tuple(widths))
 
-    groups, scales = teacher.config.norm_num_groups, np.arange(0.3, 1.01, 0.01)
-    place = bisect_left(scales, least, key=lambda scale: cost.count(built(scale)).call)
+    own = teacher.network
+    groups, scales = own.config.norm_num_groups, np.arange(0.3, 1.01, 0.01)
+    place = bisect_left(scales, least,
+                        key=lambda scale: cost.count_model(teacher.replace(network=built(scale))).call)
     if place == len(scales):
         raise ValueError(f"the teacher has fewer than {least} MACs a call")
     return built(scales[place])

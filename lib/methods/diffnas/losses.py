@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from lib.methods.diffnas.levels import level_losses, observe
 from lib.methods.diffnas.students import FormSpace, UNet
 from lib.methods.diffnas.supernets import choose, draw
-from lib.teachers.networks import noisy_batch
+from lib.teachers.networks import Samples
 
 
-def supernet_loss(teacher: UNet, images: Tensor, schedule: DDIMScheduler, batch_size: int, space: FormSpace):
+def supernet_loss(teacher: UNet, samples: Samples, schedule: DDIMScheduler, batch_size: int, space: FormSpace):
     """Give the loss of single-path supernet training: every level in a random form, all from one pass of the teacher.
 
     Returns
@@ -23,14 +23,14 @@ def supernet_loss(teacher: UNet, images: Tensor, schedule: DDIMScheduler, batch_
     """
 
     def loss(model: UNet, generator: torch.Generator, _: float) -> Tensor:
-        x_t, t, _, _ = noisy_batch(images, schedule, batch_size, generator, teacher.device)
+        x_t, t, _, given = samples.noisy(schedule, batch_size, generator, teacher.device)
         choose(model, draw(model, space, generator))
-        return torch.stack(list(level_losses(model, observe(teacher, x_t, t)[0]).values())).mean()
+        return torch.stack(list(level_losses(model, observe(teacher, x_t, t, **given)[0]).values())).mean()
 
     return loss
 
 
-def retraining_loss(teacher: UNet, images: Tensor, schedule: DDIMScheduler, batch_size: int,
+def retraining_loss(teacher: UNet, samples: Samples, schedule: DDIMScheduler, batch_size: int,
                     beta: Callable[[float], float], target: str = "noise"):
     """Give the dynamic joint loss on random batches, with a weight that changes on the way through the training.
 
@@ -45,8 +45,8 @@ def retraining_loss(teacher: UNet, images: Tensor, schedule: DDIMScheduler, batc
     """
 
     def loss(model: UNet, generator: torch.Generator, way: float) -> Tensor:
-        x_t, t, noise, _ = noisy_batch(images, schedule, batch_size, generator, teacher.device)
-        return joint_loss(model, teacher, x_t, t, noise, beta(way), target)
+        x_t, t, noise, given = samples.noisy(schedule, batch_size, generator, teacher.device)
+        return joint_loss(model, teacher, x_t, t, noise, beta(way), target, **given)
 
     return loss
 
