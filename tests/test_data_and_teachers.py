@@ -258,7 +258,7 @@ def test_what_is_no_data_set_is_refused_by_name(folder, tmp_path):
 
 
 def test_a_teacher_comes_back_from_its_folder(unet, schedule, teacher, noise, tmp_path):
-    networks.save(tmp_path, unet, schedule)
+    networks.save(tmp_path, Model(unet, schedule))
     assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.pkl"))
     again = networks.load(tmp_path)
     plan = Plan.random(0.5, 0, teacher)

@@ -75,7 +75,7 @@ def test_a_student_survives_saving(unet, supernet, batch, tmp_path):
 
 def test_a_student_is_sampled_like_a_teacher(unet, supernet, schedule, teacher, noise, tmp_path):
     made = diffnas.student(supernet, drawn(unet, 3)).eval()
-    networks.save(tmp_path, made, schedule)
+    networks.save(tmp_path, Model(made, schedule))
     again = networks.load(tmp_path)
     assert isinstance(again.network, Student) and diffnas.forms(again.network) == diffnas.forms(made)
     assert isinstance(DDIMPipeline.from_pretrained(tmp_path, use_safetensors=True).unet, Student)

@@ -157,7 +157,7 @@ def test_elastic_blocks_fit_text_conditioned_unets(schedule, noise, tmp_path):
     small = diffnas.student(supernet, diffnas.forms(model) | table.sort_values("macs")["forms"].iloc[0])
     assert cost.count(small).call < cost.count(model).call
     assert diffnas.joint_loss(small, model, noise, t, noise, 0.5, **given) > 0
-    networks.save(tmp_path / "student", small, schedule)
+    networks.save(tmp_path / "student", Model(small, schedule))
     again = networks.load(tmp_path / "student").network
     assert isinstance(again, diffnas.ConditionStudent)
     assert torch.equal(again(noise, t, **given).sample, small(noise, t, **given).sample)

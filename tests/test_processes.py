@@ -63,7 +63,7 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_two_processes_sample_the_images_of_one(tmp_path, unet, schedule, teacher, described, processes):
-    networks.save(tmp_path / "model", unet, schedule)
+    networks.save(tmp_path / "model", Model(unet, schedule))
     plan = Plan.deepcache(2, described.branch(0), teacher)
     plan.save(tmp_path / "plan.json")
     said = launch(processes, "-m", "lib.apply", "--model", tmp_path / "model", "--plan", tmp_path / "plan.json",
@@ -78,7 +78,7 @@ def test_two_processes_sample_the_images_of_one(tmp_path, unet, schedule, teache
 
 
 def test_what_cannot_be_sampled_is_refused(tmp_path, unet, schedule):
-    networks.save(tmp_path / "model", unet, schedule)
+    networks.save(tmp_path / "model", Model(unet, schedule))
     for model, plan, message in ((tmp_path / "none", tmp_path / "plan.json", "no teacher in"),
                                  (tmp_path / "model", tmp_path / "plan.json", "no such file")):
         done = subprocess.run([sys.executable, "-m", "lib.apply", "--model", model, "--plan", plan, "--out",

@@ -5,6 +5,7 @@ import re
 import pandas as pd
 import pytest
 
+from lib.grid.model import Model
 from lib.study import params, paths, report
 from lib.teachers import networks
 
@@ -30,7 +31,7 @@ def test_every_module_is_in_its_tree():
 
 
 def test_its_example_runs(tmp_path, monkeypatch, unet, schedule, capsys):
-    networks.save(tmp_path / "my-ddim-pipeline", unet, schedule)
+    networks.save(tmp_path / "my-ddim-pipeline", Model(unet, schedule))
     monkeypatch.chdir(tmp_path)
     example, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(example.splitlines()) <= 20

@@ -142,11 +142,14 @@ def count(network: nn.Module, conditions: sampling.Conditions | None = None) -> 
 def count_model(model: Model) -> Costs:
     """Count a model's network under the model's own conditions and guidance, its text encoder and its decoder."""
     noise = torch.zeros(1, *model.shape, device=model.device)
+    conditions = model.asked(noise)
+    passes = 1 if conditions.null is None else 2
     with FlopCounterMode(display=False, depth=None) as text:
-        conditions = model.asked(noise)
+        if model.text is not None and model.prompts:
+            model.text.read(model.text.tokens(model.said(noise)))
     with FlopCounterMode(display=False, depth=None) as decoder:
         model.decode(noise)
-    return replace(count(model.network, conditions), text=text.get_total_flops() // 2,
+    return replace(count(model.network, conditions), text=passes * text.get_total_flops() // 2,
                    decoder=decoder.get_total_flops() // 2)
 
 

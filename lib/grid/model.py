@@ -1,6 +1,7 @@
 """The model: a network with all that stands around it from noise to image. A teacher, or a student in its place."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -62,6 +63,8 @@ class Latents(Protocol):
 class Text(Protocol):
     """A text encoder: a Module that maps n prompts to what a network reads of them, a row a prompt."""
 
+    def tokens(self, prompts: list[str]) -> Tensor: ...  # noqa: D102
+    def read(self, tokens: Tensor) -> Tensor: ...  # noqa: D102
     def __call__(self, prompts: list[str]) -> Mapping[str, Tensor]: ...  # noqa: D102
 
 
@@ -150,7 +153,7 @@ class Model:
         for part in (self.network, self.latents, self.text):
             if part is not None:
                 config = {key: value for key, value in getattr(part, "config", {}).items() if key[0] != "_"}  # a folder
-                total.update(str(sorted(config.items())).encode())
+                total.update(json.dumps(config, sort_keys=True, default=str).encode())
                 for name, tensor in sorted(part.state_dict().items()):
                     total.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
         return total.hexdigest()[:16]

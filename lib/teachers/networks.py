@@ -1,15 +1,16 @@
 """Teachers: a DDPM UNet trained here, or any diffusers pipeline; saved and loaded as diffusers does."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from diffusers import (
-    DDIMPipeline,
     DDIMScheduler,
     DiffusionPipeline,
     DiTTransformer2DModel,
@@ -21,27 +22,31 @@ from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from transformers import AutoTokenizer, CLIPTextModel
 
-from lib.grid.blocks import input_shape
+from lib.grid.blocks import example_conditions, input_shape
 from lib.grid.model import Conditions, Model
 from lib.grid.plan import NoiseSchedule
 from lib.teachers.data import DataSet
 from lib.teachers.files import HUB
+from lib.teachers.latents import Coder
+from lib.teachers.text import Text
 from lib.teachers.training import own_share, train
 
 UNSAID = 0.1
 """The share of prompts or labels that a network does not see in training."""
-FEW = 16
-"""Images that an autoencoder sees at once."""
 
 
-def noise_schedule() -> DDIMScheduler:
-    """Give the noise schedule that all teachers here share: linear betas, epsilon prediction, no clipping.
+def noise_schedule(betas: str = "linear") -> DDIMScheduler:
+    """Give the noise schedule of teachers here: epsilon prediction, no clipping.
+
+    Betas are "linear" (DDPM's), or "scaled_linear" for latents (Stable Diffusion's).
 
     Only so are a dropped step and a reused epsilon the same under DDIM (design: one grid), and only so can one ask
     whether a pruned pattern is more than a schedule.
     """
-    return DDIMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
+    start, end = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}[betas]
+    return DDIMScheduler(num_train_timesteps=1000, beta_start=start, beta_end=end, beta_schedule=betas,
                          prediction_type="epsilon", clip_sample=False, set_alpha_to_one=True,
                          timestep_spacing="trailing")
 
@@ -198,29 +203,40 @@ def check_draws(model: ModelMixin, shape: tuple[int, int, int]) -> None:
                          f"set resolution to {drawn[1]}, or take data with {drawn[0]} channels")
 
 
-def save(folder: Path, model: ModelMixin, schedule: DDIMScheduler) -> None:
-    """Save network and noise schedule as a diffusers pipeline (safetensors and JSON)."""
-    if isinstance(model, UNet2DModel):
-        DDIMPipeline(unet=model, scheduler=schedule).save_pretrained(folder)
-        return
-    part = "unet" if hasattr(model, "down_blocks") else "transformer"
-    model.save_pretrained(folder / part)
-    schedule.save_pretrained(folder / "scheduler")
-    kinds = {part: [type(model).__module__.partition(".")[0], type(model).__name__],
-             "scheduler": ["diffusers", type(schedule).__name__]}
-    if kinds[part][0] == "lib":
-        kinds[part][0] = type(model).__module__
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline", **kinds}, indent=1))
+def save(folder: Path, model: Model) -> None:
+    """Save a model as a diffusers pipeline (safetensors, JSON): a StableDiffusionPipeline where it reads prompts."""
+    parts = {"unet" if hasattr(model.network, "down_blocks") else "transformer": model.network,
+             "scheduler": model.schedule}
+    kind, more = "DDIMPipeline" if isinstance(model.network, UNet2DModel) else "DiffusionPipeline", {}
+    if model.latents is not None:
+        parts["vae"], kind = model.latents.vae, "DiffusionPipeline"
+    if model.text is not None:
+        parts |= {"text_encoder": model.text.encoder, "tokenizer": model.text.tokenizer}
+        kind, more = "StableDiffusionPipeline", {"requires_safety_checker": False}
+        more |= {absent: [None, None] for absent in ("safety_checker", "feature_extractor", "image_encoder")}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    kinds = {name: [_library(type(part)), type(part).__name__] for name, part in parts.items()}
+    index = {"_class_name": kind, "_diffusers_version": version("diffusers"), **kinds, **more}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=1))
 
 
-def load(source: Path | str, device: str = "cpu") -> Model:
-    """Load a pipeline's network, noise schedule and autoencoder, ready for sampling.
+def _library(kind: type) -> str:
+    """Give the name under which a pipeline's index finds a class: a library of its own, a module of ours."""
+    library = kind.__module__.partition(".")[0]
+    return kind.__module__ if library == "lib" else library
+
+
+def load(source: Path | str, device: str = "cpu", prompts: Sequence[str] = (), guidance: float = 1.0) -> Model:
+    """Load a pipeline's network, noise schedule, autoencoder and text encoder, ready for sampling.
 
     Parameters
     ----------
     source : Path or str
         A folder that `save` or any diffusers pipeline wrote (a teacher's or a student's), or "hub:OWNER/NAME", or
         "hub:OWNER/NAME@REVISION".
+    prompts : those of which each image gets one
+    guidance : scale of classifier-free guidance; 1 is none
 
     Raises
     ------
@@ -247,33 +263,12 @@ def load(source: Path | str, device: str = "cpu") -> Model:
     if network.device.type == "cuda":
         network.to(memory_format=torch.channels_last)
     coder = next((part for part in ("vae", "vqvae") if part in parts), None)
-    return Model(network, schedule, latents=coder and Autoencoder(_part(source, coder, device)))
-
-
-class Autoencoder(nn.Module):
-    """A diffusers autoencoder, between images and latents as pipelines scale them; a few images at a time."""
-
-    def __init__(self, vae: ModelMixin):
-        super().__init__()
-        self.vae, self.config = vae, vae.config
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Map images, (n, C', H', W') in [-1, 1], to the latents' means, (n, C, H, W)."""
-        scale, shift = self._scaling()
-        return torch.cat([(self._mean(few.to(self.vae.device)) - shift) * scale for few in images.split(FEW)])
-
-    def _mean(self, images: Tensor) -> Tensor:
-        coded = self.vae.encode(images)
-        return coded.latent_dist.mean if "latent_dist" in coded else coded[0]
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Map latents, (n, C, H, W), to images, (n, C', H', W'), about [-1, 1]."""
-        scale, shift = self._scaling()
-        latents = latents.to(self.vae.device) / scale + shift
-        return torch.cat([self.vae.decode(few).sample for few in latents.split(FEW)])
-
-    def _scaling(self) -> tuple[float, float]:
-        return self.config.get("scaling_factor") or 1.0, self.config.get("shift_factor") or 0.0
+    text, reads = None, set(example_conditions(network, 0, "cpu"))
+    if reads == {"encoder_hidden_states"} and "CLIPTextModel" in parts.get("text_encoder", ()):
+        encoder = CLIPTextModel.from_pretrained(**name, subfolder="text_encoder", use_safetensors=True)
+        words = AutoTokenizer.from_pretrained(**name, subfolder="tokenizer", trust_remote_code=False)
+        text = Text(encoder.eval().requires_grad_(False).to(device), words)
+    return Model(network, schedule, coder and Coder(_part(source, coder, device)), text, tuple(prompts), guidance)
 
 
 def _part(source: Path | str, part: str, device: str) -> ModelMixin:
@@ -295,9 +290,9 @@ def _index(source: Path | str) -> tuple[dict, dict]:
 def _class(source: Path | str, parts: dict, part: str, base: type) -> type:
     """Give the class that a pipeline's index names for a part, if it is one to be trusted."""
     library, kind = parts.get(part) or (None, None)
-    known = library in ("diffusers", "lib.methods.diffnas.students")
+    known = library in ("diffusers", "lib.methods.diffnas.students", "lib.teachers.latents")
     found = getattr(import_module(library), str(kind), None) if known else None
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ValueError(f"{source}: its {part} is a {kind} of {library}; only models and schedulers of diffusers, and "
-                         "students, are loaded here.")
+                         "students and autoencoders of ours, are loaded here.")
     return found
