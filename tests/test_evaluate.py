@@ -22,7 +22,7 @@ from lib.teachers import data
 def extractors(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("extractor")
-    extractor.save(folder, extractor.Extractor("classes", 1, 16, 10), extractor.Extractor("denoising", 1, 16, 256))
+    extractor.save(folder, extractor.Extractor("classes", 1, 16, [10]), extractor.Extractor("denoising", 1, 16, [256]))
     return extractor.load(folder)
 
 

@@ -94,7 +94,7 @@ def test_an_autoencoder_learns_and_gives_latents_of_deviation_1(tmp_path):
     images = letters.draw(letters.some(64), 16)
     torch.manual_seed(0)
     coder = latents.PatchAutoencoder(3, 4, (8, 16, 16), (0, 1, 1), (0, 1, 1))
-    history = latents.fit(images, coder, steps=30, batch_size=16, learning_rate=3e-3, seed=0, device="cpu",
+    history = latents.fit(coder, images, steps=30, batch_size=16, learning_rate=3e-3, seed=0, device="cpu",
                           precision="fp32", work=tmp_path / "work")
     assert history[-1]["loss"] < 0.8 * history[0]["loss"]
     coded = coder.encode(images).latent

@@ -25,6 +25,8 @@ from lib.teachers.training import own_share, train
 
 LAYER = "embedding"
 WIDTH = 64  # features
+LARGE = 32
+"""Pixels a side from which on an extractor looks at patches of 2 x 2 pixels."""
 
 TASKS = {"classes": "classifier", "rotation": "turns", "denoising": "denoiser"}
 """What an extractor may learn, and how the names of such extractors begin."""
@@ -37,22 +39,35 @@ class Extractor(nn.Module):
 
     The features are scaled by one number so that their mean variance over the training images is 1: then distances mean
     about the same from one extractor to the next.
+
+    Parameters
+    ----------
+    task : of `TASKS`
+    channels, resolution : of images
+    outputs : list of int, (H,): of each thing to tell, such as a letter's style, how many there are; (1,) for pixels
     """
 
-    def __init__(self, task: str, channels: int, resolution: int, outputs: int):
+    def __init__(self, task: str, channels: int, resolution: int, outputs: list[int]):
         super().__init__()
         self.made_of = {"task": task, "channels": channels, "resolution": resolution, "outputs": outputs}
-        self.body = nn.Sequential(nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(),
-                                  nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
+        patch = 2 if resolution >= LARGE else 1
+        self.body = nn.Sequential(nn.PixelUnshuffle(patch), nn.Conv2d(patch**2 * channels, 32 * patch, 3, padding=1),
+                                  nn.ReLU(), nn.Conv2d(32 * patch, 64, 3, stride=2, padding=1), nn.ReLU(),
                                   nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten())
-        self.embedding = nn.Linear(64 * (-(-resolution // 4)) ** 2, WIDTH)
-        self.head = nn.Linear(WIDTH, outputs)
+        self.embedding = nn.Linear(64 * (-(-resolution // (4 * patch))) ** 2, WIDTH)
+        self.head = nn.Linear(WIDTH, sum(outputs))
         self.register_buffer("scale", torch.ones(()))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Map images (n, C, H, W) in [-1, 1] to features (n, 64) and the task's outputs (n, outputs)."""
+        """Map images (n, C, H, W) in [-1, 1] to features (n, 64) and the task's outputs (n, sum of outputs)."""
         raw = self.embedding(self.body(images))
         return raw * self.scale, self.head(F.relu(raw))
+
+    @torch.inference_mode()
+    def told(self, features: Tensor) -> Tensor:
+        """Tell from features, (n, 64), what a classifier reads in their images, (n, H), int64."""
+        outputs = self.head(F.relu(features.to(self.scale.device) / self.scale))
+        return torch.stack([part.argmax(1) for part in outputs.split(self.made_of["outputs"], dim=1)], dim=1).cpu()
 
     @property
     def name(self) -> str:
@@ -98,17 +113,18 @@ def fit(data: DataSet, task: str, *, steps: int, seed: int, device: str, precisi
     Parameters
     ----------
     task : of `TASKS`
-        Tell the classes; or how images were turned (Gidaris et al. 2018); or what they were before noise of up to 1 was
-        added (Vincent et al. 2008). Where all images have one label, classes become turns.
+        Tell the classes, or all attributes where the data have some; or how images were turned (Gidaris et al. 2018);
+        or what they were before noise of up to 1 was added (Vincent et al. 2008). Where all images have one label,
+        classes become turns.
     """
-    images, labels = data.images[data.train], data.labels[data.train]
-    if task == "classes" and not data.labels.any():
+    images, answers = data.images[data.train], data.answers[data.train]
+    if task == "classes" and not answers.any():
         task = "rotation"
     if task == "rotation":
         images = torch.cat([images.rot90(quarters, (2, 3)) for quarters in range(4)])
-        labels = torch.arange(4).repeat_interleave(len(data.train))
+        answers = torch.arange(4).repeat_interleave(len(data.train))[:, None]
     torch.manual_seed(seed)
-    outputs = images[0].numel() if task == "denoising" else int(labels.max()) + 1
+    outputs = [images[0].numel()] if task == "denoising" else (answers.amax(dim=0) + 1).tolist()
     made = Extractor(task, data.shape[0], data.shape[1], outputs).to(device)
 
     def loss(model: nn.Module, generator: torch.Generator, _: float) -> Tensor:
@@ -119,7 +135,9 @@ def fit(data: DataSet, task: str, *, steps: int, seed: int, device: str, precisi
             strength = torch.rand(len(moved), 1, 1, 1, generator=generator)
             noisy = moved + strength * torch.randn(moved.shape, generator=generator)
             return F.mse_loss(model(noisy.to(device))[1].float(), moved.flatten(1).to(device))
-        return F.cross_entropy(model(moved.to(device))[1].float(), labels[rows].to(device), label_smoothing=0.05)
+        guesses = model(moved.to(device))[1].float().split(outputs, dim=1)
+        return torch.stack([F.cross_entropy(guess, answer, label_smoothing=0.05)
+                            for guess, answer in zip(guesses, answers[rows].to(device).T)]).sum()
 
     train(made, loss, steps=steps, lr=2e-3, ema_decay=0.99, weight_decay=1e-2, seed=seed, device=device,
           precision=precision, work=work, title=f"extractor, {task}")
@@ -143,15 +161,9 @@ def check_judge(judge: str, data: DataSet) -> None:
         Borrowed(judge.removeprefix(BORROWED))
 
 
-def accuracy(classifier: Extractor, images: Tensor, labels: Tensor) -> float:
-    """Give the fraction of images whose label is right, in [0, 1]."""
-    return float((read(classifier, images) == labels).float().mean())
-
-
-@torch.inference_mode()
 def read(classifier: Extractor, images: Tensor) -> Tensor:
-    """Give the label that the classifier reads in each image, (n,), int64, on the CPU."""
-    return classifier(images.to(classifier.head.weight.device))[1].argmax(1).cpu()
+    """Give what the classifier reads in images, (n, H), int64, on the CPU: the label, or each attribute."""
+    return classifier.told(embed(classifier, images))
 
 
 def save(folder: Path, first: Extractor, second: Extractor | str) -> None:

@@ -57,6 +57,7 @@ class Common(BaseModel):
     threads: Positive  # CPU threads, fewer if others are busy; another number changes the last bits of results
     precision: Literal["fp32", "bf16"]  # of the network, in training and sampling
     teacher_steps: int = Field(ge=2, le=1000)  # T
+    guidance: float = Field(ge=0)  # scale of classifier-free guidance; 1 is none
     score_images: int = Field(ge=100)  # n of every final score
 
     @classmethod
@@ -90,6 +91,9 @@ class TeacherTraining(Common):
     """Parameters of 00_teacher_training."""
 
     checkpoint: Annotated[str, AfterValidator(_checkpoint)]  # a pipeline to take instead of training; "" trains
+    latent_channels: int = Field(ge=0)  # of an autoencoder's latents; 0: the network draws the images themselves
+    autoencoder_steps: int = Field(ge=0)  # of its training
+    text_width: int = Field(ge=0)  # of what the network reads of each word of a prompt; 0: it reads none
     widths: list[Positive] = Field(min_length=2)  # channels of each level, from full resolution down
     layers: Positive  # residual blocks a level
     norm_groups: Positive  # divides every width
@@ -104,8 +108,19 @@ class TeacherTraining(Common):
     @property
     def recipe(self) -> dict[str, Any]:
         """What `lib.teachers.networks.fit` takes of them."""
-        return self.model_dump(include={"widths", "layers", "norm_groups", "training_steps", "batch_size",
-                                        "learning_rate", "ema_decay", "save_every", "seed", "device", "precision"})
+        return self.model_dump(include={"training_steps", "batch_size", "learning_rate", "ema_decay", "save_every",
+                                        "seed", "device", "precision"})
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """Where and how all that learns in this notebook runs."""
+        return self.model_dump(include={"seed", "device", "precision"})
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """What `lib.teachers.networks.untrained` takes of them."""
+        return self.model_dump(include={"widths", "layers", "norm_groups", "latent_channels", "text_width", "seed",
+                                        "device"})
 
 
 class TeacherAnalysis(Common):

@@ -67,11 +67,16 @@ def notebook(name: str, study: str) -> Path:
 def teacher(study: str) -> None:
     """Train a study's teacher, so that notebook 00 finds it trained; ``accelerate launch`` lets several processes."""
     from lib.study.stage import Stage
-    from lib.teachers import data, networks  # torch, which running a notebook does not need here
+    from lib.teachers import data, latents, networks  # torch, which running a notebook does not need here
 
     p = params.load(study)["00_teacher_training"]
+    stage = Stage("00_teacher_training", p)
     images = data.load(p.data, p.resolution, p.held_out, p.seed)
-    networks.fit(images.images[images.train], work=Stage("00_teacher_training", p).work / "teacher", **p.recipe)
+    model = networks.untrained(images, **p.architecture)
+    if model.latents is not None:
+        latents.fit(model.latents.vae, images.images[images.train], steps=p.autoencoder_steps,
+                    work=stage.work / "autoencoder", **p.machine)
+    networks.fit(model, images, work=stage.work / "teacher", **p.recipe)
 
 
 def note_sources(study: str) -> None:

@@ -57,6 +57,16 @@ class DataSet:
         """(C, H, W) of one image."""
         return tuple(self.images.shape[1:])
 
+    @property
+    def words(self) -> list[str]:
+        """Every word of its prompts."""
+        return sorted({word for prompt in self.prompts for word in prompt.split()})
+
+    @property
+    def answers(self) -> Tensor:
+        """What a classifier has to tell of each image, (n, H), int64: its attributes, or its label alone."""
+        return torch.stack(list(self.attributes.values()) or [self.labels], dim=1)
+
     def check_enough(self) -> None:
         """Refuse data of which the study's pictures cannot show enough.
 

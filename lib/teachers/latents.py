@@ -43,6 +43,11 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         self.register_buffer("mean", torch.zeros(1, latent_channels, 1, 1))
         self.register_buffer("deviation", torch.ones(1, latent_channels, 1, 1))
 
+    @property
+    def patch(self) -> int:
+        """Pixels a side of what one place of the latents stands for."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
     def encode(self, images: Tensor) -> EncoderOutput:
         """Map images, (n, C', H', W') in [-1, 1], to latents, (n, C, H, W)."""
         return EncoderOutput(latent=(self.coder.encode(images).latent - self.mean) / self.deviation)
@@ -54,8 +59,8 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         return made if return_dict else (made.sample,)
 
 
-def fit(images: Tensor, coder: PatchAutoencoder, *, steps: int, batch_size: int, learning_rate: float, seed: int,
-        device: str, precision: str, work: Path) -> list[dict]:
+def fit(coder: PatchAutoencoder, images: Tensor, *, steps: int, seed: int, device: str, precision: str, work: Path,
+        batch_size: int = 64, learning_rate: float = 2e-3) -> list[dict]:
     """Train an autoencoder, in place: L1 + L2 of the images, with a little noise on the latents.
 
     Parameters

@@ -15,6 +15,7 @@ from diffusers import (
     DiffusionPipeline,
     DiTTransformer2DModel,
     ModelMixin,
+    UNet2DConditionModel,
     UNet2DModel,
 )
 from diffusers.models.embeddings import LabelEmbedding
@@ -24,17 +25,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import AutoTokenizer, CLIPTextModel
 
-from lib.grid.blocks import example_conditions, input_shape
+from lib.grid.blocks import example_conditions
 from lib.grid.model import Conditions, Model
 from lib.grid.plan import NoiseSchedule
 from lib.teachers.data import DataSet
 from lib.teachers.files import HUB
-from lib.teachers.latents import Coder
-from lib.teachers.text import Text
+from lib.teachers.latents import Coder, PatchAutoencoder
+from lib.teachers.text import Text, encoder, tokenizer
 from lib.teachers.training import own_share, train
 
 UNSAID = 0.1
 """The share of prompts or labels that a network does not see in training."""
+HEADS, TEXT_LAYERS = 4, 2
+"""Heads of attention to a prompt, and layers of a text encoder."""
 
 
 def noise_schedule(betas: str = "linear") -> DDIMScheduler:
@@ -51,20 +54,28 @@ def noise_schedule(betas: str = "linear") -> DDIMScheduler:
                          timestep_spacing="trailing")
 
 
-def unet(shape: tuple[int, int, int], widths: list[int], layers: int, norm_groups: int) -> UNet2DModel:
+def unet(shape: tuple[int, int, int], widths: list[int], layers: int, norm_groups: int, text_width: int = 0
+         ) -> UNet2DModel | UNet2DConditionModel:
     """Build a DDPM UNet with one level a width and attention in the middle.
 
     Parameters
     ----------
-    shape : (C, H, W) of an image; H = W
+    shape : (C, H, W) of an image or of latents; H = W
     widths : channels of each level, from full resolution down
     layers : residual blocks a level
     norm_groups : groups of each GroupNorm; divides every width
+    text_width : of what it reads of each word of a prompt, by attention in all levels but the first; 0 for no prompts
     """
     channels, height, _ = shape
-    return UNet2DModel(sample_size=height, in_channels=channels, out_channels=channels, layers_per_block=layers,
-                       block_out_channels=tuple(widths), norm_num_groups=norm_groups,
-                       down_block_types=("DownBlock2D",) * len(widths), up_block_types=("UpBlock2D",) * len(widths))
+    about = {"sample_size": height, "in_channels": channels, "out_channels": channels, "layers_per_block": layers,
+             "block_out_channels": tuple(widths), "norm_num_groups": norm_groups}
+    deeper = len(widths) - 1
+    if text_width:
+        return UNet2DConditionModel(**about, cross_attention_dim=text_width, attention_head_dim=HEADS,
+                                    down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * deeper),
+                                    up_block_types=(*("CrossAttnUpBlock2D",) * deeper, "UpBlock2D"))
+    return UNet2DModel(**about, down_block_types=("DownBlock2D",) * len(widths),
+                       up_block_types=("UpBlock2D",) * len(widths))
 
 
 def transformer(shape: tuple[int, int, int], width: int, layers: int, heads: int, patch: int, classes: int
@@ -165,31 +176,77 @@ def denoising_loss(samples: Samples, schedule: DDIMScheduler, batch_size: int):
     return loss
 
 
-def fit(images: Tensor, *, widths: list[int], layers: int, norm_groups: int, training_steps: int, batch_size: int,
-        learning_rate: float, ema_decay: float, save_every: int, seed: int, device: str, precision: str, work: Path
-        ) -> tuple[UNet2DModel, list[dict]]:
-    """Train a UNet teacher.
+def untrained(data: DataSet, *, widths: list[int], layers: int, norm_groups: int, latent_channels: int,
+              text_width: int, seed: int, device: str) -> Model:
+    """Build a teacher for a data set, with fresh weights.
 
     Parameters
     ----------
-    images : Tensor, (n, C, H, W), training images
     widths, layers, norm_groups : of `unet`
+    latent_channels : of an autoencoder's latents; 0 for a network that draws the images themselves
+    text_width : of what the network reads of each word of the data's prompts; 0 for one that reads none
+
+    Raises
+    ------
+    ValueError
+        If it is to read prompts and the data have none.
+    """
+    torch.manual_seed(seed)
+    coder, text, shape = None, None, data.shape
+    if latent_channels:
+        vae = PatchAutoencoder(data.shape[0], latent_channels)
+        coder, shape = Coder(vae.to(device)), (latent_channels, *(side // vae.patch for side in data.shape[1:]))
+    if text_width:
+        if not data.prompts:
+            raise ValueError(f"text_width: {data.name} has no prompts; set it to 0, or take data with prompts")
+        words = tokenizer(data.words, max(len(prompt.split()) for prompt in data.prompts))
+        text = Text(encoder(words, text_width, TEXT_LAYERS).to(device), words)
+    network = unet(shape, widths, layers, norm_groups, text_width).to(device)
+    return Model(network, noise_schedule("scaled_linear" if latent_channels else "linear"), coder, text, data.prompts)
+
+
+class Taught(nn.Module):
+    """A network and the text encoder that learns with it."""
+
+    def __init__(self, network: UNet2DConditionModel, text: Text):
+        super().__init__()
+        self.network, self.text = network, text
+
+    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Any:
+        """Predict, of images that prompts of these tokens, (n, L), ask for."""
+        return self.network(x_t, t, encoder_hidden_states=self.text.read(tokens))
+
+
+def fit(model: Model, data: DataSet, *, training_steps: int, batch_size: int, learning_rate: float, ema_decay: float,
+        save_every: int, seed: int, device: str, precision: str, work: Path) -> list[dict]:
+    """Train a teacher's network, and its text encoder, on the training part of a data set, in place.
+
+    Its autoencoder is trained before (`lib.teachers.latents.fit`).
+
+    Parameters
+    ----------
     training_steps : int, and the others as `lib.teachers.training.train` takes them
     work : Path, of the training state
 
     Returns
     -------
-    model, history : the UNet with its averaged weights, and what `lib.teachers.training.train` gives
+    history : what `lib.teachers.training.train` gives
     """
-    torch.manual_seed(seed)
-    model = unet(tuple(images.shape[1:]), widths, layers, norm_groups).to(device)
-    loss = denoising_loss(Samples(images), noise_schedule(), batch_size)
-    return model, train(model, loss, steps=training_steps, lr=learning_rate, ema_decay=ema_decay, seed=seed,
-                        device=device, precision=precision, work=work, save_every=save_every, compiled=True,
-                        title="teacher")
+    pupil, samples = model.network, Samples.of(model.replace(text=None), data, data.train)
+    if model.text is not None:
+        tokens = model.text.tokens([data.prompts[row] for row in data.train.tolist()])
+        unsaid = model.text.tokens([""]).expand_as(tokens)
+        pupil, samples = Taught(model.network, model.text), Samples(samples.x_0, Conditions({"tokens": tokens},
+                                                                                            {"tokens": unsaid}))
+    history = train(pupil, denoising_loss(samples, model.schedule, batch_size), steps=training_steps, lr=learning_rate,
+                    ema_decay=ema_decay, seed=seed, device=device, precision=precision, work=work,
+                    save_every=save_every, compiled=True, title="teacher")
+    pupil.eval().requires_grad_(False)
+    return history
 
 
-def check_draws(model: ModelMixin, shape: tuple[int, int, int]) -> None:
+@torch.no_grad()
+def check_draws(model: Model, shape: tuple[int, int, int]) -> None:
     """Refuse a model that draws other images than the data's, (C, H, W).
 
     Raises
@@ -197,7 +254,7 @@ def check_draws(model: ModelMixin, shape: tuple[int, int, int]) -> None:
     ValueError
         Saying which resolution or data it needs.
     """
-    drawn = input_shape(model)
+    drawn = tuple(model.decode(torch.zeros(1, *model.shape)).shape[1:])
     if drawn != shape:
         raise ValueError(f"the checkpoint draws images of {drawn}, the data's are {shape} (channels, height, width): "
                          f"set resolution to {drawn[1]}, or take data with {drawn[0]} channels")
@@ -265,9 +322,9 @@ def load(source: Path | str, device: str = "cpu", prompts: Sequence[str] = (), g
     coder = next((part for part in ("vae", "vqvae") if part in parts), None)
     text, reads = None, set(example_conditions(network, 0, "cpu"))
     if reads == {"encoder_hidden_states"} and "CLIPTextModel" in parts.get("text_encoder", ()):
-        encoder = CLIPTextModel.from_pretrained(**name, subfolder="text_encoder", use_safetensors=True)
+        reader = CLIPTextModel.from_pretrained(**name, subfolder="text_encoder", use_safetensors=True)
         words = AutoTokenizer.from_pretrained(**name, subfolder="tokenizer", trust_remote_code=False)
-        text = Text(encoder.eval().requires_grad_(False).to(device), words)
+        text = Text(reader.eval().requires_grad_(False).to(device), words)
     return Model(network, schedule, coder and Coder(_part(source, coder, device)), text, tuple(prompts), guidance)
 
 

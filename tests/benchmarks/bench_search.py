@@ -25,7 +25,7 @@ def test_two_workers_against_one(tmp_path):
     torch.manual_seed(0)
     unet = networks.unet((1, 16, 16), training.widths, training.layers, training.norm_groups).eval()
     schedule = networks.noise_schedule()
-    classifier = extractor.Extractor("classes", 1, 16, 10).eval().requires_grad_(False)
+    classifier = extractor.Extractor("classes", 1, 16, [10]).eval().requires_grad_(False)
     fits, described = NoiseSchedule.of(schedule), blocks.describe(unet)
     teacher = Plan.full(trailing(searching.teacher_steps, fits.train_timesteps), fits, described.names)
     space = SegmentSpace(teacher, described, tuple(searching.segment_counts), tuple(searching.branches))
