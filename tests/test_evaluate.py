@@ -318,3 +318,27 @@ def test_rank_agreement_is_1_for_the_same_order_and_falls_with_fewer_images():
     tau = found.set_index(["kind", "images"])["tau"]
     assert set(found["kind"]) == {*evaluate.KINDS, "score"}
     assert tau["rfid", 500] == pytest.approx(1) == tau["score", 500] and tau["rfid, shrunk", 10] < 0.99
+
+
+def test_the_share_of_prompts_missed_is_a_score_with_an_interval():
+    draw = torch.Generator().manual_seed(0)
+    asked = torch.randint(5, (2000, 3), generator=draw)
+    wrong = torch.rand(2000, generator=draw) < 0.2
+    told = asked.clone()
+    told[wrong, 1] = (told[wrong, 1] + 1) % 5
+    score = evaluate.missed(told, asked)
+    assert score.raw == score.estimate.value == pytest.approx(float(wrong.float().mean()))
+    spread = 1.96 * (0.2 * 0.8 / 2000) ** 0.5
+    assert score.estimate.high - score.estimate.low == pytest.approx(2 * spread, rel=0.35)
+    assert evaluate.missed(asked, asked).estimate.high == 0
+
+
+def test_a_classifier_tells_each_attribute_from_features():
+    torch.manual_seed(0)
+    one = extractor.Extractor("classes", 3, 32, [4, 2, 3]).eval()
+    images = torch.rand(6, 3, 32, 32) * 2 - 1
+    one.scale.fill_(2.5)
+    outputs = one(images)[1].split([4, 2, 3], dim=1)
+    told = one.told(one(images)[0])
+    assert told.tolist() == torch.stack([part.argmax(1) for part in outputs], dim=1).tolist()
+    assert extractor.read(one, images).shape == (6, 3)

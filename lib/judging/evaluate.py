@@ -156,6 +156,20 @@ def judges(extractors: Sequence[extractor.Extractor], images: Tensor) -> list[Ju
     return [Judge(extractor.embed(one, images), one.name) for one in extractors]
 
 
+def missed(told: Tensor, asked: Tensor) -> Score:
+    """Give the share of images that do not show what was asked for: 1 less the *prompt score*.
+
+    It is compared as distances are: `Contrast.of`. Its unit is 1, so 5 in 100 images are no difference at the floor.
+
+    Parameters
+    ----------
+    told : Tensor, (n, H), what a classifier reads in each image (`lib.judging.extractor.Extractor.told`)
+    asked : Tensor, (n, H), what its prompt asks for; all H attributes have to be right
+    """
+    values = jackknife(lambda part: float(part.mean()), (told != asked).any(dim=1).double())
+    return Score(float(values[0]), pseudo_values(values))
+
+
 def disagreements(scores: Mapping[str, tuple[Score, Score]], n: int) -> pd.DataFrame:
     """Find the pairs that one judge surely orders one way and the other surely the other way.
 

@@ -60,6 +60,11 @@ class Common(BaseModel):
     guidance: float = Field(ge=0)  # scale of classifier-free guidance; 1 is none
     score_images: int = Field(ge=100)  # n of every final score
 
+    @property
+    def smoke(self) -> bool:
+        """Whether the study only shows that all runs: its numbers mean nothing."""
+        return self.study.startswith("smoke")
+
     @classmethod
     def bind(cls, namespace: Mapping[str, Any]) -> Self:
         """Take the parameters out of a notebook's namespace.

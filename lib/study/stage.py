@@ -81,13 +81,13 @@ class Stage:
         Raises
         ------
         FileNotFoundError
-            If it is not there, naming what makes it. In the `smoke` study it is made on the spot.
+            If it is not there, naming what makes it. In a `smoke` study it is made on the spot.
         """
         found, maker = paths.DATA / self.params.study / path, path.partition("/")[0]
-        if not found.exists() and self.params.study == "smoke":
+        if not found.exists() and self.params.smoke:
             from lib.study import run  # the runner knows stages, not the other way round, save here
 
-            run.notebook(maker, "smoke")
+            run.notebook(maker, self.params.study)
         if not found.exists():
             raise FileNotFoundError(f"{found} is missing. Notebook {maker} makes it: run\n"
                                     f"    python -m lib.study.run notebook {maker} --study {self.params.study}\n"
