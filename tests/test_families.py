@@ -241,3 +241,15 @@ def test_samples_are_encoded_and_said(family, schedule):
     rows = torch.randint(3, (600,), generator=torch.Generator().manual_seed(0))
     assert torch.equal(said[~null], samples.conditions.given[name][rows][~null]), "the others go with their image"
     assert networks.denoising_loss(samples, schedule, 6)(model.network, torch.Generator().manual_seed(0), 0.0) > 0
+
+
+def test_two_passes_are_told_apart(family, full, noise):
+    model, *_ = family
+    rows = analysis.two_passes(model, full, noise)
+    assert len(rows) == full.steps and rows.iloc[0].isna().sum() == 3 and rows.iloc[1:].notna().all(axis=None)
+    assert (rows["difference"] > 0).all() and rows["alike"].between(-1, 1).all()
+    x_t, asked = noise, model.asked(noise)
+    t = torch.tensor(full.timesteps[0]).expand(len(noise))
+    given, null = (model.network(x_t, timestep=t, **said).sample[:, :x_t.shape[1]].flatten(1)
+                   for said in (asked.given, asked.null))
+    assert rows["alike"][0] == pytest.approx(float(torch.cosine_similarity(given, null).mean()), abs=1e-4)

@@ -63,6 +63,11 @@ class Costs:
         return sum(self.blocks.values()) + self.rest
 
     @property
+    def step(self) -> int:
+        """MACs of one full step, all passes together."""
+        return self.passes * self.call
+
+    @property
     def call_without_attention(self) -> int:
         """The same without attention's products, as published for UNets."""
         return self.call - sum(self.attention.values())

@@ -52,6 +52,43 @@ def similarity(model: Model, plan: Plan, noise: Tensor) -> np.ndarray:
 
 
 @torch.inference_mode()
+def two_passes(model: Model, plan: Plan, noise: Tensor) -> pd.DataFrame:
+    """Measure how the given pass and the null pass of a guided model differ, along a full run.
+
+    Parameters
+    ----------
+    plan : Plan, full, of one pass
+    noise : Tensor, (n, C, H, W)
+
+    Returns
+    -------
+    passes : columns step; alike (cosine similarity of the two outputs); difference (norm of given - null over the given
+        output's); and of null, given and difference the distance from the step before over the norm: "null, held",
+        "given, held", "difference, held"; means over images, NaN at the first step
+    """
+    conditions, rows, before, state, x_t = model.asked(noise), [], {}, (), noise.to(model.device)
+    with Engine(model.network, plan, model.noise_schedule) as engine:
+        def both(x_t: Tensor, step: int, passes: tuple[str, ...], **given: Tensor) -> Tensor:
+            now["output"] = engine(x_t, step, passes, **given)
+            return now["output"]
+
+        for step in range(plan.steps):
+            now: dict[str, Tensor] = {}
+            predicted = conditions.predict(both, x_t, step)
+            x_t, state = solvers.advance(engine.solver, step, x_t, predicted, state)
+            null, given = now["output"].flatten(1).chunk(2)
+            parts = {"null": null, "given": given, "difference": given - null}
+            row = {"step": step, "alike": torch.cosine_similarity(null, given).mean().item(),
+                   "difference": (parts["difference"].norm(dim=1) / given.norm(dim=1)).mean().item()}
+            for name, part in parts.items():
+                far = (part - before[name]).norm(dim=1) / part.norm(dim=1) if before else torch.tensor(torch.nan)
+                row[f"{name}, held"] = far.mean().item()
+            rows.append(row)
+            before = parts
+    return pd.DataFrame(rows)
+
+
+@torch.inference_mode()
 def forecast_errors(model: Model, plan: Plan, noise: Tensor, interval: int) -> pd.DataFrame:
     """Measure how far held and forecast outputs lie from what each block would give, along a full run.
 

@@ -145,6 +145,7 @@ class TeacherAnalysis(Common):
     forecast_steps: list[Annotated[int, Field(ge=2)]] = Field(min_length=1)  # step counts under DeepCache
     forecast_intervals: list[Annotated[int, Field(ge=2)]]  # DeepCache's N at each of them
     forecast_orders: list[Literal[1, 2]]  # the solver's order at each of them
+    guidance_scales: list[Annotated[float, Field(gt=0)]]  # that are compared, where the study guides its teacher
     select_images: int = Field(ge=70)  # images on which the best solver and the strongest control are chosen
     search_images: int = Field(ge=10)  # images a candidate of searched steps
     trials: Positive  # candidates of searched steps
