@@ -41,8 +41,14 @@ class Words(torch.nn.Module):
         super().__init__()
         self.register_buffer("known", torch.cat([torch.zeros(1, 5, 12), texts(0)["encoder_hidden_states"]]))
 
+    def tokens(self, prompts):
+        return torch.tensor([["", "one", "two", "three"].index(word) for word in prompts])
+
+    def read(self, tokens):
+        return self.known[tokens]
+
     def forward(self, prompts):
-        return {"encoder_hidden_states": self.known[[["", "one", "two", "three"].index(word) for word in prompts]]}
+        return {"encoder_hidden_states": self.read(self.tokens(prompts))}
 
 
 CONDITIONS = {text_unet: (texts(0), texts(1)),
