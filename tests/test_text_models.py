@@ -18,7 +18,8 @@ PROMPTS = ("a red serif A on blue", "a blue bold sans 7 on white", "a cyan itali
 def painter():
     """A model that knows the words of letters, with fresh weights."""
     torch.manual_seed(0)
-    words = text.tokenizer(letters.words(), longest=7)
+    prompts = map(letters.prompt, letters.every().tolist())
+    words = text.tokenizer([word for prompt in prompts for word in prompt.split()], longest=7)
     reader = text.Text(text.encoder(words, 32, 1).eval().requires_grad_(False), words)
     coder = latents.Coder(latents.PatchAutoencoder(3, 4, (8, 8, 8), (0, 1, 1), (0, 1, 1)).eval().requires_grad_(False))
     network = UNet2DConditionModel(sample_size=4, in_channels=4, out_channels=4, layers_per_block=1,

@@ -124,7 +124,7 @@ def count(network: nn.Module, conditions: sampling.Conditions | None = None) -> 
     for block in described:
         twin.get_submodule(block.modules[-1]).register_forward_hook(measure(block.name))
     with FlopCounterMode(display=False, depth=None) as counter:
-        given = conditions.given if conditions else _blocks.example_conditions(network, 1, "meta")
+        given = (conditions and conditions.given) or _blocks.example_conditions(network, 1, "meta")
         given = tree_map_only(torch.Tensor, lambda rows: rows.to("meta"), given)
         predicted = twin(x_t, timestep=torch.zeros(1, device="meta", dtype=torch.long), **given)
     outputs["net"] = predicted[0].numel()
@@ -147,15 +147,13 @@ def count(network: nn.Module, conditions: sampling.Conditions | None = None) -> 
 def count_model(model: Model) -> Costs:
     """Count a model's network under the model's own conditions and guidance, its text encoder and its decoder."""
     noise = torch.zeros(1, *model.shape, device=model.device)
-    conditions = model.asked(noise)
-    passes = 1 if conditions.null is None else 2
+    costs = count(model.network, model.asked(noise))
     with FlopCounterMode(display=False, depth=None) as text:
         if model.text is not None and model.prompts:
             model.text.read(model.text.tokens(model.said(noise)))
     with FlopCounterMode(display=False, depth=None) as decoder:
         model.decode(noise)
-    return replace(count(model.network, conditions), text=passes * text.get_total_flops() // 2,
-                   decoder=decoder.get_total_flops() // 2)
+    return replace(costs, text=costs.passes * text.get_total_flops() // 2, decoder=decoder.get_total_flops() // 2)
 
 
 def interleave(runs: dict[str, Callable[[], object]], repeats: int, warmup: int = 2, title: str = "timing"

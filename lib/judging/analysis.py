@@ -66,25 +66,23 @@ def two_passes(model: Model, plan: Plan, noise: Tensor) -> pd.DataFrame:
         output's); and of null, given and difference the distance from the step before over the norm: "null, held",
         "given, held", "difference, held"; means over images, NaN at the first step
     """
-    conditions, rows, before, state, x_t = model.asked(noise), [], {}, (), noise.to(model.device)
-    with Engine(model.network, plan, model.noise_schedule) as engine:
-        def both(x_t: Tensor, step: int, passes: tuple[str, ...], **given: Tensor) -> Tensor:
-            now["output"] = engine(x_t, step, passes, **given)
-            return now["output"]
-
-        for step in range(plan.steps):
-            now: dict[str, Tensor] = {}
-            predicted = conditions.predict(both, x_t, step)
-            x_t, state = solvers.advance(engine.solver, step, x_t, predicted, state)
-            null, given = now["output"].flatten(1).chunk(2)
-            parts = {"null": null, "given": given, "difference": given - null}
-            row = {"step": step, "alike": torch.cosine_similarity(null, given).mean().item(),
-                   "difference": (parts["difference"].norm(dim=1) / given.norm(dim=1)).mean().item()}
-            for name, part in parts.items():
-                far = (part - before[name]).norm(dim=1) / part.norm(dim=1) if before else torch.tensor(torch.nan)
-                row[f"{name}, held"] = far.mean().item()
-            rows.append(row)
-            before = parts
+    outputs: list[Tensor] = []
+    handle = model.network.register_forward_hook(lambda module, inputs, output: outputs.append(output[0]))
+    rows, before = [], {}
+    try:
+        with Engine(model.network, plan, model.noise_schedule) as engine:
+            for step, _ in enumerate(walk(engine, noise, model.asked(noise))):
+                null, given = outputs.pop()[:, :noise.shape[1]].flatten(1).chunk(2)
+                parts = {"null": null, "given": given, "difference": given - null}
+                row = {"step": step, "alike": torch.cosine_similarity(null, given).mean().item(),
+                       "difference": (parts["difference"].norm(dim=1) / given.norm(dim=1)).mean().item()}
+                for name, part in parts.items():
+                    far = (part - before[name]).norm(dim=1) / part.norm(dim=1) if before else torch.tensor(torch.nan)
+                    row[f"{name}, held"] = far.mean().item()
+                rows.append(row)
+                before = parts
+    finally:
+        handle.remove()
     return pd.DataFrame(rows)
 
 

@@ -27,7 +27,7 @@ LAYER = "embedding"
 WIDTH = 64  # features
 LARGE = 32
 """Pixels a side from which on an extractor is larger, looks at patches of 2 x 2 pixels, and normalises: without norms
-it tells three in four of the letters' styles in 1,200 steps, with them 99 in 100."""
+it learns the letters' styles far too slowly."""
 
 TASKS = {"classes": "classifier", "rotation": "turns", "denoising": "denoiser"}
 """What an extractor may learn, and how the names of such extractors begin."""

@@ -176,7 +176,8 @@ def diff_pruning(model: Model, samples: Samples, share: float, *, seed: int, bat
         import torch_pruning
     except ModuleNotFoundError:
         raise ModuleNotFoundError("torch-pruning is not installed: run\n    pip install .[peers]") from None
-    graded = copy.deepcopy(model.network).requires_grad_(True)
+    graded, asked = copy.deepcopy(model.network).requires_grad_(True), model.asked(torch.zeros(1, *model.shape))
+    most = share * cost.count(model.network, asked).call
     generator, greatest = torch.Generator().manual_seed(seed), 0.0
     rows = torch.randint(len(samples.x_0), (batch_size,), generator=generator)
     x_0, given = samples.x_0[rows].to(model.device), samples.conditions.rows(rows).given
@@ -202,7 +203,7 @@ def diff_pruning(model: Model, samples: Samples, share: float, *, seed: int, bat
         for part in pruned.modules():
             if isinstance(part, Downsample2D | Upsample2D):  # they check what they are given
                 part.channels, part.out_channels = part.conv.in_channels, part.conv.out_channels
-        if cost.count_model(model.replace(network=pruned)).call <= share * cost.count_model(model).call:
+        if cost.count(pruned, asked).call <= most:
             pruned.zero_grad()
             return pruned
     raise ValueError(f"torch-pruning finds no network of {share:.0%} of the MACs: raise the share")

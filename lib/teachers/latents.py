@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lib.teachers.training import own_share, train
 
-FEW = 64
-"""Images that an autoencoder sees at once."""
+FEW = 16
+"""Images that an autoencoder sees at once: those of other people's pipelines are large."""
 NOISE = 0.05
 """Deviation of the noise that latents carry in training, of their own 1: near latents mean near images."""
 

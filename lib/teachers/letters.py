@@ -67,11 +67,6 @@ def read(said: str) -> tuple[int, ...]:
     return _prompts()[said]
 
 
-def words() -> list[str]:
-    """Give every word of every prompt, sorted."""
-    return sorted({word for said in _prompts() for word in said.split()})
-
-
 def some(count: int, seed: int = 0) -> Tensor:
     """Give letters of a data set, (count, 4), int64: of all that are not `unseen` alike; more of them begin alike."""
     known = every()

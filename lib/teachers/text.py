@@ -1,6 +1,7 @@
 """Prompts: a small text encoder with a word a token, and what any pipeline's own gives its network."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Self
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -40,13 +41,18 @@ def encoder(words: PreTrainedTokenizerBase, width: int, layers: int) -> CLIPText
 class Text(nn.Module):
     """A CLIP text model and its tokenizer, as Stable Diffusion reads a prompt: the last hidden state of each token.
 
-    A prompt is read once, and what came of it is kept: while the encoder learns, ask `read` instead.
+    A prompt is read once, and what came of it is kept until the encoder learns on (`train`).
     """
 
     def __init__(self, encoder: CLIPTextModel, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         self.encoder, self.tokenizer = encoder, tokenizer
         self._read: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch between learning and reading, and forget what was read."""
+        self._read.clear()
+        return super().train(mode)
 
     @property
     def config(self) -> Mapping:

@@ -121,10 +121,9 @@ def thin(teacher: Model, least: int) -> UNet:
         widths = [groups * max(2, round(scale * width / groups)) for width in own.config.block_out_channels]
         return type(own).from_config(own.config, block_out_channels=tuple(widths))
 
-    own = teacher.network
+    own, asked = teacher.network, teacher.asked(torch.zeros(1, *teacher.shape))
     groups, scales = own.config.norm_num_groups, np.arange(0.3, 1.01, 0.01)
-    place = bisect_left(scales, least,
-                        key=lambda scale: cost.count_model(teacher.replace(network=built(scale))).call)
+    place = bisect_left(scales, least, key=lambda scale: cost.count(built(scale), asked).call)
     if place == len(scales):
         raise ValueError(f"the teacher has fewer than {least} MACs a call")
     return built(scales[place])
