@@ -12,7 +12,7 @@ from lib.grid import cost
 from lib.grid.plan import Plan
 from lib.judging import controls
 from lib.judging.controls import Control
-from lib.judging.evaluate import Judge, distance
+from lib.judging.evaluate import Judge, Prompts, distance
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +118,28 @@ def test_words_say_who_is_better_and_the_strongest_is_chosen_elsewhere(table, te
     lucky = replace(table, select=lambda plan: table.features(few(teacher, 2) if plan.order == 2 else plan))
     rows = lucky.beside("mine", few(teacher, 5), others).set_index("name")
     assert rows.index[rows["strongest"]].tolist() == ["same"], "whatever the report's noise says"
+
+
+def test_where_prompts_are_drawn_their_score_stands_in_each_row(table, teacher):
+    class Reader:
+        """Reads a wrong character in as many of 20 images as the first feature says."""
+
+        name = "a classifier"
+
+        def told(self, features):
+            return (torch.arange(2000) % 20 < features[0, 0])[:, None].long()
+
+    seen = {steps: table.features(few(teacher, steps)).clone() for steps in (2, 5, teacher.steps)}
+    for steps, wrong in ((teacher.steps, 1), (5, 2), (2, 5)):  # 5, 10 and 25 in 100 images
+        seen[steps][0, 0] = wrong
+    asking = replace(table, features=lambda plan, by=None: seen[plan.steps], reference=few(teacher, teacher.steps),
+                     prompts=Prompts(Reader(), torch.zeros(2000, 1, dtype=torch.long)))
+    row = asking.row(Control("between", ((few(teacher, 5), 0.5), (few(teacher, 2), 0.5))), "control")
+    assert row["prompt_score"] == pytest.approx(1 - 0.175) and row["prompts_holds"] == "no"
+    rows = asking.beside("mine", few(teacher, 5), [Control("fewer", ((few(teacher, 2), 1.0),))])
+    assert rows["prompts_over_control_word"].tolist() == ["better"]
+    assert {"prompt_score", "prompts_over_control_word"} <= set(controls.shown(rows, beside=True))
+    assert "prompt_score" not in table.row(Control("one", ((few(teacher, 4), 1.0),)), "control")
 
 
 def test_a_summary_counts_and_says_what_would_decide():

@@ -331,6 +331,12 @@ def test_the_share_of_prompts_missed_is_a_score_with_an_interval():
     spread = 1.96 * (0.2 * 0.8 / 2000) ** 0.5
     assert score.estimate.high - score.estimate.low == pytest.approx(2 * spread, rel=0.35)
     assert evaluate.missed(asked, asked).estimate.high == 0
+    over = Contrast.of([(score, 1.0)], [(evaluate.missed(asked, asked), 1.0)], 2000)
+    assert np.isnan(over.ratio.value) and over.holds == "no" and over.difference.value == pytest.approx(score.raw)
+    few = asked.clone()
+    few[::50, 0] += 1  # 2 in 100 images
+    over = Contrast.of([(evaluate.missed(few, asked), 1.0)], [(evaluate.missed(asked, asked), 1.0)], 2000)
+    assert over.holds == "yes" and over.word == "worse"
 
 
 def test_a_classifier_tells_each_attribute_from_features():

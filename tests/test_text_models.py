@@ -48,6 +48,8 @@ def test_it_comes_back_from_its_folder(painter, plan, folder):
     images = sampling.sample(painter, plan, noise)
     assert images.shape == (5, 3, 16, 16) and again.digest == painter.digest
     assert torch.equal(sampling.sample(again, plan, noise), images)
+    with pytest.raises(ValueError, match="cannot be guided .guidance 2.: its network reads neither"):
+        networks.load(folder, guidance=2.0)  # without the data's prompts
     assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pkl"))
 
 

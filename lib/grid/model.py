@@ -42,7 +42,10 @@ class Conditions:
 
     def predict(self, engine: Any, x_t: Tensor, step: int) -> Tensor:
         """Predict at a step of an engine's plan, guided (Ho and Salimans 2022)."""
-        given, null = tree_map_only(Tensor, lambda value: value.to(x_t.device), (self.given, self.null))
+        def along_with_x(value: Tensor) -> Tensor:
+            return value.to(x_t) if value.is_floating_point() else value.to(x_t.device)
+
+        given, null = tree_map_only(Tensor, along_with_x, (self.given, self.null))
         if null is None:
             return engine(x_t, step, **given)
         if self.apart:

@@ -15,10 +15,17 @@ from torch import Tensor
 from lib.grid.blocks import Blocks
 from lib.grid.plan import Plan
 from lib.judging.estimates import WORDS, Contrast, columns
-from lib.judging.evaluate import Judge, paired
+from lib.judging.evaluate import Judge, Measure, Prompts, paired
 
 FEW_STEPS = {"DDIM, uniform": (1, "uniform"), "DDIM, quadratic": (1, "quadratic"),
              "DPM-Solver++, uniform": (2, "uniform"), "DPM-Solver++, quadratic": (2, "quadratic")}
+
+
+SHOWN = ["name", "macs_ratio", "honest_factor", "score", "ratio", "ratio_low", "ratio_high", "ddim_ratio", "precision",
+         "recall", "prompt_score"]
+OVER = ["plan_over_control", "plan_over_control_word", "second_over_control_word", "prompts_over_control_word",
+        "strongest"]
+"""Columns that are shown of `Table.rows`, and besides of `Table.beside`; files have all."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,7 @@ class Table:
     macs : callable(plan) -> executed MACs
     judge : Judge
     second : Judge, trained on another task, whose word stands beside the first's
+    prompts : Prompts of the report's bank; None where nothing is asked for
     reference : Plan
         The teacher at T steps under its best solver; ratios are to its score and MACs.
     ddim : Plan
@@ -120,13 +128,15 @@ class Table:
     reference: Plan
     ddim: Plan
     fewest: Plan
+    prompts: Prompts | None = None
 
     def row(self, control: Control, kind: str) -> dict:
         """Score one way to spend MACs: a plan, or two whose scores are interpolated on the log (the rest linearly).
 
         `paired` is the squared distance of the features to the reference's from the same noise. Columns of the second
-        judge begin with second_. `macs_ratio` is over the reference's MACs, `honest_factor` over those of the fewest
-        steps that are as good.
+        judge begin with second_. prompt_score is the share of images that show what was asked for, and prompts_
+        compares the share that does not with the reference's. `macs_ratio` is over the reference's MACs,
+        `honest_factor` over those of the fewest steps that are as good.
         """
         macs = sum(weight * self.macs(plan) for plan, weight in control.plans)
         score, second = (judge.blend(self._seen(control, judge)) for judge in (self.judge, self.second))
@@ -139,13 +149,20 @@ class Table:
                 "raw": score.raw, **columns("score", score.estimate), **columns("second_score", second.estimate),
                 **self._against(control, self.reference, self.judge).columns("ratio"),
                 **self._against(control, self.reference, self.second).columns("second_ratio"),
-                **self._against(control, self.ddim, self.judge).columns("ddim_ratio"),
+                **self._against(control, self.ddim, self.judge).columns("ddim_ratio"), **self._asked(control),
                 **{name: sum(weight * one[name] for one, weight in zip(further, weights)) for name in further[0]}}
 
-    def _seen(self, control: Control, judge: Judge) -> list[tuple[Tensor, float]]:
+    def _asked(self, control: Control) -> dict:
+        if self.prompts is None:
+            return {}
+        share = self.prompts.blend(self._seen(control, self.prompts)).estimate
+        return {"prompt_score": 1 - share.value, "prompt_score_low": 1 - share.high, "prompt_score_high": 1 - share.low,
+                **self._against(control, self.reference, self.prompts).columns("prompts")}
+
+    def _seen(self, control: Control, judge: Measure) -> list[tuple[Tensor, float]]:
         return [(self.features(plan, by=judge.extractor), weight) for plan, weight in control.plans]
 
-    def _against(self, control: Control, plan: Plan, judge: Judge) -> Contrast:
+    def _against(self, control: Control, plan: Plan, judge: Measure) -> Contrast:
         return judge.compare(self._seen(control, judge), [(self.features(plan, by=judge.extractor), 1.0)])
 
     @cached_property
@@ -164,6 +181,7 @@ class Table:
     def beside(self, name: str, plan: Plan, controls: Iterable[Control]) -> pd.DataFrame:
         """Score controls, each with the plan's score over its own: `plan_over_control` below 1 is better.
 
+        So do second_over_control for the second judge, and prompts_over_control for the share of prompts missed.
         `strongest` is true of that control whose score is least on the bank on which things are chosen: chosen on the
         report's noise, the luckiest would be taken for it.
         """
@@ -171,12 +189,19 @@ class Table:
         for control in controls:
             over, second = (judge.compare(self._seen(own, judge), self._seen(control, judge))
                             for judge in (self.judge, self.second))
+            asked = {} if self.prompts is None else self.prompts.compare(
+                *(self._seen(one, self.prompts) for one in (own, control))).columns("prompts_over_control")
             chosen = [(self.select(part), weight) for part, weight in control.plans]
             rows.append({"plan": name, "plan_macs": self.macs(plan), **self.row(control, "control"),
-                         **over.columns("plan_over_control"), **second.columns("second_over_control"),
+                         **over.columns("plan_over_control"), **second.columns("second_over_control"), **asked,
                          "select_score": self.judge.blend(chosen).estimate.value})
         table = pd.DataFrame(rows)
         return table.assign(strongest=table["select_score"] == table["select_score"].min())
+
+
+def shown(table: pd.DataFrame, beside: bool = False) -> list[str]:
+    """Give the columns of `Table.rows`, or of `Table.beside`, that are shown, as far as a table has them."""
+    return [name for name in (["plan", *SHOWN, *OVER] if beside else SHOWN) if name in table]
 
 
 def summary(beside: pd.DataFrame) -> str:

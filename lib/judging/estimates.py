@@ -54,11 +54,13 @@ class Score:
         The jackknife's pseudo-values; two scores from the same noise are paired block by block.
     unit : float
         The mean variance of a feature in the data set: what a difference is measured by.
+    ratios : bool; False for shares, which are compared by their difference
     """
 
     raw: float
     pseudo: np.ndarray
     unit: float = 1.0
+    ratios: bool = True
 
     @cached_property
     def estimate(self) -> Estimate:
@@ -68,7 +70,7 @@ class Score:
     @property
     def above_floor(self) -> bool:
         """Whether it surely lies above 0, so that it may stand in a ratio."""
-        return self.estimate.low > 0
+        return self.ratios and self.estimate.low > 0
 
 
 def blend(parts: Sequence[tuple[Score, float]], logs: bool | None = None) -> Score:
@@ -82,7 +84,7 @@ def blend(parts: Sequence[tuple[Score, float]], logs: bool | None = None) -> Sco
     raw, values = (np.array(ones) for ones in ([one.raw for one in scores], [one.estimate.value for one in scores]))
     pseudo = np.stack([one.pseudo for one in scores])
     if not (all(one.above_floor for one in scores) if logs is None else logs):
-        return Score(float(weights @ raw), weights @ pseudo, scores[0].unit)
+        return Score(float(weights @ raw), weights @ pseudo, scores[0].unit, scores[0].ratios)
     slopes = weights @ (pseudo / values[:, None] - 1)
     return Score(float(np.exp(weights @ np.log(raw))), np.exp(weights @ np.log(values)) * (1 + slopes), scores[0].unit)
 

@@ -1,13 +1,15 @@
 """How good the images are: distances between sets of features, and what judges say of them.
 
 The *score* is the FID-like distance between all generated images and the whole data set, in the features of
-`lib.judging.extractor`, less the bias of a finite sample: a perfect sampler scores 0, give or take.
+`lib.judging.extractor`, less the bias of a finite sample: a perfect sampler scores 0, give or take. Where images are
+asked for by prompts, the *prompt score* is the share that shows what was asked for.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import permutations
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -33,6 +35,7 @@ from lib.judging.estimates import (
     pseudo_values,
     uncorrected,
 )
+from lib.teachers.data import DataSet
 
 NEIGHBOURS = 3
 """k of precision and recall."""
@@ -74,39 +77,19 @@ def distance(a: Tensor | Statistics, b: Tensor | Statistics) -> float:
     return fid_statistics_to_metric(a, b, False)[KEY_METRIC_FID]
 
 
-@dataclass(frozen=True)
-class Judge:
-    """Scores features of generated images against a data set's.
+class Measure:
+    """Something that scores images by their features: smaller is better, and 0 is perfect.
 
     Attributes
     ----------
-    real : Tensor, (m, D)
-        Features of the whole data set.
     extractor : str
         The name of what gave the features; it stands beside every number.
+    score : callable(features) -> Score
+        Of features (n, D), worked out once: one plan stands in many comparisons.
     """
 
-    real: Tensor
     extractor: str
-
-    @cached_property
-    def statistics(self) -> Statistics:
-        """Mean and covariance of the data set's features."""
-        return statistics(self.real)
-
-    @cached_property
-    def score(self) -> Callable[[Tensor], Score]:
-        """Give the score of features (n, D), worked out once: one plan stands in many comparisons."""
-        unit = float(np.trace(self.statistics["sigma"])) / self.real.shape[1]
-
-        def score(generated: Tensor) -> Score:
-            if len(generated) * (1 - 1 / GROUPS) <= self.real.shape[1]:
-                raise ValueError(f"{len(generated)} images are too few for {self.extractor}'s {self.real.shape[1]} "
-                                 "features: raise score_images and select_images, or take another judge")
-            values = jackknife(lambda part: distance(part, self.statistics), generated)
-            return Score(float(values[0]), pseudo_values(values), unit)
-
-        return cache(score)
+    score: Callable[[Tensor], Score]
 
     def blend(self, parts: Sequence[tuple[Tensor, float]]) -> Score:
         """Give the weighted mean score of several sets of features, as `blend` does.
@@ -141,6 +124,40 @@ class Judge:
         return {**together.columns("ratio"), "least": np.min(ratios), "greatest": np.max(ratios),
                 "agree": len(sides) == 1}
 
+
+@dataclass(frozen=True)
+class Judge(Measure):
+    """Scores features of generated images against a data set's, by their distance.
+
+    Attributes
+    ----------
+    real : Tensor, (m, D)
+        Features of the whole data set.
+    extractor : str, as `Measure` has it
+    """
+
+    real: Tensor
+    extractor: str
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Mean and covariance of the data set's features."""
+        return statistics(self.real)
+
+    @cached_property
+    def score(self) -> Callable[[Tensor], Score]:
+        """Give the score of features (n, D)."""
+        unit = float(np.trace(self.statistics["sigma"])) / self.real.shape[1]
+
+        def score(generated: Tensor) -> Score:
+            if len(generated) * (1 - 1 / GROUPS) <= self.real.shape[1]:
+                raise ValueError(f"{len(generated)} images are too few for {self.extractor}'s {self.real.shape[1]} "
+                                 "features: raise score_images and select_images, or take another judge")
+            values = jackknife(lambda part: distance(part, self.statistics), generated)
+            return Score(float(values[0]), pseudo_values(values), unit)
+
+        return cache(score)
+
     def further(self, generated: Tensor) -> dict[str, float]:
         """Give kernel distance (x 1000; KID of torch-fidelity), precision and recall, these with intervals."""
         size = min(1000, len(generated), len(self.real))
@@ -151,15 +168,57 @@ class Judge:
                 **columns("recall", recall)}
 
 
+@dataclass(frozen=True)
+class Prompts(Measure):
+    """Says of a bank's images which share does not show what was asked for: 1 less the *prompt score*.
+
+    Two shares are compared by their difference, and 5 in 100 images are none.
+
+    Attributes
+    ----------
+    classifier : Extractor that tells labels, or each attribute
+    asked : Tensor, (n, H), int64, what each of the bank's images is asked to show of them; the first alone, where H = 1
+    """
+
+    classifier: extractor.Extractor
+    asked: Tensor
+
+    @classmethod
+    def of(cls, bank: Bank, data: DataSet) -> Self | None:
+        """Give the measure of a bank whose model is asked for a data set's prompts or labels; None where for neither.
+
+        The bank's first extractor has to be the classifier of the data set. Prompts that say no attributes count as
+        none.
+        """
+        model, noise = bank.model, bank.noise()
+        if model.text is not None and data.attributes:
+            known = dict(zip(data.prompts, data.answers.tolist()))
+            asked = torch.tensor([known[one] for one in model.said(noise)])
+        elif model.classes:
+            asked = model.labels(noise)[:, None]
+        else:
+            return None
+        return cls(bank.extractors[bank.first], asked)
+
+    @property
+    def extractor(self) -> str:
+        """The classifier's name."""
+        return self.classifier.name
+
+    @cached_property
+    def score(self) -> Callable[[Tensor], Score]:
+        """Give the share that misses any of what is asked for, of features (n, D)."""
+        asked = self.asked
+        return cache(lambda features: missed(self.classifier.told(features)[:, :asked.shape[1]], asked))
+
+
 def judges(extractors: Sequence[extractor.Extractor], images: Tensor) -> list[Judge]:
     """Give a judge for each extractor, over the images of the whole data set."""
     return [Judge(extractor.embed(one, images), one.name) for one in extractors]
 
 
 def missed(told: Tensor, asked: Tensor) -> Score:
-    """Give the share of images that do not show what was asked for: 1 less the *prompt score*.
-
-    It is compared as distances are: `Contrast.of`. Its unit is 1, so 5 in 100 images are no difference at the floor.
+    """Give the share of images that do not show what was asked for.
 
     Parameters
     ----------
@@ -167,7 +226,7 @@ def missed(told: Tensor, asked: Tensor) -> Score:
     asked : Tensor, (n, H), what its prompt asks for; all H attributes have to be right
     """
     values = jackknife(lambda part: float(part.mean()), (told != asked).any(dim=1).double())
-    return Score(float(values[0]), pseudo_values(values))
+    return Score(float(values[0]), pseudo_values(values), ratios=False)
 
 
 def disagreements(scores: Mapping[str, tuple[Score, Score]], n: int) -> pd.DataFrame:

@@ -57,7 +57,7 @@ class Common(BaseModel):
     threads: Positive  # CPU threads, fewer if others are busy; another number changes the last bits of results
     precision: Literal["fp32", "bf16"]  # of the network, in training and sampling
     teacher_steps: int = Field(ge=2, le=1000)  # T
-    guidance: float = Field(ge=0)  # scale of classifier-free guidance; 1 is none
+    guidance: float = Field(ge=1)  # scale of classifier-free guidance; 1 is none
     score_images: int = Field(ge=100)  # n of every final score
 
     @property
@@ -110,6 +110,16 @@ class TeacherTraining(Common):
     extractor_steps: Positive
     step_counts: list[Positive] = Field(min_length=2)  # DDIM step counts whose images and scores are shown
 
+    @model_validator(mode="after")
+    def _trains_what_it_needs(self) -> Self:
+        if not self.checkpoint and bool(self.latent_channels) != bool(self.autoencoder_steps):
+            raise ValueError(f"latent_channels is {self.latent_channels}, autoencoder_steps {self.autoencoder_steps}: "
+                             "latents need an autoencoder that is trained; set both, or both to 0")
+        if not self.checkpoint and self.guidance != 1 and not self.text_width:
+            raise ValueError(f"guidance is {self.guidance:g}, and the network reads nothing by which to guide it: set "
+                             "text_width, or guidance to 1")
+        return self
+
     @property
     def recipe(self) -> dict[str, Any]:
         """What `lib.teachers.networks.fit` takes of them."""
@@ -145,7 +155,7 @@ class TeacherAnalysis(Common):
     forecast_steps: list[Annotated[int, Field(ge=2)]] = Field(min_length=1)  # step counts under DeepCache
     forecast_intervals: list[Annotated[int, Field(ge=2)]]  # DeepCache's N at each of them
     forecast_orders: list[Literal[1, 2]]  # the solver's order at each of them
-    guidance_scales: list[Annotated[float, Field(gt=0)]]  # that are compared, where the study guides its teacher
+    guidance_scales: list[Annotated[float, Field(ge=1)]]  # that are compared, where the study guides its teacher
     select_images: int = Field(ge=70)  # images on which the best solver and the strongest control are chosen
     search_images: int = Field(ge=10)  # images a candidate of searched steps
     trials: Positive  # candidates of searched steps
@@ -242,7 +252,9 @@ class ScheduleSearch(Common):
     workers: Positive  # processes of a search; results repeat exactly with one alone
     search_images: int = Field(ge=10)  # images a candidate
     budgets: list[Fraction] = Field(min_length=1)  # of the teacher's executed MACs
-    claim_steps: Annotated[list[Annotated[int, Field(ge=2, le=1000)]], AfterValidator(_different)]  # T of others
+    claim_steps: list[Annotated[int, Field(ge=2, le=1000)]]  # T of other teachers, the claims' own
+    claim_solvers: list[Literal["ddim", "plms"]]  # of each
+    claim_guidance: list[Annotated[float, Field(ge=1)]]  # of each, its scale
     claim_lengths: list[Annotated[int, Field(ge=2)]] = Field(min_length=1)  # of a segment there
     claim_budgets: list[Fraction] = Field(min_length=1)  # of such a teacher's executed MACs
     learned_updates: Positive  # optimiser steps of each learning of timesteps
@@ -255,6 +267,12 @@ class ScheduleSearch(Common):
     dividend_steps: list[Positive] = Field(min_length=1)  # full steps at which one partial step each is added
     latency_batch: Positive
     latency_repeats: int = Field(ge=5)
+
+    @model_validator(mode="after")
+    def _settings(self) -> Self:
+        if not len(self.claim_steps) == len(self.claim_solvers) == len(self.claim_guidance):
+            raise ValueError("claim_steps, claim_solvers and claim_guidance must be as long as each other")
+        return self
 
 
 class PrunerTraining(Common):

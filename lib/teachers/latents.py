@@ -105,16 +105,16 @@ class Coder(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Map images, (n, C', H', W') in [-1, 1], to latents (their means, where they are drawn), (n, C, H, W)."""
         scale, shift = self._scaling()
-        return torch.cat([(self._mean(few.to(self.vae.device)) - shift) * scale for few in images.split(FEW)])
+        return torch.cat([(self._mean(few) - shift) * scale for few in images.split(FEW)])
 
     def _mean(self, images: Tensor) -> Tensor:
-        coded = self.vae.encode(images)
+        coded = self.vae.encode(images.to(self.vae.device, self.vae.dtype))
         return coded.latent_dist.mean if "latent_dist" in coded else coded[0]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Map latents, (n, C, H, W), to images, (n, C', H', W'), about [-1, 1]."""
         scale, shift = self._scaling()
-        latents = latents.to(self.vae.device) / scale + shift
+        latents = latents.to(self.vae.device, self.vae.dtype) / scale + shift
         return torch.cat([self.vae.decode(few).sample for few in latents.split(FEW)])
 
     def _scaling(self) -> tuple[float, float]:

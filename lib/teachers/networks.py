@@ -301,7 +301,7 @@ def load(source: Path | str, device: str = "cpu", prompts: Sequence[str] = (), g
         If the folder holds no diffusers pipeline.
     ValueError
         If the pipeline has neither a UNet nor a transformer, or one of a library that is not trusted here; if its
-        scheduler walks in a way that no plan knows.
+        scheduler walks in a way that no plan knows; if it is to be guided and reads nothing.
     """
     if not str(source).startswith(HUB) and not (Path(source) / "model_index.json").exists():
         raise FileNotFoundError(f"no teacher in {source}. Notebook 00_teacher_training makes it; a pipeline of the "
@@ -325,7 +325,11 @@ def load(source: Path | str, device: str = "cpu", prompts: Sequence[str] = (), g
         reader = CLIPTextModel.from_pretrained(**name, subfolder="text_encoder", use_safetensors=True)
         words = AutoTokenizer.from_pretrained(**name, subfolder="tokenizer", trust_remote_code=False)
         text = Text(reader.eval().requires_grad_(False).to(device), words)
-    return Model(network, schedule, coder and Coder(_part(source, coder, device)), text, tuple(prompts), guidance)
+    model = Model(network, schedule, coder and Coder(_part(source, coder, device)), text, tuple(prompts), guidance)
+    if guidance != 1 and not model.classes and not (text and prompts):
+        raise ValueError(f"{source} cannot be guided (guidance {guidance:g}): its network reads neither labels alone "
+                         "nor prompts, or the data have none. Set guidance to 1.")
+    return model
 
 
 def _part(source: Path | str, part: str, device: str) -> ModelMixin:
