@@ -1,13 +1,14 @@
 """What is said of the teacher's blocks: similarity, sensitivity, time."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import reference
 import torch
 
-from lib.grid import cost, sampling
+from lib.grid import cost, sampling, solvers
 from lib.grid.model import Model
-from lib.grid.plan import Plan
+from lib.grid.plan import HOLD, LINE, Plan
 from lib.judging import analysis
 
 
@@ -36,6 +37,42 @@ def test_sensitivity_is_the_change_of_the_image_from_one_reused_cell(unet, sched
             assert damage[row, described.index[name]] == pytest.approx(expected, rel=0.02, abs=1e-9), (step, name)
     with pytest.raises(ValueError, match="a full plan of DDIM"):
         analysis.sensitivity(Model(unet, schedule), Plan.random(0.5, 0, teacher), noise, [2])
+
+
+def test_errors_of_reuse_are_those_of_outputs_written_out(unet, schedule, teacher, noise, described):
+    rare = np.arange(teacher.steps) % 3 == 0
+    plan = teacher.with_cells(np.repeat(rare[:, None], len(described), axis=1))
+    found = analysis.forecast_errors(Model(unet, schedule), plan, noise)
+    outputs = []
+    handle = unet.up_blocks[0].resnets[1].register_forward_hook(lambda m, i, o: outputs.append(o.flatten(1)))
+    with torch.inference_mode():
+        reference.sample(unet, teacher, noise)
+    handle.remove()
+    places = solvers.abscissae(plan.timesteps, plan.schedule, plan.abscissa).tolist()
+
+    def far(value, step):
+        return float(((value - outputs[step]).norm(dim=1) / outputs[step].norm(dim=1)).mean())
+
+    rows = found[found["block"] == "up0.1"].set_index("step")
+    slope = (outputs[6] - outputs[3]) / (places[6] - places[3])
+    assert rows.loc[8, "hold"] == pytest.approx(far(outputs[6], 8), rel=1e-3)
+    assert rows.loc[8, "line"] == pytest.approx(far(outputs[6] + (places[8] - places[6]) * slope, 8), rel=1e-3)
+    assert rows.loc[8, "since"] == 2 and set(found["pass"]) == {"given"}
+    assert np.isnan(rows.loc[2, "line"]) and np.isnan(rows.loc[5, "parabola"])
+
+
+def test_each_cell_reuses_what_erred_least(teacher, described):
+    held = Plan.deepcache(2, described.branch(0), teacher)
+    errors = pd.DataFrame([{"pass": which, "step": step, "block": "mid", "hold": 0.2, "line": line, "parabola": np.nan}
+                           for which, step, line in (("null", 3, 0.1), ("null", 5, 0.3), ("given", 3, 0.3),
+                                                     ("given", 5, 0.1))])
+    plan, mid = analysis.reuse_by_error(held, errors), described.index["mid"]
+    assert plan.passes == ("null", "given")
+    assert plan.sheets[:, [3, 5], mid].tolist() == [[LINE, HOLD], [HOLD, LINE]]
+    rest = np.delete(plan.sheets, mid, axis=2)
+    assert (rest == np.delete(held.cells, mid, axis=1)).all() and plan.alone().steps == held.steps
+    one = analysis.reuse_by_error(held, errors[errors["pass"] == "given"])
+    assert one.passes == ("given",) and one.cells[5, mid] == LINE
 
 
 def test_a_blocks_time_is_that_blocks(unet, noise, described):

@@ -9,6 +9,7 @@ from lib.apply import Planned
 from lib.grid import blocks, cost, sampling
 from lib.grid.model import Model
 from lib.grid.plan import Plan, trailing
+from lib.judging import analysis
 from lib.teachers import latents, letters, networks, text
 
 PROMPTS = ("a red serif A on blue", "a blue bold sans 7 on white", "a cyan italic Q on black")
@@ -66,6 +67,29 @@ def test_a_stock_pipeline_draws_the_same_images_with_and_without_a_plan(painter,
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     with pytest.raises(Exception, match="UNK"):  # stock: tokenizers' own words
         pipe("a pink serif A on blue", **options)
+
+
+def test_weights_may_be_rounded_in_the_files_and_come_back_whole(painter, tmp_path):
+    networks.save(tmp_path, painter, torch.bfloat16)
+    again = networks.load(tmp_path, prompts=PROMPTS, guidance=3.0)
+    mine, theirs = ([weight for part in (one.network, one.latents, one.text) for weight in part.parameters()]
+                    for one in (painter, again))
+    for weight, rounded in zip(mine, theirs, strict=True):
+        assert torch.equal(weight.bfloat16().float(), rounded) and weight.dtype == torch.float32
+    whole = sum(weight.numel() for weight in mine)
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors")) < 3 * whole + 50_000
+
+
+def test_of_a_guided_model_each_pass_reuses_by_its_own_errors(painter, plan):
+    noise = sampling.noise("report", 0, 0, 4, painter.shape)
+    errors = analysis.forecast_errors(painter, plan, noise)
+    assert set(errors["pass"]) == {"null", "given"}
+    alone = analysis.forecast_errors(painter.replace(guidance=1.0), plan, noise)
+    both = errors[errors["pass"] == "given"].reset_index(drop=True)
+    first = both["step"] == both["step"].min()  # further on the guided run walks elsewhere
+    assert set(alone["pass"]) == {"given"} and len(both) == len(alone) and both.loc[first, "since"].eq(1).all()
+    made = analysis.reuse_by_error(plan, errors)
+    assert made.passes == ("null", "given") and sampling.sample(painter, made, noise).isfinite().all()
 
 
 def test_prompts_are_drawn_by_their_images_noise(painter):

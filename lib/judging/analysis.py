@@ -1,6 +1,7 @@
 """What a teacher's blocks do from step to step, what reusing one costs, and what the papers' models cost."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -13,8 +14,11 @@ from lib.grid import blocks as _blocks
 from lib.grid import cost, solvers
 from lib.grid.engine import Engine
 from lib.grid.model import Model
-from lib.grid.plan import Plan
+from lib.grid.plan import GIVEN, HOLD, LINE, NULL, PARABOLA, Plan
 from lib.grid.sampling import walk
+from lib.judging import controls
+from lib.judging.banks import Bank
+from lib.judging.evaluate import Judge
 
 
 @torch.inference_mode()
@@ -86,47 +90,115 @@ def two_passes(model: Model, plan: Plan, noise: Tensor) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-@torch.inference_mode()
-def forecast_errors(model: Model, plan: Plan, noise: Tensor, interval: int) -> pd.DataFrame:
-    """Measure how far held and forecast outputs lie from what each block would give, along a full run.
+REUSES = {"hold": HOLD, "line": LINE, "parabola": PARABOLA}
+"""What a cell may do that does not compute."""
 
-    As if each block had computed at every `interval`-th step alone, while x_t walks as in the full run: one forecast's
-    error, not what becomes of it.
+
+@torch.inference_mode()
+def forecast_errors(model: Model, plan: Plan, noise: Tensor) -> pd.DataFrame:
+    """Measure how far held and forecast outputs lie from what each block would give, where a plan's cells reuse.
+
+    All is computed, so x_t walks as in the full run of the plan's steps: the error of each reuse by itself, not what
+    becomes of it.
 
     Parameters
     ----------
-    plan : Plan, full; its abscissa, finite at all steps, is the forecasts'
+    plan : Plan of one pass; its abscissa, finite at all steps, is the forecasts'
     noise : Tensor, (n, C, H, W)
 
     Returns
     -------
-    errors : columns step, block, since (steps since it computed), hold, line, parabola: the distance from the block's
-        output over that output's norm, mean over images; as soon as there are outputs for a parabola
+    errors : columns pass ("null" and "given", or "given" alone), step, block, since (steps since it computed), hold,
+        line, parabola: the distance from the block's output over that output's norm, mean over images; NaN where too
+        few outputs were computed before
     """
-    described = _blocks.describe(model.network)
+    described, asked = _blocks.describe(model.network), model.asked(noise)
+    passes = (GIVEN,) if asked.null is None else (NULL, GIVEN)
     places = solvers.abscissae(plan.timesteps, plan.schedule, plan.abscissa).tolist()
     now: dict[str, Tensor] = {}
     handles = [model.network.get_submodule(block.modules[-1]).register_forward_hook(
         lambda module, inputs, output, name=block.name: now.__setitem__(
             name, (output[0] if isinstance(output, tuple) else output).flatten(1).clone())) for block in described]
-    rows, computed, known = [], [], {}
+    rows, known = [], {name: [] for name in described.names}  # of each block the last three computed (step, output)
     try:
-        with Engine(model.network, plan, model.noise_schedule) as engine:
-            for step, _ in enumerate(walk(engine, noise, model.asked(noise))):
-                if step % interval == 0:
-                    computed = [step, *computed][:3]
-                    known = {name: [output, *known.get(name, ())][:3] for name, output in now.items()}
-                elif len(computed) == 3:
-                    for name, output in now.items():
-                        errors = {}
-                        for depth, state in enumerate(("hold", "line", "parabola"), start=1):
-                            weights = solvers.forecast(places[step], [places[k] for k in computed[:depth]])
-                            value = sum(weight * past for weight, past in zip(weights, known[name]))
-                            errors[state] = float(((value - output).norm(dim=1) / output.norm(dim=1)).mean())
-                        rows.append({"step": step, "block": name, "since": step - computed[0]} | errors)
+        with Engine(model.network, plan.at(plan.timesteps), model.noise_schedule) as engine:
+            for step, _ in enumerate(walk(engine, noise, asked)):
+                for name, computes in zip(described.names, plan.computes[step]):
+                    if computes:
+                        known[name] = [(step, now[name]), *known[name]][:3]
+                        continue
+                    about = {"step": step, "block": name, "since": step - known[name][0][0]}
+                    far = [_reuse_errors(now[name], known[name][:depth], places, step, len(passes))
+                           if depth <= len(known[name]) else (np.nan,) * len(passes) for depth in (1, 2, 3)]
+                    rows += [{"pass": which} | about | dict(zip(REUSES, one)) for which, *one in zip(passes, *far)]
     finally:
         for handle in handles:
             handle.remove()
+    return pd.DataFrame(rows)
+
+
+def _reuse_errors(output: Tensor, computed: list[tuple[int, Tensor]], places: list[float], step: int, passes: int
+                  ) -> tuple[float, ...]:
+    """Give the error of reading these computed outputs off at a step, of each pass in a batch of all."""
+    weights = solvers.forecast(places[step], [places[k] for k, _ in computed])
+    value = sum(weight * past for weight, (_, past) in zip(weights, computed))
+    return tuple(float(part.mean()) for part in ((value - output).norm(dim=1) / output.norm(dim=1)).chunk(passes))
+
+
+def reuse_by_error(plan: Plan, errors: pd.DataFrame) -> Plan:
+    """Give a plan in which each cell that does not compute holds or forecasts by what erred least there.
+
+    Parameters
+    ----------
+    plan : Plan of one pass
+    errors : what `forecast_errors` gave of it; where it has two passes, so will the plan
+    """
+    passes, sheets = tuple(errors["pass"].unique()), []
+    for name in passes:
+        sheet = plan.cells
+        for row in errors[errors["pass"] == name].to_dict("records"):
+            best = min((state for state in REUSES if row[state] == row[state]), key=row.get)
+            sheet[row["step"], plan.blocks.index(row["block"])] = REUSES[best]
+        sheets.append(tuple(map(tuple, sheet.tolist())))
+    return plan.replace(passes=passes, states=tuple(sheets), net=plan.net * len(passes),
+                        provenance=plan.provenance | {"reuse": "by error"})
+
+
+def dividends(bank: Bank, judge: Judge, teacher: Plan, macs: Callable[[Plan], int], *, counts: Iterable[int],
+              branches: Iterable[int], reuses: Iterable[int], images: int) -> pd.DataFrame:
+    """Ask where partial steps pay: one half-way after each full step, against more full steps for the same MACs.
+
+    All steps are evenly spaced, under DDIM and DPM-Solver++.
+
+    Parameters
+    ----------
+    bank : Bank on which both are scored
+    teacher : Plan, full, of the schedule and blocks
+    macs : callable(plan) -> executed MACs
+    counts, branches : numbers of full steps; branches of the partial ones
+    reuses : 0 (hold), 2 (line) and 3 (parabola), what the partial ones do
+    images : int, of which the likeness is taken
+
+    Returns
+    -------
+    dividends : columns order, full_steps, branch, reuse (its name); calls (MACs over a full step's), share (of a full
+        step's MACs that a partial one executes), alike (mean cosine similarity between a full step and the next of what
+        is reused); ratio: columns of the `Contrast`, below 1 the partial steps pay
+    """
+    described, names, rows = _blocks.describe(bank.model.network), {state: name for name, state in REUSES.items()}, []
+    call = macs(teacher) / teacher.steps
+    for order, full in product((1, 2), counts):
+        dense = Plan.few_steps(2 * full, "uniform", teacher, order)
+        likeness = np.nanmean(similarity(bank.model, dense, bank.noise(images)), axis=0)
+        ladder = [Plan.few_steps(steps, "uniform", teacher, order) for steps in range(full, 2 * full + 1)]
+        for branch, reuse in product(branches, reuses):
+            plan = Plan.deepcache(2, described.branch(branch), dense, reuse)
+            rival = controls.bracket("more full steps", ladder, macs(plan), macs)
+            ratio = judge.compare([(bank.features(plan, title="partial steps"), 1.0)],
+                                  [(bank.features(part, title="full steps"), weight) for part, weight in rival.plans])
+            rows.append({"order": order, "full_steps": full, "branch": branch, "reuse": names[reuse],
+                         "calls": macs(plan) / call, "share": macs(plan) / call / full - 1,
+                         "alike": float(likeness[~described.branch(branch)].mean()), **ratio.columns("ratio")})
     return pd.DataFrame(rows)
 
 

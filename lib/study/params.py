@@ -303,6 +303,7 @@ class PrunerTraining(Common):
     rates: list[Annotated[float, Field(gt=0)]]  # other learning rates, for the part rate
     base_steps: int = Field(ge=2, le=1000)  # of the short DPM-Solver++ base
     base_keeps: list[Fraction]  # kept fractions of the short base's executed MACs
+    plms_keeps: list[Fraction]  # kept fractions of the executed MACs of T steps of PLMS
     latency_batch: Positive
     latency_repeats: int = Field(ge=5)
 
@@ -367,6 +368,7 @@ class Transformer(Common):
                            Field(min_length=1)]  # learning rates, of which the best on the select bank counts
     thresholds: list[Annotated[float, Field(gt=0)]]  # of the caches that decide while they run
     intervals: list[Annotated[int, Field(ge=2)]]  # of TaylorSeer, steps between two full ones
+    dividend_steps: list[Positive] = Field(min_length=1)  # full steps at which one partial step each is added
     latency_batch: Positive
     latency_repeats: int = Field(ge=5)
 

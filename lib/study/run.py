@@ -79,6 +79,18 @@ def teacher(study: str) -> None:
     networks.fit(model, images, work=stage.work / "teacher", **p.recipe)
 
 
+def ship(study: str) -> Path:
+    """Put a study's teacher among the weights that ship with the project, in bfloat16, named after its data."""
+    import torch
+
+    from lib.teachers import networks  # torch, which running a notebook does not need here
+
+    made = networks.load(paths.DATA / study / "00_teacher_training" / "teacher")
+    folder = paths.DATA / "shipped" / params.load(study)["00_teacher_training"].data.partition(":")[0]
+    networks.save(folder, made, torch.bfloat16)
+    return folder
+
+
 def note_sources(study: str) -> None:
     """Write ``data/<study>/sources.json``: what the study starts from. All stages depend on it."""
     from lib.study.stage import sources, write_json  # torch, which running a notebook does not need here
@@ -132,6 +144,8 @@ def main() -> None:
     start.add_argument("--study", required=True)
     alone = commands.add_parser("teacher", help="train a study's teacher, under accelerate launch by several processes")
     alone.add_argument("--study", required=True)
+    away = commands.add_parser("ship", help="put a study's teacher among the weights that ship with the project")
+    away.add_argument("--study", required=True)
     whole = commands.add_parser("study", help="run the pipeline for a study")
     whole.add_argument("name", help="the stem of a file in params/")
     arguments = parser.parse_args()
@@ -140,6 +154,8 @@ def main() -> None:
             notebook(arguments.name, arguments.study)
         elif arguments.command == "teacher":
             teacher(arguments.study)
+        elif arguments.command == "ship":
+            print(ship(arguments.study))
         elif arguments.command == "sources":
             note_sources(arguments.study)
         else:

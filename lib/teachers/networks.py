@@ -1,5 +1,6 @@
 """Teachers: a DDPM UNet trained here, or any diffusers pipeline; saved and loaded as diffusers does."""
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -260,8 +261,13 @@ def check_draws(model: Model, shape: tuple[int, int, int]) -> None:
                          f"set resolution to {drawn[1]}, or take data with {drawn[0]} channels")
 
 
-def save(folder: Path, model: Model) -> None:
-    """Save a model as a diffusers pipeline (safetensors, JSON): a StableDiffusionPipeline where it reads prompts."""
+def save(folder: Path, model: Model, dtype: torch.dtype = torch.float32) -> None:
+    """Save a model as a diffusers pipeline (safetensors, JSON): a StableDiffusionPipeline where it reads prompts.
+
+    Parameters
+    ----------
+    dtype : of the weights in the files; a narrower one than float32 rounds them
+    """
     parts = {"unet" if hasattr(model.network, "down_blocks") else "transformer": model.network,
              "scheduler": model.schedule}
     kind, more = "DDIMPipeline" if isinstance(model.network, UNet2DModel) else "DiffusionPipeline", {}
@@ -272,7 +278,7 @@ def save(folder: Path, model: Model) -> None:
         kind, more = "StableDiffusionPipeline", {"requires_safety_checker": False}
         more |= {absent: [None, None] for absent in ("safety_checker", "feature_extractor", "image_encoder")}
     for name, part in parts.items():
-        part.save_pretrained(folder / name)
+        (copy.deepcopy(part).to(dtype) if isinstance(part, nn.Module) else part).save_pretrained(folder / name)
     kinds = {name: [_library(type(part)), type(part).__name__] for name, part in parts.items()}
     index = {"_class_name": kind, "_diffusers_version": version("diffusers"), **kinds, **more}
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))
@@ -322,7 +328,7 @@ def load(source: Path | str, device: str = "cpu", prompts: Sequence[str] = (), g
     coder = next((part for part in ("vae", "vqvae") if part in parts), None)
     text, reads = None, set(example_conditions(network, 0, "cpu"))
     if reads == {"encoder_hidden_states"} and "CLIPTextModel" in parts.get("text_encoder", ()):
-        reader = CLIPTextModel.from_pretrained(**name, subfolder="text_encoder", use_safetensors=True)
+        reader = CLIPTextModel.from_pretrained(**name, subfolder="text_encoder", use_safetensors=True).float()
         words = AutoTokenizer.from_pretrained(**name, subfolder="tokenizer", trust_remote_code=False)
         text = Text(reader.eval().requires_grad_(False).to(device), words)
     model = Model(network, schedule, coder and Coder(_part(source, coder, device)), text, tuple(prompts), guidance)
@@ -333,10 +339,10 @@ def load(source: Path | str, device: str = "cpu", prompts: Sequence[str] = (), g
 
 
 def _part(source: Path | str, part: str, device: str) -> ModelMixin:
-    """Load a part of a pipeline, frozen."""
+    """Load a part of a pipeline, frozen, in float32."""
     where, parts = _index(source)
-    kind = _class(source, parts, part, ModelMixin)
-    return kind.from_pretrained(**where, subfolder=part, use_safetensors=True).eval().requires_grad_(False).to(device)
+    made = _class(source, parts, part, ModelMixin).from_pretrained(**where, subfolder=part, use_safetensors=True)
+    return made.float().eval().requires_grad_(False).to(device)
 
 
 def _index(source: Path | str) -> tuple[dict, dict]:

@@ -46,7 +46,8 @@ KINDS = {"null": "white", "partial": sns.color_palette("pastel")[0], "full": PAL
 STATES = {HOLD: ("holds", PALETTE[9]), COMPUTE: ("computes", KINDS["full"]), LINE: ("line", PALETTE[5]),
           PARABOLA: ("parabola", PALETTE[3])}
 """What a cell's states, in their order, are called in figures, and their colours, everywhere."""
-REUSES = {"hold": (STATES[HOLD][1], "^"), "line": (STATES[LINE][1], "o"), "parabola": (STATES[PARABOLA][1], "s")}
+REUSES = {"hold": (STATES[HOLD][1], "^"), "line": (STATES[LINE][1], "o"), "parabola": (STATES[PARABOLA][1], "s"),
+          "by error": (PALETTE[3], "P")}
 """Colour and marker of whole plans whose cells reuse in one way."""
 
 
@@ -178,7 +179,7 @@ def forecasts(table: pd.DataFrame, ylabel: str) -> Figure:
 
     Parameters
     ----------
-    table : columns family (hold, line, parabola, or a control's), order, macs_percent, ratio, ratio_low, ratio_high
+    table : columns family (of `REUSES`, or a control's), order, macs_percent, ratio, ratio_low, ratio_high
     """
     orders = sorted(table["order"].unique(), reverse=True)
     figure, panels = plt.subplots(1, len(orders), figsize=(WIDE, 3), sharey=True, squeeze=False)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib.study.figures import COLOURS, CONTROLS, OTHER, PALETTE, WIDE, plain_logarithm
+from lib.study.figures import COLOURS, CONTROLS, OTHER, PALETTE, REUSES, WIDE, plain_logarithm
 
 
 def search_progress(found: pd.DataFrame, budgets: Sequence[float], title: str) -> Figure:
@@ -112,20 +112,26 @@ def dividends(table: pd.DataFrame) -> Figure:
 
     Parameters
     ----------
-    table : columns order, full_steps (written at each point), branch, calls, ratio, ratio_low, ratio_high
+    table : columns order, full_steps (written at each point), branch, reuse (held, or forecast by a line or a
+        parabola), calls, ratio, ratio_low, ratio_high; and teacher, where there are several
     """
-    figure, panels = plt.subplots(1, 2, figsize=(WIDE, 2.8), sharey=True)
-    names = {1: "DDIM (order 1)", 2: "DPM-Solver++ (order 2)"}
+    parts = ["teacher", "branch"] if "teacher" in table else ["branch"]
+    solvers = {1: "DDIM (order 1)", 2: "DPM-Solver++ (order 2)"}
+    figure, panels = plt.subplots(1, len(solvers), figsize=(WIDE, 3), sharey=True)
+    lines = ("-", "--", ":", "-.")
     for axes, (order, rows) in zip(panels, table.groupby("order")):
-        for (branch, line), tone in zip(rows.groupby("branch"), np.linspace(0.35, 1, rows["branch"].nunique())):
-            bars = [line["ratio"] - line["ratio_low"], line["ratio_high"] - line["ratio"]]
-            for row in line.itertuples():
-                axes.annotate(f"{row.full_steps}", (row.calls, row.ratio_high), fontsize=5, color="0.4", ha="center")
-            axes.errorbar(line["calls"], line["ratio"], bars, marker="o", ms=4, lw=1, elinewidth=0.8, capsize=2,
-                          color=plt.cm.Blues(tone), label=f"branch {branch}")
+        for style, (which, part) in zip(cycle(lines), rows.groupby(parts, sort=False)):
+            for reuse, line in part.groupby("reuse", sort=False):
+                colour, marker = REUSES[reuse]
+                bars = [line["ratio"] - line["ratio_low"], line["ratio_high"] - line["ratio"]]
+                label = ", ".join(f"branch {value}" if name == "branch" else str(value)
+                                  for name, value in zip(parts, which)) + f": {reuse}"
+                axes.errorbar(line["calls"], line["ratio"], bars, marker=marker, ms=4, lw=1, ls=style, elinewidth=0.8,
+                              capsize=2, color=colour, label=label)
         axes.axhline(1, color="0.5", lw=0.8)
-        axes.set(yscale="log", xlabel="executed MACs (in full network calls)", title=names[order])
+        axes.set(xscale="log", yscale="log", xlabel="executed MACs (in full network calls)", title=solvers[order])
+        plain_logarithm(axes.xaxis)
         plain_logarithm(axes.yaxis)
     panels[0].set(ylabel="with partial steps / more full steps")
-    panels[-1].legend(fontsize=7)
+    panels[-1].legend(fontsize=6)
     return figure
