@@ -11,7 +11,7 @@ import pandas as pd
 
 from lib.judging.controls import summary
 from lib.judging.estimates import WORDS, Contrast, Estimate, text
-from lib.study import paths
+from lib.study import figures, paths
 from lib.study.page import page
 from lib.study.params import ParamsError, notebooks
 
@@ -50,6 +50,20 @@ def write_page(study: str) -> Path:
     tables = {title: table(study) for title, (table, needed) in PAGE.items() if set(needed) <= set(runs)}
     target.write_text(page(study, runs, tables))
     return target
+
+
+def write_caching() -> Path | None:
+    """Write ``reports/caching.csv`` and ``.png``: where partial steps pay, of all teachers of all published studies."""
+    found = sorted(paths.REPORTS.glob("*/0[47]_*/tables/dividends.csv"))
+    if not found:
+        return None
+    networks = {"04_schedule_search": "UNet", "07_transformer": "transformer"}
+    tables = [pd.read_csv(path).assign(teacher=f"{networks[path.parts[-3]]} ({path.parts[-4]})") for path in found]
+    table = pd.concat(tables, ignore_index=True)
+    table.to_csv(paths.REPORTS / "caching.csv", index=False, float_format="%.6g")
+    figures.style()
+    figures.caching(table).savefig(paths.REPORTS / "caching.png")
+    return paths.REPORTS / "caching.png"
 
 
 def results_table(study: str) -> str:
@@ -101,9 +115,10 @@ def _ways(table: pd.DataFrame) -> str:
 
 
 def _judged(table: pd.DataFrame) -> dict[str, pd.Series]:
-    """Give the columns of the score: as it comes, without its bias, and as the second judge has it."""
+    """Give the columns of the score: as it comes, without its bias, as the second judge has it; and of prompts."""
     return {"raw": _optional(table, "raw", "{:.3g}".format), "score [95 %]": _intervals(table, "score"),
-            "second score [95 %]": _optional_intervals(table, "second_score")}
+            "second score [95 %]": _optional_intervals(table, "second_score"),
+            "prompt score [95 %]": _optional_intervals(table, "prompt_score")}
 
 
 def _optional(table: pd.DataFrame, column: str, write: Callable) -> pd.Series:
@@ -195,7 +210,7 @@ def _faster(table: pd.DataFrame) -> pd.Series:
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m lib.study.report", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["publish", "readme"])
+    parser.add_argument("command", choices=["publish", "readme", "caching"])
     parser.add_argument("--study", help="what to publish")
     arguments = parser.parse_args()
     if arguments.command == "publish":
@@ -204,6 +219,8 @@ def main() -> None:
             print(f"published: {write_page(arguments.study)}")
         except (ParamsError, FileNotFoundError) as error:
             raise SystemExit(f"error: {error}") from None
+    elif arguments.command == "caching":
+        print(write_caching() or "no published study has asked where caching pays")
     else:
         readme = paths.ROOT / "README.md"
         readme.write_text(filled(readme.read_text()))

@@ -201,6 +201,37 @@ def forecasts(table: pd.DataFrame, ylabel: str) -> Figure:
     return figure
 
 
+def caching(table: pd.DataFrame) -> Figure:
+    """Draw over all teachers where partial steps pay, against what might foretell it.
+
+    Parameters
+    ----------
+    table : columns teacher, order, reuse, share, alike and ratio (below 1 they pay; NaN rows are left out), as
+        `lib.judging.analysis.dividends` gives them
+    """
+    table = table.dropna(subset="ratio").assign(change=lambda rows: 1 - rows["alike"])
+    figure, panels = plt.subplots(1, 2, figsize=(WIDE, 3.2), sharey=True)
+    labels = {"share": "a partial step's share of a full step's MACs", "change": "1 - likeness of what is reused"}
+    for axes, (column, label) in zip(panels, labels.items()):
+        for marker, (teacher, rows) in zip("osD^v<>PX*", table.groupby("teacher", sort=False)):
+            for reuse, few in rows.groupby("reuse", sort=False):
+                for order, some in few.groupby("order"):
+                    axes.plot(some[column], some["ratio"], marker, color=REUSES[reuse][0], ms=4, ls="",
+                              mfc="none" if order == 1 else REUSES[reuse][0])
+            axes.plot([], [], marker, color="0.3", ls="", ms=4, label=teacher)
+        ranks = table[[column, "ratio"]].corr("spearman").iloc[0, 1]
+        axes.axhline(1, color="0.5", lw=0.8)
+        axes.set(xlabel=label, xscale="log", yscale="log", title=f"rank correlation {ranks:.2f}")
+        plain_logarithm(axes.xaxis)
+        plain_logarithm(axes.yaxis)
+    for reuse in table["reuse"].unique():
+        panels[0].plot([], [], "s", color=REUSES[reuse][0], ms=4, label=reuse)
+    panels[0].set(ylabel="with partial steps / more full steps\n(open: DDIM, filled: DPM-Solver++)")
+    panels[0].legend(fontsize=6)
+    panels[1].legend(fontsize=6)
+    return figure
+
+
 def plan_map(plan: Plan) -> Figure:
     """Draw a plan's given pass on the teacher's steps: what computes, holds, forecasts; null steps.
 
