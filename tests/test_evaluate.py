@@ -339,6 +339,17 @@ def test_the_share_of_prompts_missed_is_a_score_with_an_interval():
     assert over.holds == "yes" and over.word == "worse"
 
 
+def test_nearness_to_a_teacher_is_the_paired_distance_and_compares():
+    draw = torch.Generator().manual_seed(0)
+    teacher = torch.randn(1000, 4, generator=draw)
+    near, far = (teacher + spread * torch.randn(1000, 4, generator=draw) for spread in (0.1, 0.3))
+    measure = evaluate.Nearness(teacher, "it")
+    assert measure.score(far).estimate.value == pytest.approx(evaluate.paired(far, teacher).value)
+    over = measure.over(far, near)
+    assert over.word == "worse" and over.ratio.value == pytest.approx(9, rel=0.15)
+    assert measure.over(near, near).word == "as good"
+
+
 def test_a_classifier_tells_each_attribute_from_features():
     torch.manual_seed(0)
     one = extractor.Extractor("classes", 3, 32, [4, 2, 3]).eval()

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from lib.teachers import data, letters
+from lib.grid import blocks, sampling
+from lib.grid.plan import Plan, trailing
+from lib.study import paths
+from lib.teachers import data, letters, networks
 
 
 def test_a_prompt_says_its_letter_and_is_read_back():
@@ -61,3 +64,21 @@ def test_letters_are_a_data_set():
     assert data.digest("letters") != data.digest("letters:700") and data.letters_in("letters") == data.LETTERS
     with pytest.raises(ValueError, match="no data set 'letters:0'"):
         data.load("letters:0", 16, 0.25, 0)
+
+
+def test_the_teacher_that_ships_draws_the_colours_it_is_asked_for():
+    folder = paths.ROOT / "data" / "shipped" / "letters"
+    assert sum(file.stat().st_size for file in folder.rglob("*")) < 10e6
+    assert {file.suffix for file in folder.rglob("*") if file.is_file()} == {".json", ".safetensors"}
+    known = letters.every()[~letters.unseen(letters.every())]
+    rows = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(0))[:24]]
+    model = networks.load(folder, prompts=[letters.prompt(row) for row in rows.tolist()], guidance=3.0)
+    names = blocks.describe(model.network).names
+    plan = Plan.full(trailing(10, 1000), model.noise_schedule, names, 2)
+    noise = sampling.noise("report", 0, 0, len(rows), model.shape)
+    asked = torch.tensor([letters.read(said) for said in model.said(noise)])
+    images = sampling.sample(model, plan, noise)
+    corners = images[:, :, ::31, ::31].mean(dim=(2, 3))
+    paints = torch.tensor(list(letters.COLOURS.values())) / 127.5 - 1
+    grounds = torch.cdist(corners, paints.float()).argmin(dim=1)
+    assert (grounds == asked[:, 3]).float().mean() >= 0.9

@@ -30,12 +30,17 @@ def test_every_module_is_in_its_tree():
     assert named == {path.name for path in (*lib.glob("*.py"), *lib.glob("*/*.py")) if not path.name.startswith("_")}
 
 
-def test_its_example_runs(tmp_path, monkeypatch, unet, schedule, capsys):
+def test_its_examples_run(tmp_path, monkeypatch, unet, schedule, capsys):
     networks.save(tmp_path / "my-ddim-pipeline", Model(unet, schedule))
+    asked, own = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(paths.ROOT)
+    exec(asked, made := {})
+    assert made["image"].size == (32, 32)
+    red, yellow = made["image"].getpixel((16, 16)), made["image"].getpixel((0, 0))
+    assert yellow[1] > 150 > yellow[2] and red[0] > red[2]
     monkeypatch.chdir(tmp_path)
-    example, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(example.splitlines()) <= 20
-    exec(example, made := {})
+    assert len(own.splitlines()) <= 20
+    exec(own, made := {})
     assert "times fewer executed MACs" in capsys.readouterr().out
     assert len(made["images"]) == 16
 

@@ -212,6 +212,29 @@ class Prompts(Measure):
         return cache(lambda features: missed(self.classifier.told(features)[:, :asked.shape[1]], asked))
 
 
+@dataclass(frozen=True)
+class Nearness(Measure):
+    """Says how far images lie from the teacher's of the same noise: the mean squared distance of their features.
+
+    Attributes
+    ----------
+    teacher : Tensor, (n, D), features of the teacher's images
+    extractor : str, as `Measure` has it
+    """
+
+    teacher: Tensor
+    extractor: str
+
+    @cached_property
+    def score(self) -> Callable[[Tensor], Score]:
+        """Give the distance of features (n, D)."""
+        def score(generated: Tensor) -> Score:
+            values = jackknife(lambda part: float(part.mean()), _gaps(generated, self.teacher))
+            return Score(float(values[0]), pseudo_values(values))
+
+        return cache(score)
+
+
 def judges(extractors: Sequence[extractor.Extractor], images: Tensor) -> list[Judge]:
     """Give a judge for each extractor, over the images of the whole data set."""
     return [Judge(extractor.embed(one, images), one.name) for one in extractors]
@@ -308,8 +331,11 @@ def imitation(features: Tensor, teacher: Tensor, kind: str) -> float:
 
 def paired(features: Tensor, teacher: Tensor) -> Estimate:
     """Give the mean squared distance of features (n, D) to the teacher's, noise by noise, with its interval."""
-    gaps = (features.double() - teacher.double()).square().sum(dim=1)
-    return uncorrected(jackknife(lambda part: float(part.mean()), gaps))
+    return uncorrected(jackknife(lambda part: float(part.mean()), _gaps(features, teacher)))
+
+
+def _gaps(features: Tensor, teacher: Tensor) -> Tensor:
+    return (features.double() - teacher.double()).square().sum(dim=1)
 
 
 def rank_agreement(plans: Sequence[Tensor], final: Sequence[float], judge: Judge, teacher: Tensor,

@@ -266,7 +266,8 @@ def save(folder: Path, model: Model, dtype: torch.dtype = torch.float32) -> None
 
     Parameters
     ----------
-    dtype : of the weights in the files; a narrower one than float32 rounds them
+    dtype : of the weights in the files; a narrower one than float32 rounds them. A text encoder's stay as they are:
+        it is loaded in the type in which it was stored
     """
     parts = {"unet" if hasattr(model.network, "down_blocks") else "transformer": model.network,
              "scheduler": model.schedule}
@@ -278,7 +279,10 @@ def save(folder: Path, model: Model, dtype: torch.dtype = torch.float32) -> None
         kind, more = "StableDiffusionPipeline", {"requires_safety_checker": False}
         more |= {absent: [None, None] for absent in ("safety_checker", "feature_extractor", "image_encoder")}
     for name, part in parts.items():
-        (copy.deepcopy(part).to(dtype) if isinstance(part, nn.Module) else part).save_pretrained(folder / name)
+        if isinstance(part, ModelMixin):
+            part = copy.deepcopy(part).to(dtype)
+            part.register_to_config(_name_or_path="")  # files say nothing of where it was loaded from
+        part.save_pretrained(folder / name)
     kinds = {name: [_library(type(part)), type(part).__name__] for name, part in parts.items()}
     index = {"_class_name": kind, "_diffusers_version": version("diffusers"), **kinds, **more}
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))
