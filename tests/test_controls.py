@@ -111,6 +111,8 @@ def test_words_say_who_is_better_and_the_strongest_is_chosen_elsewhere(table, te
     assert rows.loc["worse", "second_over_control"] == pytest.approx(twice)
     assert rows.loc["worse", "plan_over_control_high"] < 1 < rows.loc["better", "plan_over_control_low"]
     assert rows.loc["same", "plan_over_control"] == pytest.approx(1)
+    assert rows.loc["worse", "nearness_over_control"] == pytest.approx(((3 / 5 - 3 / 20) / (3 / 2 - 3 / 20)) ** 2)
+    assert rows.loc[["worse", "better"], "nearness_over_control_word"].tolist() == ["better", "worse"]
     assert rows.loc["between", "macs"] == rows.loc["between", "plan_macs"] == 5
     four, six = (corrected(table, few(teacher, steps)) for steps in (4, 6))
     assert rows.loc["between", "score"] == pytest.approx(np.sqrt(four * six))

@@ -15,7 +15,7 @@ from torch import Tensor
 from lib.grid.blocks import Blocks
 from lib.grid.plan import Plan
 from lib.judging.estimates import WORDS, Contrast, columns
-from lib.judging.evaluate import Judge, Measure, Prompts, paired
+from lib.judging.evaluate import Judge, Measure, Nearness, Prompts, paired
 
 FEW_STEPS = {"DDIM, uniform": (1, "uniform"), "DDIM, quadratic": (1, "quadratic"),
              "DPM-Solver++, uniform": (2, "uniform"), "DPM-Solver++, quadratic": (2, "quadratic")}
@@ -24,7 +24,7 @@ FEW_STEPS = {"DDIM, uniform": (1, "uniform"), "DDIM, quadratic": (1, "quadratic"
 SHOWN = ["name", "macs_ratio", "honest_factor", "score", "ratio", "ratio_low", "ratio_high", "ddim_ratio", "precision",
          "recall", "prompt_score"]
 OVER = ["plan_over_control", "plan_over_control_word", "second_over_control_word", "prompts_over_control_word",
-        "strongest"]
+        "nearness_over_control_word", "strongest"]
 """Columns that are shown of `Table.rows`, and besides of `Table.beside`; files have all."""
 
 
@@ -166,6 +166,10 @@ class Table:
         return judge.compare(self._seen(control, judge), [(self.features(plan, by=judge.extractor), 1.0)])
 
     @cached_property
+    def _nearness(self) -> Nearness:
+        return Nearness(self.features(self.reference), self.judge.extractor)
+
+    @cached_property
     def _further(self) -> Callable:
         """What else there is to say of features, once for each plan's: one plan may stand in many rows."""
         def further(features: Tensor) -> dict[str, float]:
@@ -181,7 +185,8 @@ class Table:
     def beside(self, name: str, plan: Plan, controls: Iterable[Control]) -> pd.DataFrame:
         """Score controls, each with the plan's score over its own: `plan_over_control` below 1 is better.
 
-        So do second_over_control for the second judge, and prompts_over_control for the share of prompts missed.
+        So do second_over_control for the second judge, prompts_over_control for the share of prompts missed, and
+        nearness_over_control for the squared distance to the reference's images from the same noise.
         `strongest` is true of that control whose score is least on the bank on which things are chosen: chosen on the
         report's noise, the luckiest would be taken for it.
         """
@@ -191,9 +196,11 @@ class Table:
                             for judge in (self.judge, self.second))
             asked = {} if self.prompts is None else self.prompts.compare(
                 *(self._seen(one, self.prompts) for one in (own, control))).columns("prompts_over_control")
+            near = self._nearness.compare(*(self._seen(one, self._nearness) for one in (own, control)))
             chosen = [(self.select(part), weight) for part, weight in control.plans]
             rows.append({"plan": name, "plan_macs": self.macs(plan), **self.row(control, "control"),
                          **over.columns("plan_over_control"), **second.columns("second_over_control"), **asked,
+                         **near.columns("nearness_over_control"),
                          "select_score": self.judge.blend(chosen).estimate.value})
         table = pd.DataFrame(rows)
         return table.assign(strongest=table["select_score"] == table["select_score"].min())
