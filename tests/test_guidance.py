@@ -5,7 +5,7 @@ import pytest
 
 from lib.grid.plan import COMPUTE, DROP, GIVEN, HOLD, LINE, NULL
 from lib.methods.flexiffusion import FreeSpace
-from lib.methods.guidance import Given, GuidedSpace
+from lib.methods.guidance import FixedPlans, GuidedSpace
 from lib.methods.search import search
 
 
@@ -22,7 +22,7 @@ def test_guided_throughout_is_the_plain_schedule_for_both_passes(space):
 
 
 def test_genes_say_where_the_null_pass_runs(teacher):
-    space = GuidedSpace(Given((teacher,)))
+    space = GuidedSpace(FixedPlans((teacher,)))
     genome = space.encode({"plan": 0}, begins=0.25, goes=0.5, every=2, holds="difference") | {"null_reuse": LINE}
     plan = space.decode(genome)
     last = teacher.steps - 1
@@ -32,6 +32,13 @@ def test_genes_say_where_the_null_pass_runs(teacher):
               for step in range(teacher.steps)]
     assert list(plan.net[plan.passes.index(NULL)]) == wanted and plan.null_holds == "difference"
     assert plan.alone().key == teacher.key
+
+
+def test_what_the_null_pass_would_hold_changes_a_plan_only_where_it_holds(teacher):
+    space = GuidedSpace(FixedPlans((teacher,)))
+    keys = {(every, holds): space.decode(space.encode({"plan": 0}, begins=0.2, every=every, holds=holds)).key
+            for every in (1, 2) for holds in ("output", "difference")}
+    assert keys[1, "output"] == keys[1, "difference"] and len(set(keys.values())) == 3
 
 
 def test_every_genome_is_a_plan_and_what_is_known_lies_in_the_space(space):
@@ -49,7 +56,7 @@ def test_every_genome_is_a_plan_and_what_is_known_lies_in_the_space(space):
 
 def test_a_search_finds_the_null_steps_that_matter(teacher, tmp_path):
     """Of a teacher whose images hang on the null pass in its middle alone, the search keeps the middle."""
-    space = GuidedSpace(Given((teacher,)), everies=(1,))
+    space = GuidedSpace(FixedPlans((teacher,)), everies=(1,))
     middle = teacher.steps // 2
 
     def error(plan):

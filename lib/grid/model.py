@@ -83,6 +83,11 @@ class Model:
     text : Text, where the network reads prompts
     prompts : tuple of str, those of which each image gets one
     guidance : float, the scale of classifier-free guidance; 1 is none, and one pass of the network is enough
+
+    Raises
+    ------
+    ValueError
+        If it is to be guided and reads nothing by which it could be.
     """
 
     network: nn.Module
@@ -91,6 +96,12 @@ class Model:
     text: Text | None = None
     prompts: tuple[str, ...] = ()
     guidance: float = 1.0
+
+    def __post_init__(self):
+        prompted = self.text is not None and self.prompts
+        if self.guidance != 1 and not prompted and not self.classes:
+            raise ValueError(f"this model cannot be guided (guidance {self.guidance:g}): its network reads neither "
+                             "labels alone nor prompts, or there are none. Set guidance to 1.")
 
     @cached_property
     def noise_schedule(self) -> NoiseSchedule:

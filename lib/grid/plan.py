@@ -349,7 +349,8 @@ class Plan(_Part):
             content["solver"] = "ddim"
         if not any((life.settled > COMPUTE).any() or (life.net > COMPUTE).any() for life in self.life):
             content["abscissa"] = None
-        if len(self.passes) == 1:
+        others = [life.net for name, life in zip(self.passes, self.life) if name != GIVEN]
+        if not any(np.isin(net, (HOLD, LINE, PARABOLA)).any() for net in others):  # computed or dropped throughout
             content["null_holds"] = None
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -18,7 +18,7 @@ from lib.grid.plan import GIVEN, HOLD, LINE, NULL, PARABOLA, Plan
 from lib.grid.sampling import walk
 from lib.judging import controls
 from lib.judging.banks import Bank
-from lib.judging.evaluate import Judge
+from lib.judging.evaluate import Judge, Nearness
 
 
 @torch.inference_mode()
@@ -43,7 +43,7 @@ def similarity(model: Model, plan: Plan, noise: Tensor) -> np.ndarray:
     values, before = np.full((plan.steps, len(described)), np.nan), {}
     try:
         with Engine(model.network, plan, model.noise_schedule) as engine:
-            for step, _ in enumerate(walk(engine, noise, model.asked(noise))):
+            for step, _ in enumerate(walk(engine, noise.to(model.device), model.asked(noise))):
                 for place, output in now.items():
                     if step:
                         alike = torch.cosine_similarity(output, before[place], dim=1)
@@ -75,7 +75,7 @@ def two_passes(model: Model, plan: Plan, noise: Tensor) -> pd.DataFrame:
     rows, before = [], {}
     try:
         with Engine(model.network, plan, model.noise_schedule) as engine:
-            for step, _ in enumerate(walk(engine, noise, model.asked(noise))):
+            for step, _ in enumerate(walk(engine, noise.to(model.device), model.asked(noise))):
                 null, given = outputs.pop()[:, :noise.shape[1]].flatten(1).chunk(2)
                 parts = {"null": null, "given": given, "difference": given - null}
                 row = {"step": step, "alike": torch.cosine_similarity(null, given).mean().item(),
@@ -122,7 +122,7 @@ def forecast_errors(model: Model, plan: Plan, noise: Tensor) -> pd.DataFrame:
     rows, known = [], {name: [] for name in described.names}  # of each block the last three computed (step, output)
     try:
         with Engine(model.network, plan.at(plan.timesteps), model.noise_schedule) as engine:
-            for step, _ in enumerate(walk(engine, noise, asked)):
+            for step, _ in enumerate(walk(engine, noise.to(model.device), asked)):
                 for name, computes in zip(described.names, plan.computes[step]):
                     if computes:
                         known[name] = [(step, now[name]), *known[name]][:3]
@@ -164,7 +164,7 @@ def reuse_by_error(plan: Plan, errors: pd.DataFrame) -> Plan:
                         provenance=plan.provenance | {"reuse": "by error"})
 
 
-def dividends(bank: Bank, judge: Judge, teacher: Plan, macs: Callable[[Plan], int], *, counts: Iterable[int],
+def dividends(bank: Bank, judge: Judge, best: Plan, macs: Callable[[Plan], int], *, counts: Iterable[int],
               branches: Iterable[int], reuses: Iterable[int], images: int) -> pd.DataFrame:
     """Ask where partial steps pay: one half-way after each full step, against more full steps for the same MACs.
 
@@ -173,7 +173,7 @@ def dividends(bank: Bank, judge: Judge, teacher: Plan, macs: Callable[[Plan], in
     Parameters
     ----------
     bank : Bank on which both are scored
-    teacher : Plan, full, of the schedule and blocks
+    best : Plan, full: the best teacher, to whose images both are compared
     macs : callable(plan) -> executed MACs
     counts, branches : numbers of full steps; branches of the partial ones
     reuses : 0 (hold), 2 (line) and 3 (parabola), what the partial ones do
@@ -182,23 +182,25 @@ def dividends(bank: Bank, judge: Judge, teacher: Plan, macs: Callable[[Plan], in
     Returns
     -------
     dividends : columns order, full_steps, branch, reuse (its name); calls (MACs over a full step's), share (of a full
-        step's MACs that a partial one executes), alike (mean cosine similarity between a full step and the next of what
-        is reused); ratio: columns of the `Contrast`, below 1 the partial steps pay
+        step's MACs that a partial one executes), alike (mean cosine similarity of neighbouring outputs of the blocks
+        that are reused, along these steps run in full); ratio (of scores) and nearness (of distances to the best
+        teacher's images): columns of the `Contrast`, below 1 the partial steps pay
     """
     described, names, rows = _blocks.describe(bank.model.network), {state: name for name, state in REUSES.items()}, []
-    call = macs(teacher) / teacher.steps
+    call, near = macs(best) / best.steps, Nearness(bank.features(best), bank.first)
     for order, full in product((1, 2), counts):
-        dense = Plan.few_steps(2 * full, "uniform", teacher, order)
+        dense = Plan.few_steps(2 * full, "uniform", best, order)
         likeness = np.nanmean(similarity(bank.model, dense, bank.noise(images)), axis=0)
-        ladder = [Plan.few_steps(steps, "uniform", teacher, order) for steps in range(full, 2 * full + 1)]
+        ladder = [Plan.few_steps(steps, "uniform", best, order) for steps in range(full, 2 * full + 1)]
         for branch, reuse in product(branches, reuses):
             plan = Plan.deepcache(2, described.branch(branch), dense, reuse)
             rival = controls.bracket("more full steps", ladder, macs(plan), macs)
-            ratio = judge.compare([(bank.features(plan, title="partial steps"), 1.0)],
-                                  [(bank.features(part, title="full steps"), weight) for part, weight in rival.plans])
+            pair = ([(bank.features(plan, title="partial steps"), 1.0)],
+                    [(bank.features(part, title="full steps"), weight) for part, weight in rival.plans])
             rows.append({"order": order, "full_steps": full, "branch": branch, "reuse": names[reuse],
                          "calls": macs(plan) / call, "share": macs(plan) / call / full - 1,
-                         "alike": float(likeness[~described.branch(branch)].mean()), **ratio.columns("ratio")})
+                         "alike": float(likeness[~described.branch(branch)].mean()),
+                         **judge.compare(*pair).columns("ratio"), **near.compare(*pair).columns("nearness")})
     return pd.DataFrame(rows)
 
 

@@ -187,18 +187,18 @@ class Prompts(Measure):
     def of(cls, bank: Bank, data: DataSet) -> Self | None:
         """Give the measure of a bank whose model is asked for a data set's prompts or labels; None where for neither.
 
-        The bank's first extractor has to be the classifier of the data set. Prompts that say no attributes count as
-        none.
+        The bank's first extractor reads them. Prompts that say no attributes count as none, and so do labels that it
+        was not taught.
         """
-        model, noise = bank.model, bank.noise()
+        model, noise, reader = bank.model, bank.noise(), bank.extractors[bank.first]
         if model.text is not None and data.attributes:
             known = dict(zip(data.prompts, data.answers.tolist()))
             asked = torch.tensor([known[one] for one in model.said(noise)])
-        elif model.classes:
+        elif model.classes and getattr(reader, "made_of", {}).get("outputs", [None])[0] == model.classes:
             asked = model.labels(noise)[:, None]
         else:
             return None
-        return cls(bank.extractors[bank.first], asked)
+        return cls(reader, asked)
 
     @property
     def extractor(self) -> str:

@@ -17,7 +17,7 @@ NULL_HOLDS = ("output", "difference")
 
 
 @dataclass(frozen=True)
-class Given:
+class FixedPlans:
     """The space of some plans, and nothing else."""
 
     plans: tuple[Plan, ...]

@@ -5,7 +5,6 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -24,13 +23,13 @@ class ParamsError(ValueError):
 
 def _data(source: str) -> str:
     drawn = re.fullmatch("digits|letters(:[1-9][0-9]*)?", source)
-    if not drawn and not source.startswith("hub:") and not Path(source).exists():
+    if not drawn and not source.startswith("hub:") and not (paths.ROOT / source).exists():
         raise ValueError("must be digits, letters or letters:COUNT, a file or folder that exists, or hub:OWNER/NAME")
     return source
 
 
 def _checkpoint(source: str) -> str:
-    if source and not source.startswith("hub:") and not (Path(source) / "model_index.json").exists():
+    if source and not source.startswith("hub:") and not (paths.ROOT / source / "model_index.json").exists():
         raise ValueError("must be empty, the folder of a diffusers pipeline, or hub:OWNER/NAME")
     return source
 
@@ -272,6 +271,8 @@ class ScheduleSearch(Common):
     def _settings(self) -> Self:
         if not len(self.claim_steps) == len(self.claim_solvers) == len(self.claim_guidance):
             raise ValueError("claim_steps, claim_solvers and claim_guidance must be as long as each other")
+        if any((scale == 1) != (self.guidance == 1) for scale in self.claim_guidance):
+            raise ValueError("claim_guidance: guided and unguided runs do not mix in a study; keep all at 1, or none")
         return self
 
 

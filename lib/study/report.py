@@ -52,18 +52,18 @@ def write_page(study: str) -> Path:
     return target
 
 
-def write_caching() -> Path | None:
+def write_caching() -> None:
     """Write ``reports/caching.csv`` and ``.png``: where partial steps pay, of all teachers of all published studies."""
-    found = sorted(paths.REPORTS.glob("*/0[47]_*/tables/dividends.csv"))
+    found = sorted(path for path in paths.REPORTS.glob("*/0[47]_*/tables/dividends.csv")
+                   if not path.parts[-4].startswith("smoke"))
     if not found:
-        return None
+        return
     networks = {"04_schedule_search": "UNet", "07_transformer": "transformer"}
     tables = [pd.read_csv(path).assign(teacher=f"{networks[path.parts[-3]]} ({path.parts[-4]})") for path in found]
     table = pd.concat(tables, ignore_index=True)
     table.to_csv(paths.REPORTS / "caching.csv", index=False, float_format="%.6g")
     figures.style()
     figures.caching(table).savefig(paths.REPORTS / "caching.png")
-    return paths.REPORTS / "caching.png"
 
 
 def results_table(study: str) -> str:
@@ -210,17 +210,16 @@ def _faster(table: pd.DataFrame) -> pd.Series:
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m lib.study.report", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["publish", "readme", "caching"])
+    parser.add_argument("command", choices=["publish", "readme"])
     parser.add_argument("--study", help="what to publish")
     arguments = parser.parse_args()
     if arguments.command == "publish":
         try:
             publish(arguments.study)
             print(f"published: {write_page(arguments.study)}")
+            write_caching()
         except (ParamsError, FileNotFoundError) as error:
             raise SystemExit(f"error: {error}") from None
-    elif arguments.command == "caching":
-        print(write_caching() or "no published study has asked where caching pays")
     else:
         readme = paths.ROOT / "README.md"
         readme.write_text(filled(readme.read_text()))

@@ -85,9 +85,11 @@ def ship(study: str) -> Path:
 
     from lib.teachers import networks  # torch, which running a notebook does not need here
 
-    made = networks.load(paths.DATA / study / "00_teacher_training" / "teacher")
-    folder = paths.DATA / "shipped" / params.load(study)["00_teacher_training"].data.partition(":")[0]
-    networks.save(folder, made, torch.bfloat16)
+    name = params.load(study)["00_teacher_training"].data.partition(":")[0]
+    if name not in ("digits", "letters"):
+        raise params.ParamsError(f"{study}: only teachers of digits and letters ship; its data are {name}")
+    folder = paths.DATA / "shipped" / name
+    networks.save(folder, networks.load(paths.DATA / study / "00_teacher_training" / "teacher"), torch.bfloat16)
     return folder
 
 

@@ -7,6 +7,7 @@ A notebook's results lie in ``data/<study>/<notebook>/``. Work that a kill shoul
 import hashlib
 import json
 import math
+import os
 import platform
 import re
 import shutil
@@ -52,6 +53,7 @@ class Stage:
             print(f"Other processes are busy: this notebook uses {threads} of {values.threads} threads. "
                   "That changes the last bits of its results.")
         torch.set_num_threads(threads)
+        os.chdir(paths.ROOT)  # as in the pipeline: paths in parameters begin there
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, on CUDA too
 
     def _digest(self) -> str:

@@ -267,7 +267,7 @@ def save(folder: Path, model: Model, dtype: torch.dtype = torch.float32) -> None
     Parameters
     ----------
     dtype : of the weights in the files; a narrower one than float32 rounds them. A text encoder's stay as they are:
-        it is loaded in the type in which it was stored
+        stock pipelines load it in the type in which it was stored
     """
     parts = {"unet" if hasattr(model.network, "down_blocks") else "transformer": model.network,
              "scheduler": model.schedule}
@@ -335,11 +335,7 @@ def load(source: Path | str, device: str = "cpu", prompts: Sequence[str] = (), g
         reader = CLIPTextModel.from_pretrained(**name, subfolder="text_encoder", use_safetensors=True).float()
         words = AutoTokenizer.from_pretrained(**name, subfolder="tokenizer", trust_remote_code=False)
         text = Text(reader.eval().requires_grad_(False).to(device), words)
-    model = Model(network, schedule, coder and Coder(_part(source, coder, device)), text, tuple(prompts), guidance)
-    if guidance != 1 and not model.classes and not (text and prompts):
-        raise ValueError(f"{source} cannot be guided (guidance {guidance:g}): its network reads neither labels alone "
-                         "nor prompts, or the data have none. Set guidance to 1.")
-    return model
+    return Model(network, schedule, coder and Coder(_part(source, coder, device)), text, tuple(prompts), guidance)
 
 
 def _part(source: Path | str, part: str, device: str) -> ModelMixin:

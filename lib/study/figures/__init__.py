@@ -1,6 +1,7 @@
 """Every figure, in one style, from numbers that are already there; each PNG has its numbers as CSV beside it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -47,7 +48,7 @@ STATES = {HOLD: ("holds", PALETTE[9]), COMPUTE: ("computes", KINDS["full"]), LIN
           PARABOLA: ("parabola", PALETTE[3])}
 """What a cell's states, in their order, are called in figures, and their colours, everywhere."""
 REUSES = {"hold": (STATES[HOLD][1], "^"), "line": (STATES[LINE][1], "o"), "parabola": (STATES[PARABOLA][1], "s"),
-          "by error": (PALETTE[3], "P")}
+          "by error": (PALETTE[2], "P")}
 """Colour and marker of whole plans whose cells reuse in one way."""
 
 
@@ -206,27 +207,28 @@ def caching(table: pd.DataFrame) -> Figure:
 
     Parameters
     ----------
-    table : columns teacher, order, reuse, share, alike and ratio (below 1 they pay; NaN rows are left out), as
+    table : columns teacher, order, reuse, share, alike and nearness (below 1 they pay; NaN rows are left out), as
         `lib.judging.analysis.dividends` gives them
     """
-    table = table.dropna(subset="ratio").assign(change=lambda rows: 1 - rows["alike"])
+    table = table.dropna(subset="nearness").assign(change=lambda rows: 1 - rows["alike"])
     figure, panels = plt.subplots(1, 2, figsize=(WIDE, 3.2), sharey=True)
     labels = {"share": "a partial step's share of a full step's MACs", "change": "1 - likeness of what is reused"}
     for axes, (column, label) in zip(panels, labels.items()):
-        for marker, (teacher, rows) in zip("osD^v<>PX*", table.groupby("teacher", sort=False)):
+        for marker, (teacher, rows) in zip(cycle("osD^v<>PX*"), table.groupby("teacher", sort=False)):
             for reuse, few in rows.groupby("reuse", sort=False):
                 for order, some in few.groupby("order"):
-                    axes.plot(some[column], some["ratio"], marker, color=REUSES[reuse][0], ms=4, ls="",
+                    axes.plot(some[column], some["nearness"], marker, color=REUSES[reuse][0], ms=4, ls="",
                               mfc="none" if order == 1 else REUSES[reuse][0])
             axes.plot([], [], marker, color="0.3", ls="", ms=4, label=teacher)
-        ranks = table[[column, "ratio"]].corr("spearman").iloc[0, 1]
+        ranks = table[[column, "nearness"]].corr("spearman").iloc[0, 1]
         axes.axhline(1, color="0.5", lw=0.8)
         axes.set(xlabel=label, xscale="log", yscale="log", title=f"rank correlation {ranks:.2f}")
         plain_logarithm(axes.xaxis)
         plain_logarithm(axes.yaxis)
     for reuse in table["reuse"].unique():
         panels[0].plot([], [], "s", color=REUSES[reuse][0], ms=4, label=reuse)
-    panels[0].set(ylabel="with partial steps / more full steps\n(open: DDIM, filled: DPM-Solver++)")
+    panels[0].set(ylabel="distance to the best teacher's images,\nwith partial steps / more full steps\n"
+                         "(open: DDIM, filled: DPM-Solver++)")
     panels[0].legend(fontsize=6)
     panels[1].legend(fontsize=6)
     return figure

@@ -34,10 +34,12 @@ def scales(table: pd.DataFrame) -> Figure:
 
     Parameters
     ----------
-    table : columns scale, score, prompts and each of these two with _low and _high
+    table : columns scale, score, and prompts where there are some; these two with _low and _high
     """
-    figure, axes = plt.subplots(1, 2, figsize=(WIDE, 2.4))
-    for axis, name, label in zip(axes, ("score", "prompts"), ("score (less is better)", "prompts drawn right")):
+    labels = {"score": "score (less is better)", "prompts": "prompts drawn right"}
+    labels = {name: label for name, label in labels.items() if name in table}
+    figure, axes = plt.subplots(1, len(labels), figsize=(WIDE, 2.4), squeeze=False)
+    for axis, (name, label) in zip(axes[0], labels.items()):
         reach = [table[name] - table[f"{name}_low"], table[f"{name}_high"] - table[name]]
         axis.errorbar(table["scale"], table[name], reach, color=COLOURS["teacher"], marker="o", capsize=2)
         axis.set(xlabel="scale of guidance (1: none, one pass)", ylabel=label)

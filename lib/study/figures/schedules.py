@@ -112,22 +112,17 @@ def dividends(table: pd.DataFrame) -> Figure:
 
     Parameters
     ----------
-    table : columns order, full_steps (written at each point), branch, reuse (held, or forecast by a line or a
-        parabola), calls, ratio, ratio_low, ratio_high; and teacher, where there are several
+    table : columns order, branch, reuse (of `REUSES`), calls, ratio, ratio_low, ratio_high
     """
-    parts = ["teacher", "branch"] if "teacher" in table else ["branch"]
     solvers = {1: "DDIM (order 1)", 2: "DPM-Solver++ (order 2)"}
     figure, panels = plt.subplots(1, len(solvers), figsize=(WIDE, 3), sharey=True)
-    lines = ("-", "--", ":", "-.")
     for axes, (order, rows) in zip(panels, table.groupby("order")):
-        for style, (which, part) in zip(cycle(lines), rows.groupby(parts, sort=False)):
+        for style, (branch, part) in zip(cycle(("-", "--", ":", "-.")), rows.groupby("branch")):
             for reuse, line in part.groupby("reuse", sort=False):
                 colour, marker = REUSES[reuse]
                 bars = [line["ratio"] - line["ratio_low"], line["ratio_high"] - line["ratio"]]
-                label = ", ".join(f"branch {value}" if name == "branch" else str(value)
-                                  for name, value in zip(parts, which)) + f": {reuse}"
                 axes.errorbar(line["calls"], line["ratio"], bars, marker=marker, ms=4, lw=1, ls=style, elinewidth=0.8,
-                              capsize=2, color=colour, label=label)
+                              capsize=2, color=colour, label=f"branch {branch}, {reuse}")
         axes.axhline(1, color="0.5", lw=0.8)
         axes.set(xscale="log", yscale="log", xlabel="executed MACs (in full network calls)", title=solvers[order])
         plain_logarithm(axes.xaxis)
