@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -154,3 +155,20 @@ def test_publishing_copies_numbers_and_no_weights(tmp_path, monkeypatch):
     found = {str(file.relative_to(tmp_path / "reports" / "smoke")) for file in (tmp_path / "reports").rglob("*.*")}
     assert found == {f"00_teacher_training/{name}" for name in ("metrics.json", "figures/a.png", "tables/b.csv")} | {
         f"{other}/metrics.json" for other in others}
+
+
+def test_where_caching_pays_is_drawn_of_all_studies_that_mean_something(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "REPORTS", tmp_path)
+    report.write_caching()
+    assert not list(tmp_path.iterdir()), "nothing is published yet"
+    rows = pd.DataFrame([{"order": order, "full_steps": 9, "branch": 0, "reuse": reuse, "calls": 10.3, "share": 0.15,
+                          "alike": 0.99, "ratio": 1.1, "nearness": value}
+                         for order in (1, 2) for reuse, value in (("hold", 0.5), ("line", 2.0), ("parabola", np.nan))])
+    for study, notebook in (("mine", "04_schedule_search"), ("mine", "07_transformer"), ("smoke", "04_schedule_search")):
+        folder = tmp_path / study / notebook / "tables"
+        folder.mkdir(parents=True)
+        rows.to_csv(folder / "dividends.csv", index=False)
+    report.write_caching()
+    found = pd.read_csv(tmp_path / "caching.csv")
+    assert set(found["teacher"]) == {"UNet (mine)", "transformer (mine)"} and len(found) == 12
+    assert (tmp_path / "caching.png").stat().st_size > 5000
