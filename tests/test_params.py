@@ -87,6 +87,8 @@ def test_numbers_like_1e_4_are_numbers(write):
     ("budgets: [0.5]", "budgets: [1.5]", r"budgets.0: Input should be less than or equal to 1"),
     ("guidance: 1.0", "guidance: 0.5", "guidance: Input should be greater than or equal to 1"),
     ("guidance: 1.0", "guidance: 2.0", "guidance is 2, and the network reads nothing by which to guide it"),
+    ("claim_guidance: [1.0]", "claim_guidance: [1.5]", "guided and unguided runs do not mix in a study"),
+    ("claim_guidance: [1.0]", "claim_guidance: []", "claim_steps, claim_solvers and claim_guidance must be as long"),
     ("latent_channels: 0", "latent_channels: 4", "latents need an autoencoder that is trained"),
     ("autoencoder_steps: 0", "autoencoder_steps: 9", "latent_channels is 0, autoencoder_steps 9"),
     ("common:", "comon:", r"sections missing: \['common'\]; unknown: \['comon'\]"),

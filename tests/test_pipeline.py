@@ -9,13 +9,16 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 import torch
 from ruamel.yaml import YAML
 
+from lib.grid.model import Model
 from lib.study import params, paths, report, run, stage
+from lib.teachers import networks
 
 STAGES = list(params.NOTEBOOKS)
 IDLE = {"lib/__init__.py", *(f"lib/{wing}/__init__.py" for wing in ("grid", "teachers", "judging", "methods", "study")),
@@ -410,3 +413,17 @@ def test_a_study_of_some_notebooks_runs_these_and_is_published(monkeypatch, tmp_
     run.study("digits")
     assert told == [["repro", "00_teacher_training@digits", "05_pruner_training@digits"], "published digits",
                     "page digits"]
+
+
+def test_a_studys_teacher_is_shipped_and_nobody_elses_folder_is_written_to(tmp_path, monkeypatch, unet, schedule):
+    monkeypatch.setattr(paths, "DATA", tmp_path)
+    networks.save(tmp_path / "digits" / "00_teacher_training" / "teacher", Model(unet, schedule))
+    folder = run.ship("digits")
+    assert folder == tmp_path / "shipped" / "digits"
+    for mine, theirs in zip(unet.parameters(), networks.load(folder).network.parameters(), strict=True):
+        assert torch.equal(mine.bfloat16().float(), theirs)
+    of_mine = {"00_teacher_training": SimpleNamespace(data=str(tmp_path / "images"))}
+    monkeypatch.setattr(params, "load", lambda study: of_mine)
+    with pytest.raises(params.ParamsError, match="only teachers of digits and letters ship"):
+        run.ship("mine")
+    assert not (tmp_path / "images").exists()

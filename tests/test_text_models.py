@@ -7,6 +7,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from lib.apply import Planned
 from lib.grid import blocks, cost, sampling
+from lib.grid.engine import Engine
 from lib.grid.model import Model
 from lib.grid.plan import Plan, trailing
 from lib.judging import analysis
@@ -90,9 +91,19 @@ def test_of_a_guided_model_each_pass_reuses_by_its_own_errors(painter, plan):
     errors = analysis.forecast_errors(painter, plan, noise)
     assert set(errors["pass"]) == {"null", "given"}
     alone = analysis.forecast_errors(painter.replace(guidance=1.0), plan, noise)
-    both = errors[errors["pass"] == "given"].reset_index(drop=True)
-    first = both["step"] == both["step"].min()  # further on the guided run walks elsewhere
-    assert set(alone["pass"]) == {"given"} and len(both) == len(alone) and both.loc[first, "since"].eq(1).all()
+    assert set(alone["pass"]) == {"given"} and len(errors) == 2 * len(alone)
+    steps = plan.timesteps  # by hand: what the block gives for the prompt, at the noise and after one guided step
+    with Engine(painter.network, plan.at(steps), painter.noise_schedule) as engine:
+        x_1 = next(iter(sampling.walk(engine, noise, painter.asked(noise))))
+    gave = []
+    handle = painter.network.mid_block.register_forward_hook(lambda *call: gave.append(call[-1].flatten(1)))
+    with torch.inference_mode():
+        for x_t, t in ((noise, steps[0]), (x_1, steps[1])):
+            painter.network(x_t, t, **painter.asked(noise).given)
+    handle.remove()
+    far = ((gave[0] - gave[1]).norm(dim=1) / gave[1].norm(dim=1)).mean()
+    mid = errors[(errors["step"] == 1) & (errors["block"] == "mid")].set_index("pass")["hold"]
+    assert mid["given"] == pytest.approx(float(far), rel=1e-4) != mid["null"]
     made = analysis.reuse_by_error(plan, errors)
     assert made.passes == ("null", "given") and sampling.sample(painter, made, noise).isfinite().all()
 

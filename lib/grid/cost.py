@@ -124,7 +124,8 @@ def count(network: nn.Module, conditions: sampling.Conditions | None = None) -> 
     for block in described:
         twin.get_submodule(block.modules[-1]).register_forward_hook(measure(block.name))
     with FlopCounterMode(display=False, depth=None) as counter:
-        given = (conditions and conditions.given) or _blocks.example_conditions(network, 1, "meta")
+        known = conditions is not None and conditions.given
+        given = conditions.given if known else _blocks.example_conditions(network, 1, "meta")
         given = tree_map_only(torch.Tensor, lambda rows: rows.to("meta"), given)
         predicted = twin(x_t, timestep=torch.zeros(1, device="meta", dtype=torch.long), **given)
     outputs["net"] = predicted[0].numel()

@@ -1,13 +1,14 @@
 """What a teacher's blocks do from step to step, what reusing one costs, and what the papers' models cost."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import product
 
 import numpy as np
 import pandas as pd
 import torch
 from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DConditionModel, UNet2DModel
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lib.grid import blocks as _blocks
@@ -19,6 +20,25 @@ from lib.grid.sampling import walk
 from lib.judging import controls
 from lib.judging.banks import Bank
 from lib.judging.evaluate import Judge, Nearness
+
+
+@contextmanager
+def _outputs(network: ModelMixin) -> Iterator[dict[str, Tensor]]:
+    """Give what each block gave last, by its name, flattened to (n, D); it fills as the network is called."""
+    now: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+            now[name] = (output[0] if isinstance(output, tuple) else output).flatten(1).clone()
+        return hook
+
+    handles = [network.get_submodule(block.modules[-1]).register_forward_hook(keep(block.name))
+               for block in _blocks.describe(network)]
+    try:
+        yield now
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.inference_mode()
@@ -35,23 +55,14 @@ def similarity(model: Model, plan: Plan, noise: Tensor) -> np.ndarray:
     similarity : (T, N), cosine similarity with the step before, mean over images; NaN at the first step
     """
     described = _blocks.describe(model.network)
-    now: dict[int, Tensor] = {}
-    handles = [model.network.get_submodule(block.modules[-1]).register_forward_hook(
-        lambda module, inputs, output, place=place: now.__setitem__(
-            place, (output[0] if isinstance(output, tuple) else output).flatten(1)))
-        for place, block in enumerate(described)]
     values, before = np.full((plan.steps, len(described)), np.nan), {}
-    try:
-        with Engine(model.network, plan, model.noise_schedule) as engine:
-            for step, _ in enumerate(walk(engine, noise.to(model.device), model.asked(noise))):
-                for place, output in now.items():
-                    if step:
-                        alike = torch.cosine_similarity(output, before[place], dim=1)
-                        values[step, place] = float(alike.mean())
-                before = dict(now)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _outputs(model.network) as now, Engine(model.network, plan, model.noise_schedule) as engine:
+        for step, _ in enumerate(walk(engine, noise.to(model.device), model.asked(noise))):
+            for name, output in now.items():
+                if step:
+                    alike = torch.cosine_similarity(output, before[name], dim=1)
+                    values[step, described.index[name]] = float(alike.mean())
+            before = dict(now)
     return values
 
 
@@ -115,25 +126,18 @@ def forecast_errors(model: Model, plan: Plan, noise: Tensor) -> pd.DataFrame:
     described, asked = _blocks.describe(model.network), model.asked(noise)
     passes = (GIVEN,) if asked.null is None else (NULL, GIVEN)
     places = solvers.abscissae(plan.timesteps, plan.schedule, plan.abscissa).tolist()
-    now: dict[str, Tensor] = {}
-    handles = [model.network.get_submodule(block.modules[-1]).register_forward_hook(
-        lambda module, inputs, output, name=block.name: now.__setitem__(
-            name, (output[0] if isinstance(output, tuple) else output).flatten(1).clone())) for block in described]
     rows, known = [], {name: [] for name in described.names}  # of each block the last three computed (step, output)
-    try:
-        with Engine(model.network, plan.at(plan.timesteps), model.noise_schedule) as engine:
-            for step, _ in enumerate(walk(engine, noise.to(model.device), asked)):
-                for name, computes in zip(described.names, plan.computes[step]):
-                    if computes:
-                        known[name] = [(step, now[name]), *known[name]][:3]
-                        continue
-                    about = {"step": step, "block": name, "since": step - known[name][0][0]}
-                    far = [_reuse_errors(now[name], known[name][:depth], places, step, len(passes))
-                           if depth <= len(known[name]) else (np.nan,) * len(passes) for depth in (1, 2, 3)]
-                    rows += [{"pass": which} | about | dict(zip(REUSES, one)) for which, *one in zip(passes, *far)]
-    finally:
-        for handle in handles:
-            handle.remove()
+    full = plan.at(plan.timesteps)
+    with _outputs(model.network) as now, Engine(model.network, full, model.noise_schedule) as engine:
+        for step, _ in enumerate(walk(engine, noise.to(model.device), asked)):
+            for name, computes in zip(described.names, plan.computes[step]):
+                if computes:
+                    known[name] = [(step, now[name]), *known[name]][:3]
+                    continue
+                about = {"step": step, "block": name, "since": step - known[name][0][0]}
+                far = [_reuse_errors(now[name], known[name][:depth], places, step, len(passes))
+                       if depth <= len(known[name]) else (np.nan,) * len(passes) for depth in (1, 2, 3)]
+                rows += [{"pass": which} | about | dict(zip(REUSES, one)) for which, *one in zip(passes, *far)]
     return pd.DataFrame(rows)
 
 
@@ -157,7 +161,7 @@ def reuse_by_error(plan: Plan, errors: pd.DataFrame) -> Plan:
     for name in passes:
         sheet = plan.cells
         for row in errors[errors["pass"] == name].to_dict("records"):
-            best = min((state for state in REUSES if row[state] == row[state]), key=row.get)
+            best = min((state for state in REUSES if pd.notna(row[state])), key=row.get)
             sheet[row["step"], plan.blocks.index(row["block"])] = REUSES[best]
         sheets.append(tuple(map(tuple, sheet.tolist())))
     return plan.replace(passes=passes, states=tuple(sheets), net=plan.net * len(passes),

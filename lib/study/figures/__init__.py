@@ -47,7 +47,7 @@ KINDS = {"null": "white", "partial": sns.color_palette("pastel")[0], "full": PAL
 STATES = {HOLD: ("holds", PALETTE[9]), COMPUTE: ("computes", KINDS["full"]), LINE: ("line", PALETTE[5]),
           PARABOLA: ("parabola", PALETTE[3])}
 """What a cell's states, in their order, are called in figures, and their colours, everywhere."""
-REUSES = {"hold": (STATES[HOLD][1], "^"), "line": (STATES[LINE][1], "o"), "parabola": (STATES[PARABOLA][1], "s"),
+REUSE_LOOKS = {"hold": (STATES[HOLD][1], "^"), "line": (STATES[LINE][1], "o"), "parabola": (STATES[PARABOLA][1], "s"),
           "by error": (PALETTE[2], "P")}
 """Colour and marker of whole plans whose cells reuse in one way."""
 
@@ -180,11 +180,11 @@ def forecasts(table: pd.DataFrame, ylabel: str) -> Figure:
 
     Parameters
     ----------
-    table : columns family (of `REUSES`, or a control's), order, macs_percent, ratio, ratio_low, ratio_high
+    table : columns family (of `REUSE_LOOKS`, or a control's), order, macs_percent, ratio, ratio_low, ratio_high
     """
     orders = sorted(table["order"].unique(), reverse=True)
     figure, panels = plt.subplots(1, len(orders), figsize=(WIDE, 3), sharey=True, squeeze=False)
-    looks = REUSES | {"evenly spaced": ("0.0", "D"), "searched steps": ("0.3", ">")}
+    looks = REUSE_LOOKS | {"evenly spaced": ("0.0", "D"), "searched steps": ("0.3", ">")}
     for axes, order in zip(panels[0], orders):
         for family, rows in table[table["order"] == order].groupby("family", sort=False):
             rows, (colour, marker) = rows.sort_values("macs_percent"), looks[family]
@@ -211,26 +211,24 @@ def caching(table: pd.DataFrame) -> Figure:
         `lib.judging.analysis.dividends` gives them
     """
     table = table.dropna(subset="nearness").assign(change=lambda rows: 1 - rows["alike"])
-    figure, panels = plt.subplots(1, 2, figsize=(WIDE, 3.2), sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(WIDE, 3.4), sharey=True)
     labels = {"share": "a partial step's share of a full step's MACs", "change": "1 - likeness of what is reused"}
+    markers = dict(zip(table["teacher"].unique(), cycle("osD^v<>PX*")))
     for axes, (column, label) in zip(panels, labels.items()):
-        for marker, (teacher, rows) in zip(cycle("osD^v<>PX*"), table.groupby("teacher", sort=False)):
-            for reuse, few in rows.groupby("reuse", sort=False):
-                for order, some in few.groupby("order"):
-                    axes.plot(some[column], some["nearness"], marker, color=REUSES[reuse][0], ms=4, ls="",
-                              mfc="none" if order == 1 else REUSES[reuse][0])
-            axes.plot([], [], marker, color="0.3", ls="", ms=4, label=teacher)
+        for (teacher, reuse, order), rows in table.groupby(["teacher", "reuse", "order"], sort=False):
+            colour = REUSE_LOOKS[reuse][0]
+            axes.plot(rows[column], rows["nearness"], markers[teacher], color=colour, ms=4, ls="",
+                      mfc="none" if order == 1 else colour)
         ranks = table[[column, "nearness"]].corr("spearman").iloc[0, 1]
         axes.axhline(1, color="0.5", lw=0.8)
-        axes.set(xlabel=label, xscale="log", yscale="log", title=f"rank correlation {ranks:.2f}")
-        plain_logarithm(axes.xaxis)
+        axes.set(xlabel=label, yscale="log", title=f"rank correlation {ranks:.2f}")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         plain_logarithm(axes.yaxis)
-    for reuse in table["reuse"].unique():
-        panels[0].plot([], [], "s", color=REUSES[reuse][0], ms=4, label=reuse)
     panels[0].set(ylabel="distance to the best teacher's images,\nwith partial steps / more full steps\n"
                          "(open: DDIM, filled: DPM-Solver++)")
-    panels[0].legend(fontsize=6)
-    panels[1].legend(fontsize=6)
+    keys = [plt.Line2D([], [], marker=marker, color="0.3", ls="", ms=4, label=name) for name, marker in markers.items()]
+    keys += [plt.Rectangle((0, 0), 1, 1, fc=REUSE_LOOKS[name][0], label=name) for name in table["reuse"].unique()]
+    figure.legend(handles=keys, loc="outside lower center", ncols=4, fontsize=7)
     return figure
 
 
@@ -336,7 +334,7 @@ def judges(table: pd.DataFrame) -> Figure:
     """
     figure, axes = plt.subplots(figsize=(WIDE, 3.6))
     for family, rows in table.groupby("family", sort=False):
-        colour, marker, *_ = REUSES.get(family) or CONTROLS.get(family, OTHER)
+        colour, marker, *_ = REUSE_LOOKS.get(family) or CONTROLS.get(family, OTHER)
         bars = [[rows[name] - rows[f"{name}_low"], rows[f"{name}_high"] - rows[name]]
                 for name in ("score", "second_score")]
         axes.errorbar(rows["score"], rows["second_score"], xerr=bars[0], yerr=bars[1], color=colour, marker=marker,

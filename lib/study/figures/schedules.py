@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib.study.figures import COLOURS, CONTROLS, OTHER, PALETTE, REUSES, WIDE, plain_logarithm
+from lib.study.figures import COLOURS, CONTROLS, OTHER, PALETTE, REUSE_LOOKS, WIDE, plain_logarithm
 
 
 def search_progress(found: pd.DataFrame, budgets: Sequence[float], title: str) -> Figure:
@@ -112,14 +112,14 @@ def dividends(table: pd.DataFrame) -> Figure:
 
     Parameters
     ----------
-    table : columns order, branch, reuse (of `REUSES`), calls, ratio, ratio_low, ratio_high
+    table : columns order, branch, reuse (of `REUSE_LOOKS`), calls, ratio, ratio_low, ratio_high
     """
     solvers = {1: "DDIM (order 1)", 2: "DPM-Solver++ (order 2)"}
     figure, panels = plt.subplots(1, len(solvers), figsize=(WIDE, 3), sharey=True)
     for axes, (order, rows) in zip(panels, table.groupby("order")):
         for style, (branch, part) in zip(cycle(("-", "--", ":", "-.")), rows.groupby("branch")):
             for reuse, line in part.groupby("reuse", sort=False):
-                colour, marker = REUSES[reuse]
+                colour, marker = REUSE_LOOKS[reuse]
                 bars = [line["ratio"] - line["ratio_low"], line["ratio_high"] - line["ratio"]]
                 axes.errorbar(line["calls"], line["ratio"], bars, marker=marker, ms=4, lw=1, ls=style, elinewidth=0.8,
                               capsize=2, color=colour, label=f"branch {branch}, {reuse}")
