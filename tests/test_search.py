@@ -46,7 +46,7 @@ def macs(plan):
 
 
 def run(teacher, journal, trials=60, **options):
-    return search(Toy(teacher), error, macs, trials=trials, population=10, seed=0, storage=journal, **options)
+    return search(Toy(teacher), error, macs, trials=trials, population=10, seed=2, storage=journal, **options)
 
 
 def test_it_repeats_and_draws_better_than_random(teacher, tmp_path):
@@ -69,8 +69,8 @@ def test_mutation_alone_crosses_nothing_and_finds_better_than_random(teacher, tm
     found = run(teacher, tmp_path / "one", method="mutation")
     random = run(teacher, tmp_path / "two", method="random")
     assert np.median([found.error for found in found[30:]]) < np.median([found.error for found in random[30:]])
-    assert job(teacher, tmp_path / "three", method="mutation").open().sampler._child_generation_strategy \
-        ._crossover_prob == 0
+    alone = job(teacher, tmp_path / "three", method="mutation")
+    assert alone.sampler(alone.open())._child_generation_strategy._crossover_prob == 0
 
 
 def test_no_evaluation_is_spent_over_the_budget(teacher, tmp_path):
@@ -110,6 +110,8 @@ def test_it_resumes_and_loses_only_the_running_trial(teacher, tmp_path):
     assert [one.plan.key for one in found][:20] == before
     assert len(calls) == len(set(calls)) == len(found) == 40
     assert calls[20:21] == broken, "what was being evaluated is evaluated first"
+    whole = search(Toy(teacher), error, macs, **arguments | {"storage": tmp_path / "whole"})
+    assert [one.plan.key for one in found] == [one.plan.key for one in whole], "as if it had not been interrupted"
 
 
 def test_another_space_error_or_budget_under_one_title_is_another_search(teacher, tmp_path):

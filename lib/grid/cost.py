@@ -9,7 +9,7 @@ import copy
 import json
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -104,17 +104,19 @@ class Costs:
         return cls(**json.loads(path.read_text()))
 
 
-def count(network: nn.Module, conditions: sampling.Conditions | None = None) -> Costs:
-    """Count MACs and parameters of a network's blocks for one image of the network's sample size.
+def count(network: nn.Module, conditions: sampling.Conditions | None = None, shape: Sequence[int] | None = None
+          ) -> Costs:
+    """Count MACs and parameters of a network's blocks for one image.
 
     Parameters
     ----------
     conditions : Conditions of one image; None for what such networks mostly read
+    shape : of what the network is given, (C, H, W); None for its sample size
     """
     # Parameters, which want gradients: of tensors that do not, the counter misses what attention multiplies.
     weightless = {id(tensor): nn.Parameter(tensor.detach().to("meta")) for tensor in network.parameters()}
     twin = copy.deepcopy(network, weightless).to("meta").float()
-    x_t = torch.empty(1, *_blocks.input_shape(network), device="meta")
+    x_t = torch.empty(1, *(shape or _blocks.input_shape(network)), device="meta")
     described, outputs = _blocks.describe(network), {}
 
     def measure(name: str) -> Callable:
@@ -166,9 +168,9 @@ def interleave(runs: dict[str, Callable[[], object]], repeats: int, warmup: int 
     seconds : dict of name to list of float, (repeats,)
     """
     def timed(run: Callable[[], object]) -> float:
-        start = _now()
+        start = now()
         run()
-        return _now() - start
+        return now() - start
 
     for run in list(runs.values()) * warmup:
         timed(run)
@@ -241,11 +243,11 @@ class Latency:
         KeyError
             If a column's pattern was not measured.
         """
-        patterns = _patterns(plan)
-        strange = set(patterns) - set(self.seconds)
+        columns = patterns(plan)
+        strange = set(columns) - set(self.seconds)
         if strange:
             raise KeyError(f"the latency table has no column {sorted(strange)[0]}: measure a plan that holds it")
-        return [self.seconds[pattern] for pattern in patterns]
+        return [self.seconds[pattern] for pattern in columns]
 
     def save(self, path: Path) -> None:
         """Write the table as JSON."""
@@ -270,23 +272,23 @@ def measure(model: Model, plans: Iterable[Plan], noise: torch.Tensor, *, precisi
     conditions : Conditions of the B images; None for those that the model draws
     """
     engines = [graphs.engine(model.network, plan, model.noise_schedule) for plan in plans]
-    seconds: dict[str, list[float]] = {pattern: [] for engine in engines for pattern in _patterns(engine.plan)}
+    seconds: dict[str, list[float]] = {pattern: [] for engine in engines for pattern in patterns(engine.plan)}
     conditions = conditions or model.asked(noise)
     with torch.inference_mode(), sampling.autocast(noise.device, precision):
         for turn in tqdm(range(repeats + 1), desc="latency of columns", unit="round"):
             for engine in engines:
                 with engine:
-                    start = _now()
+                    start = now()
                     steps = sampling.walk(engine, noise, conditions)
-                    for pattern, _ in zip(_patterns(engine.plan), steps, strict=True):
+                    for pattern, _ in zip(patterns(engine.plan), steps, strict=True):
                         if turn:
-                            seconds[pattern].append(_now() - start)
-                        start = _now()
+                            seconds[pattern].append(now() - start)
+                        start = now()
     return Latency({pattern: float(np.median(times)) for pattern, times in seconds.items()}, len(noise), precision)
 
 
-def _patterns(plan: Plan) -> list[str]:
-    """Give for each step which cells run and whether the network is called, of all passes one after the other."""
+def patterns(plan: Plan) -> list[str]:
+    """Give for each step, as a string of 1 and 0, which cells run and whether the network is called, of all passes."""
     live = np.concatenate([part for life in plan.life for part in (life.live, life.called[:, None])], axis=1)
     return ["".join("01"[int(runs)] for runs in row) for row in live]
 
@@ -311,11 +313,11 @@ def block_seconds(network: nn.Module, x_t: torch.Tensor, repeats: int,
     starts: dict[str, float] = {}
 
     def before(path):
-        return lambda *_: starts.__setitem__(path, _now())
+        return lambda *_: starts.__setitem__(path, now())
 
     def after(path):
         def add(*_):
-            spent[owner[path]] = spent.get(owner[path], 0.0) + _now() - starts[path]
+            spent[owner[path]] = spent.get(owner[path], 0.0) + now() - starts[path]
         return add
 
     handles = []
@@ -326,9 +328,9 @@ def block_seconds(network: nn.Module, x_t: torch.Tensor, repeats: int,
     with torch.inference_mode():
         for _ in range(repeats + 1):
             spent.clear()
-            start = _now()
+            start = now()
             network(x_t, timestep=torch.full((len(x_t),), 500, device=x_t.device), **conditions)
-            rounds.append(dict(spent) | {"stem and head": _now() - start - sum(spent.values())})
+            rounds.append(dict(spent) | {"stem and head": now() - start - sum(spent.values())})
     for handle in handles:
         handle.remove()
     return {name: float(np.median([r[name] for r in rounds[1:]])) for name in rounds[0]}
@@ -375,7 +377,7 @@ class _Watch(TorchDispatchMode):
         self.peak = max(self.peak, self.held)
 
 
-def _now() -> float:
+def now() -> float:
     """Give the time once all that was asked of a GPU is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

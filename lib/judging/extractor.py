@@ -9,6 +9,9 @@ had, any of torch-fidelity's own extractors may be the second judge.
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,6 +34,8 @@ it learns the letters' styles far too slowly."""
 
 TASKS = {"classes": "classifier", "rotation": "turns", "denoising": "denoiser"}
 """What an extractor may learn, and how the names of such extractors begin."""
+FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+"""The variable by which torch is told to load nothing but weights."""
 BORROWED = "torch-fidelity:"
 """So begins a judge that is one of torch-fidelity's own extractors, such as torch-fidelity:dinov2-vit-s-14."""
 
@@ -86,6 +91,19 @@ class Extractor(nn.Module):
         return f"{TASKS[self.made_of['task']]}-{digest.hexdigest()[:8]}"
 
 
+@contextmanager
+def weights_alone() -> Iterator[None]:
+    """Let torch load nothing but weights, whoever asks it: what torch-fidelity fetches are pickles."""
+    before = os.environ.get(FORCED)
+    os.environ[FORCED] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(FORCED)
+        if before is not None:
+            os.environ[FORCED] = before
+
+
 class Borrowed(nn.Module):
     """One of torch-fidelity's own extractors, with its weights as torch-fidelity finds or fetches them.
 
@@ -103,7 +121,8 @@ class Borrowed(nn.Module):
                              f"{', '.join(FEATURE_EXTRACTORS_REGISTRY)}")
         layer = FEATURE_EXTRACTORS_REGISTRY[name].get_default_feature_layer_for_metric("fid")
         try:
-            self.net = create_feature_extractor(name, [layer], cuda=False, verbose=False)
+            with weights_alone():
+                self.net = create_feature_extractor(name, [layer], cuda=False, verbose=False)
         except (OSError, RuntimeError) as error:
             raise ValueError(f"judge: the weights of {name} cannot be had ({error}). Fetch them where there is a "
                              "network, or take the judge denoising or rotation.") from None

@@ -176,7 +176,11 @@ def shortest(model: Model, teacher: Plan, counts: Sequence[int], noise: Tensor, 
     """
     if not 1 <= min(counts) <= max(counts) <= teacher.steps:
         raise ValueError(f"counts: of {teacher.steps} timesteps 1 to {teacher.steps} can be kept, got {list(counts)}")
-    price = jumps(model, teacher, noise, precision)
+    return along(teacher, counts, order, jumps(model, teacher, noise, precision))
+
+
+def along(teacher: Plan, counts: Sequence[int], order: int, price: np.ndarray) -> dict[int, Plan]:
+    """Give what `shortest` gives, of known prices of jumps."""
     total = np.full((max(counts) + 1, teacher.steps + 1), np.inf)  # of the best path of so many jumps to a place
     came, total[0, 0] = np.zeros(total.shape, int), 0.0
     for jump in range(1, max(counts) + 1):
@@ -195,19 +199,30 @@ def shortest(model: Model, teacher: Plan, counts: Sequence[int], noise: Tensor, 
 
 @torch.inference_mode()
 def jumps(model: Model, teacher: Plan, noise: Tensor, precision: str) -> np.ndarray:
-    """Give the prices of jumps between a teacher's places, (T + 1, T + 1), the last of which is the image.
-
-    The mean over images of the distance (root of the sum of squares) of where the jump ends from where the teacher
-    walks; infinite where a jump would go back.
-    """
-    device, fits = model.device, model.noise_schedule
+    """Give the prices of jumps, as `prices` does, along one run of a teacher."""
+    device = model.device
     x_t, state, path, outputs = noise.to(device), (), [noise.to(device)], []
     conditions = model.asked(noise)
-    with Engine(model.network, teacher, fits) as engine, sampling.autocast(device, precision):
+    with Engine(model.network, teacher, model.noise_schedule) as engine, sampling.autocast(device, precision):
         for step in range(teacher.steps):
             outputs.append(conditions.predict(engine, x_t, step).to(x_t.dtype))
             x_t, state = solvers.advance(engine.solver, step, x_t, outputs[-1], state)
             path.append(x_t)
+    return prices(teacher, path, outputs)
+
+
+def prices(teacher: Plan, path: Sequence[Tensor], outputs: Sequence[Tensor]) -> np.ndarray:
+    """Give the prices of jumps between a teacher's places, (T + 1, T + 1), the last of which is the image.
+
+    The mean over images of the distance (root of the sum of squares) of where the jump ends from where the teacher
+    walks; infinite where a jump would go back.
+
+    Parameters
+    ----------
+    path : (T + 1) Tensors, (n, ...), x_t at each of the teacher's timesteps, and the image
+    outputs : (T) Tensors, (n, ...), what the network predicts there, guided
+    """
+    fits = teacher.schedule
     ddim = solvers.coefficients("ddim", teacher.timesteps, fits, order=1)
     alpha, sigma = (torch.cat([level, end[None]]) for level, end in zip(
         solvers.noise_levels(teacher.timesteps, fits), torch.tensor([1.0, 0.0], dtype=torch.float64)))

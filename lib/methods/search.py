@@ -20,11 +20,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import optuna
 import torch
 from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import NSGAIISampler, RandomSampler
+from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler
 from optuna.samplers.nsgaii import PolynomialMutation
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
@@ -81,9 +82,9 @@ def search(space: Space, error: Callable[[Plan], float], macs: Callable[[Plan], 
     storage : Path or str
         A journal file, or the URL of a database (``sqlite:///...``, ``postgresql+psycopg2://...``) that machines share.
         If it holds trials of this title and of what is searched here (space, error, budget, method), the search goes on
-        from them. One worker on a journal repeats exactly; where several workers or machines share the work, the order
-        in which they come to the storage is chance. What a dead worker was at is queued again, in a database when its
-        signs of life stop.
+        from them. One worker on a journal repeats exactly, interrupted or not; where several workers or machines share
+        the work, the order in which they come to the storage is chance. What a dead worker was at is queued again, in a
+        database when its signs of life stop.
     budget : int, MACs; dearer genomes are drawn again before they cost an evaluation
     start : genomes to begin with (known schedules), which do not count among the trials
     method : "nsga2", "mutation" (NSGA-II without crossing: mutation and selection alone) or "random"
@@ -200,23 +201,28 @@ class _Job:
         return self.opened.get_study_id_from_name(self.name)
 
     def open(self) -> optuna.Study:
-        """Open the storage, with a sampler that does not repeat what a killed one or another worker drew."""
+        """Open the storage."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # signs of life
-            study = optuna.create_study(storage=self.opened, study_name=self.name, load_if_exists=True,
-                                        directions=["minimize"] * 2)
-        seed = self.seed + len(study.trials)
+            return optuna.create_study(storage=self.opened, study_name=self.name, load_if_exists=True,
+                                       directions=["minimize"] * 2)
+
+    def sampler(self, study: optuna.Study) -> BaseSampler:
+        """Give what draws the next genome: by its number alone, so that a killed search goes on as if it had not been.
+
+        Retries of what was lost do not count: the lost ones do.
+        """
+        asked = sum(trial.state != TrialState.WAITING and "lost" not in trial.user_attrs
+                    for trial in study.get_trials(deepcopy=False))
+        seed = int(np.random.SeedSequence((self.seed, asked)).generate_state(1)[0])
         if self.method == "random":
-            study.sampler = RandomSampler(seed=seed)
-        else:
-            genes = len(self.space.distributions())
-            crossing = {"crossover_prob": 0.0} if self.method == "mutation" else {}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ExperimentalWarning)  # PolynomialMutation
-                study.sampler = NSGAIISampler(population_size=self.population, seed=seed, mutation=PolynomialMutation(),
-                                              mutation_prob=min(1.0, MUTATIONS / genes), **crossing)
-        return study
+            return RandomSampler(seed=seed)
+        crossing = {"crossover_prob": 0.0} if self.method == "mutation" else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # PolynomialMutation
+            return NSGAIISampler(population_size=self.population, seed=seed, mutation=PolynomialMutation(),
+                                 mutation_prob=min(1.0, MUTATIONS / len(self.space.distributions())), **crossing)
 
     def look(self, study: optuna.Study) -> dict[str, Found]:
         """Take what all workers told the storage: one entry for each different plan."""
@@ -301,6 +307,7 @@ class _Job:
                 warnings.simplefilter("ignore", ExperimentalWarning)
                 fail_stale_trials(study)
         for _ in range(REDRAWS):
+            study.sampler = self.sampler(study)
             trial = study.ask(distributions)
             if isinstance(self.storage, str):
                 self._beat(trial.number)
@@ -345,5 +352,5 @@ def _worker(job: _Job, threads: int) -> None:
 def _show(bar: tqdm, found: Mapping[str, Found], before: int) -> None:
     if len(found) > before:
         best = min(found.values(), key=lambda one: one.error)
-        bar.set_postfix(best=f"{best.error:.3g}", macs=f"{best.macs / 1e6:.0f}M", refresh=False)
+        bar.set_postfix(best=f"{best.error:.3g}", cost=f"{best.macs / 1e6:.3g}M", refresh=False)
         bar.update(len(found) - before)

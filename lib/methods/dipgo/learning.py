@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
+from lib.judging.pairs import ssim
 from lib.methods.dipgo.prices import Prices
 from lib.methods.dipgo.pruners import Pruner, likely, straight_through
 from lib.methods.dipgo.pruning import by_threshold
@@ -34,11 +34,8 @@ def consistency(images: Tensor, teacher: Tensor, kind: str) -> Tensor:
         return (a - b).abs().mean()
     if kind == "l2":
         return (a - b).square().mean()
-    mean = partial(F.avg_pool2d, kernel_size=7, stride=1)  # SSIM with a flat window, without padding (Wang et al. 2004)
-    m, n = mean(a), mean(b)
-    alike = (2 * m * n + 0.01**2) * (2 * (mean(a * b) - m * n) + 0.03**2)
-    ssim = 1 - (alike / ((m * m + n * n + 0.01**2) * (mean(a * a) - m * m + mean(b * b) - n * n + 0.03**2))).mean()
-    return ssim + (a - b).abs().mean() if kind == "ssim+l1" else ssim
+    differs = 1 - ssim(a, b).mean()
+    return differs + (a - b).abs().mean() if kind == "ssim+l1" else differs
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from lib.grid.plan import COMPUTE, GIVEN, HOLD, LINE, PARABOLA, Plan
+from lib.grid.plan import COMPUTE, DROP, GIVEN, HOLD, LINE, PARABOLA, Plan
 
 NARROW, WIDE = 3.3, 6.9  # inches
 
@@ -232,15 +232,15 @@ def caching(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def plan_map(plan: Plan) -> Figure:
-    """Draw a plan's given pass on the teacher's steps: what computes, holds, forecasts; null steps.
+def plan_map(plan: Plan, name: str = GIVEN) -> Figure:
+    """Draw a pass of a plan on the teacher's steps: what computes, holds, forecasts; null steps, and dropped ones.
 
     Cells that nobody reads, computing ones among them, are drawn as held: they do not run.
     """
-    life = plan.life[plan.passes.index(GIVEN)]
+    life = plan.life[plan.pass_of(name)]
     drawn = np.full((len(plan.grid), len(plan.blocks)), np.nan)
-    for row, column in zip(life.settled, _columns(plan)):
-        drawn[column] = row
+    for row, net, column in zip(life.settled, life.net, _columns(plan)):
+        drawn[column] = np.nan if net == DROP else row
     figure, axes = plt.subplots(figsize=(WIDE, 0.17 * len(plan.blocks) + 0.7))
     shown = [state for state in STATES if state in (HOLD, COMPUTE) or (life.settled == state).any()]
     colours = ListedColormap([colour for _, colour in STATES.values()])

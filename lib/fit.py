@@ -1,0 +1,179 @@
+"""A budget in, a plan out: for a diffusers pipeline of one's own, with no threshold to choose.
+
+``python -m lib.fit --model PATH --prompts FILE --budget 4x --out plan.json`` times the pipeline's steps, looks at one
+full run, searches for what comes nearest to its images within the budget (`lib.methods.fitting`), and writes beside
+the plan a certificate, as JSON and as a page: what the plan costs and how near it comes, beside fewer steps and
+DeepCache of the same seconds. Killed, it goes on; under ``accelerate launch`` several processes, or devices, share
+the search.
+"""
+
+import argparse
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+
+from lib.grid.pipelines import Requests
+from lib.grid.plan import Plan, PlanError
+from lib.methods.fitting import Effort, Fitting
+from lib.study import certificate, paths
+from lib.teachers.files import HUB
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a call may cost: a share of the full run's seconds, or seconds."""
+
+    share: float | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        """Read "4x" (times faster), "0.25" (of the full run's seconds) or "2.5s" (seconds a call).
+
+        Raises
+        ------
+        ValueError
+            If it is none of these, or no less than the full run.
+        """
+        try:
+            number = float(text.removesuffix("x").removesuffix("s"))
+        except ValueError:
+            number = math.nan
+        if not (number > 0 and math.isfinite(number)):
+            raise ValueError(f"budget: {text!r} is none: write 4x (times faster), 0.25 (of the full run's seconds) or "
+                             "2.5s (seconds a call)")
+        if text.endswith("s"):
+            return cls(seconds=number)
+        share = 1 / number if text.endswith("x") else number
+        if share >= 1:
+            raise ValueError(f"budget: {text} is no less than the full run: write 4x, 0.25, or {number:g}s for seconds")
+        return cls(share=share)
+
+
+def fit(pipe: DiffusionPipeline, budget: str, out: Path, *, prompts: Sequence[str | int] = (),
+        options: Mapping[str, Any] | None = None, batch: int = 1, effort: Effort | None = None) -> Plan:
+    """Fit a plan to a pipeline and a budget, and write it with its certificate.
+
+    Parameters
+    ----------
+    budget : as `Budget.of` reads it
+    out : Path
+        Of the plan; beside it lie ``.certificate.json``, ``.html``, and while it is not done what it goes on from.
+    prompts : what to draw, or class numbers
+        Cut in three: to search with, to choose with, to report. Fewer than three serve for all, and the page says so.
+    options : what each call is given besides, such as guidance_scale, height and width
+    batch : int, images of a call
+
+    Raises
+    ------
+    ValueError
+        If the budget is none, or buys too little; if the pipeline wants prompts.
+    lib.grid.plan.PlanError
+        If no plan fits the pipeline.
+    """
+    wanted, effort, state = Budget.of(budget), effort or Effort(), PartialState()
+    if out.suffix != ".json":
+        raise ValueError(f"out: {out} is to hold a plan: name it .json")
+    paths.writable(out.parent)
+    shared = len(prompts) < 3
+    parts = {bank: tuple(prompts if shared else prompts[number::3])
+             for number, bank in enumerate(("search", "select", "report"))}
+    requests = {bank: Requests(pipe, part, options or {}, batch, effort.seed) for bank, part in parts.items()}
+    work = out.with_suffix(".unfinished")
+    fitting = Fitting(requests, effort, work)
+    if state.is_main_process:  # the others find on the disk what it worked out
+        fitting.profile()
+    state.wait_for_everyone()
+    timing = fitting.profile()
+    seconds = wanted.seconds or wanted.share * timing.of(fitting.full)
+    storage = fitting.work / "search.journal" if state.num_processes == 1 else f"sqlite:///{fitting.work}/search.db"
+    fitting.search(seconds, storage)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        found = fitting.fit(seconds, storage)
+        about = {"pipeline": type(pipe).__name__, "budget": f"{budget}: {seconds:.3g} s a call of {batch}",
+                 "prompts": "the same for search, choice and report" if shared and prompts else
+                 "others for search, choice and report" if prompts else "none"}
+        found.plan.replace(provenance=found.plan.provenance | {"fitted": about}).save(out)
+        certificate.certify(fitting, found, about, out)
+        shutil.rmtree(work)
+    state.wait_for_everyone()
+    return Plan.load(out)
+
+
+
+def load(source: str, device: str, precision: str) -> DiffusionPipeline:
+    """Load a pipeline: safetensors and JSON only, no code from elsewhere.
+
+    Parameters
+    ----------
+    source : folder of a diffusers pipeline, "hub:OWNER/NAME" or "hub:OWNER/NAME@REVISION"
+    precision : "fp32", "bf16" or "fp16", of the weights
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds none.
+    """
+    if not source.startswith(HUB) and not (Path(source) / "model_index.json").exists():
+        raise FileNotFoundError(f"{source} is no diffusers pipeline: there is no model_index.json. One of the Hugging "
+                                f"Face hub is written {HUB}OWNER/NAME")
+    name, _, revision = source.removeprefix(HUB).partition("@")
+    where = {"revision": revision or None} if source.startswith(HUB) else {}
+    return DiffusionPipeline.from_pretrained(name if where else source, **where, use_safetensors=True,
+                                             trust_remote_code=False, dtype=PRECISIONS[precision]).to(device)
+
+
+def said(path: Path | None) -> list[str | int]:
+    """Read prompts, one a line, or class numbers.
+
+    Raises
+    ------
+    ValueError
+        If there are none.
+    """
+    if path is None:
+        return []
+    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"prompts: {path} holds none: write one a line")
+    return [int(line) for line in lines] if all(line.isdecimal() for line in lines) else lines
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m lib.fit", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder of a diffusers pipeline, or hub:OWNER/NAME@REVISION")
+    parser.add_argument("--budget", required=True, help="4x (times faster), 0.25 (of the full run) or 2.5s (a call)")
+    parser.add_argument("--out", required=True, type=Path, help="the plan's JSON file, to be written")
+    parser.add_argument("--prompts", type=Path, help="a file with a prompt, or a class number, a line")
+    parser.add_argument("--guidance", type=float, help="guidance_scale of each call")
+    parser.add_argument("--size", type=int, help="height and width of the images")
+    parser.add_argument("--batch", type=int, default=1, help="images of a call (default: %(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
+    for effort in fields(Effort):
+        parser.add_argument(f"--{effort.name.replace('_', '-')}", type=int, default=effort.default,
+                            help="(default: %(default)s)")
+    chosen = parser.parse_args()
+    options = {"guidance_scale": chosen.guidance, "height": chosen.size, "width": chosen.size}
+    try:
+        pipe = load(chosen.model, str(PartialState(cpu=chosen.device == "cpu").device), chosen.precision)
+        fit(pipe, chosen.budget, chosen.out, prompts=said(chosen.prompts), batch=chosen.batch,
+            options={name: value for name, value in options.items() if value is not None},
+            effort=Effort(**{effort.name: getattr(chosen, effort.name) for effort in fields(Effort)}))
+    except (PlanError, OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""A plan on a stock diffusers pipeline, which is called as ever: images of numbered noise, under a plan or without."""
+
+import copy
+import inspect
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lib.grid import graphs, solvers
+from lib.grid.engine import Engine
+from lib.grid.plan import NoiseSchedule, Plan, PlanError
+from lib.grid.sampling import BANKS
+from lib.grid.solvers import State, advance, noise_levels
+
+UNGUIDABLE = ("DiTPipeline", "PAG")
+"""Pipelines, by parts of their names, whose batches are no pair of a null and a given pass."""
+
+BATCHED = ("prompt", "class_labels", "batch_size")
+"""What pipelines take that says how many images they make."""
+
+
+def network_of(pipe: DiffusionPipeline) -> tuple[str, nn.Module]:
+    """Give the name and the network that a pipeline runs at each step; of a compiled one its own.
+
+    Raises
+    ------
+    PlanError
+        If it has none, or no scheduler.
+    """
+    part = next((part for part in ("unet", "transformer") if getattr(pipe, part, None) is not None), None)
+    if part is None or getattr(pipe, "scheduler", None) is None:
+        raise PlanError(f"a {type(pipe).__name__} has no unet and no transformer, or no scheduler: no plan fits it.")
+    network = getattr(pipe, part)
+    return part, getattr(network, "_orig_mod", network)
+
+
+class Planned:
+    """A stock diffusers pipeline under a plan: inside ``with Planned(pipe, plan):`` it is called as ever, but cheaper.
+
+    `enable` and `disable` do the same without a block of code. Any pipeline will do that has a network of a known
+    family (``unet`` or ``transformer``) and walks a scheduler's timesteps; guidance in one pass and in several. The
+    plan's solver takes the place of the pipeline's, so the pipeline is deterministic from its first noise on.
+
+    Parameters
+    ----------
+    pipe : DiffusionPipeline
+    plan : Plan
+    watch : callable(step, x_t, output), told after each step what the solver was given: x_t, (n, C, ...), before the
+        step, and what the network predicted there, guided
+
+    Raises
+    ------
+    PlanError
+        If the plan is for other blocks or another noise schedule.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, plan: Plan, watch: Callable[[int, Tensor, Tensor], None] | None = None):
+        self.pipe, self.plan, self.watch, self._own = pipe, plan, watch, None
+        self._prepare()
+
+    def _prepare(self) -> tuple[Engine, "_Walk"]:
+        """Check that the plan fits the pipeline as it is now, and give what walks it."""
+        kind, (part, model) = type(self.pipe).__name__, network_of(self.pipe)
+        if len(self.plan.passes) > 1 and any(word in kind for word in UNGUIDABLE):
+            raise PlanError(f"a {kind} makes batches in which nobody can say which rows are of which pass: take a plan "
+                            "of one pass, which holds for all.")
+        if isinstance(self.pipe.scheduler, _Walk):
+            raise PlanError(f"{self.pipe.scheduler.engine.plan.title} is on this pipeline: leave its block, or "
+                            "disable() it, first.")
+        self._part, self._model = part, model
+        engine = graphs.engine(self._model, self.plan, NoiseSchedule.of(self.pipe.scheduler), led=True)
+        return engine, _Walk.in_place_of(self.pipe.scheduler, engine, self.watch)
+
+    def enable(self) -> None:
+        """Put the plan on the pipeline; a compiled network runs uncompiled for as long."""
+        if self._own is not None:
+            raise PlanError(f"{self.plan.title} is on this pipeline already.")
+        self._engine, walk = self._prepare()
+        self._engine.__enter__()
+        self._own = {self._part: getattr(self.pipe, self._part), "scheduler": self.pipe.scheduler}
+        self._put({self._part: self._model, "scheduler": walk})
+
+    def disable(self) -> None:
+        """Take it off again: the pipeline is as it was."""
+        if self._own is not None:
+            self._put(self._own)
+            self._own = None
+            self._engine.__exit__()
+
+    def _put(self, parts: dict) -> None:
+        for name, part in parts.items():
+            setattr(self.pipe, name, part)
+
+    def __enter__(self) -> DiffusionPipeline:
+        self.enable()
+        return self.pipe
+
+    def __exit__(self, *_) -> None:
+        self.disable()
+
+
+class _Walk:
+    """A plan's solver, as a pipeline's scheduler that takes no other timesteps.
+
+    Whoever asks it, saves it or copies it meets the pipeline's own scheduler.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    @classmethod
+    def in_place_of(cls, own: SchedulerMixin, engine: Engine, watch: Callable | None) -> Self:
+        """Give a walk of an engine's plan that is of the own scheduler's class too."""
+        kind = type(own)
+        hidden = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "from_config": kind.from_config}
+        walk = object.__new__(type(kind.__name__, (cls, kind), hidden))
+        vars(walk).update({name: value for name, value in vars(own).items() if not hasattr(cls, name)})
+        walk.own, walk.engine, walk.watch, walk._state = own, engine, watch, ()
+        return walk
+
+    def __reduce__(self) -> tuple:
+        return copy.copy, (self.own,)
+
+    @property
+    def sigmas(self) -> None:
+        raise PlanError("this pipeline reads its scheduler's sigmas, and a plan's solver is not told by them: run it "
+                        "without a plan.")
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        plan = self.engine.plan
+        if num_inference_steps not in (len(plan.grid), plan.steps):
+            raise PlanError(f"the plan is for runs of {len(plan.grid)} steps, of which it takes {plan.steps}: call the "
+                            f"pipeline with num_inference_steps={len(plan.grid)}, not {num_inference_steps}.")
+        if not self.engine.on:
+            raise PlanError(f"{plan.title} is no longer on this network, but its scheduler is still on this pipeline, "
+                            "which was made meanwhile: give it a scheduler of its own.")
+        self.engine.reset()
+        self.engine.closed, self.engine.thread = False, threading.get_ident()
+        self.timesteps, self.num_inference_steps = torch.tensor(plan.timesteps, device=device), num_inference_steps
+        self._state: State = ()
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin at a later step (image to image); see `lib.grid.plan.Plan.refreshed`."""
+        plan = self.engine.plan
+        if begin_index >= plan.steps:
+            raise PlanError(f"the pipeline begins at step {begin_index}, and the plan has {plan.steps}, from 0 on: "
+                            f"call it with num_inference_steps={plan.steps} and a greater strength.")
+        if begin_index and self.num_inference_steps != plan.steps:
+            raise PlanError(f"the plan takes {plan.steps} of {self.num_inference_steps} steps, and the pipeline begins "
+                            f"in the middle, which it counts in its own steps: call it with num_inference_steps="
+                            f"{plan.steps}.")
+        if begin_index and plan.solver in ("pndm", "learned"):
+            raise PlanError(f"the pipeline begins at step {begin_index}, and the plan's solver ({plan.solver}) can "
+                            "only be walked from its first step: call it with strength 1, or take another solver.")
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        if not len(timesteps):
+            raise PlanError(f"the pipeline asks for none of the plan's {self.engine.plan.steps} steps: call it with "
+                            f"num_inference_steps={self.engine.plan.steps} and a greater strength.")
+        shape = (-1,) + (1,) * (noise.ndim - 1)
+        alpha, sigma = (part.to(noise).view(shape) for part in
+                        noise_levels(timesteps.cpu(), self.engine.plan.schedule))
+        return alpha * original_samples + sigma * noise
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        return self.add_noise(sample, noise, timestep)
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
+        return sample
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, eta: float = 0.0,
+             use_clipped_model_output: bool = False, generator: torch.Generator | None = None,
+             return_dict: bool = True):
+        if eta:
+            raise PlanError(f"a plan is walked without noise: call the pipeline with eta=0, not {eta}.")
+        engine, given = self.engine, sample.dtype
+        engine.check_passes(len(sample))
+        if not self._state:
+            self._begin(engine.step)
+        output = model_output[:, :sample.shape[1]].float()
+        step, x_t = engine.step, sample.float()
+        sample, self._state = advance(self._solver, step - self._first, x_t, output, self._state)
+        if self.watch is not None:
+            self.watch(step, x_t, output)
+        engine.at(step + 1)
+        engine.closed = engine.step == engine.plan.steps
+        return SchedulerOutput(prev_sample=sample.to(given)) if return_dict else (sample.to(given),)
+
+    def _begin(self, step: int) -> None:
+        """Take the solver of a walk that begins at a step."""
+        self.set_begin_index(step)
+        plan = self.engine.plan
+        self._first = step
+        self._solver = solvers.of(plan.at(plan.timesteps[step:])) if step else self.engine.solver
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What a stock pipeline is asked for, image by image: the same image whatever the batch, the device and the plan.
+
+    Attributes
+    ----------
+    pipe : DiffusionPipeline, one that can be called
+    said : tuple of str or int
+        What images are asked to show, prompts or classes; image number i takes the one of number i, and begins again
+        behind the last. Empty where the pipeline takes none, or where `options` hold its embeddings.
+    options : what each call is given besides, such as guidance_scale, height and width
+    batch : int, images of a call
+    seed : int, of the noise
+
+    Raises
+    ------
+    ValueError
+        If the pipeline wants to be told what to draw, or cannot be.
+    """
+
+    pipe: DiffusionPipeline
+    said: Sequence[str | int] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    batch: int = 1
+    seed: int = 0
+
+    def __post_init__(self):
+        kind, told = type(self.pipe).__name__, {name.removesuffix("_embeds") for name in self.options} & set(BATCHED)
+        if not {"num_inference_steps", "generator"} <= self._takes:
+            raise ValueError(f"a {kind} cannot be called for images of numbered noise under a plan.")
+        if self.said and self._by is None:
+            raise ValueError(f"a {kind} takes neither prompts nor classes: give none.")
+        if not self.said and not told and self._by is not None:
+            raise ValueError(f"a {kind} draws what it is asked for: give it {self._by.replace('_', ' ')}s.")
+        if self.batch > 1 and not self.said and "batch_size" not in self._takes:
+            raise ValueError(f"a {kind} that is given embeddings makes one image a call: set the batch to 1.")
+
+    @property
+    def _takes(self) -> set[str]:
+        """What the pipeline takes."""
+        return set(inspect.signature(type(self.pipe).__call__).parameters)
+
+    @property
+    def _by(self) -> str | None:
+        """Of that what says what to draw."""
+        return next((name for name in BATCHED[:2] if name in self._takes), None)
+
+    def images(self, plan: Plan, bank: str, numbers: Sequence[int], watch: Callable | None = None,
+               title: str | None = None) -> Tensor:
+        """Give images of some numbers of a bank of noise under a plan, (n, C, H, W), float32 in [0, 1].
+
+        Parameters
+        ----------
+        bank : str, a key of `lib.grid.sampling.BANKS`
+        watch : as `Planned` takes it
+        title : of a progress bar; None for none
+        """
+        with Planned(self.pipe, plan, watch):
+            return self.plain(bank, numbers, len(plan.grid), title)
+
+    def plain(self, bank: str, numbers: Sequence[int], steps: int, title: str | None = None) -> Tensor:
+        """Give the images of the pipeline as it is, by its own scheduler in so many steps."""
+        made, shows = [], getattr(self.pipe, "_progress_bar_config", {})
+        self.pipe.set_progress_bar_config(disable=True)
+        bar = tqdm(total=len(numbers), desc=title, unit="image", disable=title is None, leave=False)
+        try:
+            for first in range(0, len(numbers), self.batch):
+                own = numbers[first:first + self.batch]
+                images = self.pipe(**self._asked(bank, own), num_inference_steps=steps, output_type="np").images
+                made.append(torch.from_numpy(np.asarray(images, np.float32)).permute(0, 3, 1, 2))
+                bar.update(len(own))
+        finally:
+            bar.close()
+            self.pipe.set_progress_bar_config(**shows)
+        return torch.cat(made)
+
+    def _asked(self, bank: str, numbers: Sequence[int]) -> dict:
+        """Give what a call for some images is given: what they show, and the noise of each by its number alone."""
+        seeds = [np.random.SeedSequence((self.seed, BANKS[bank], number)).generate_state(1)[0] for number in numbers]
+        asked = {"generator": [torch.Generator().manual_seed(int(seed)) for seed in seeds]}
+        if self.said:
+            asked[self._by] = [self.said[number % len(self.said)] for number in numbers]
+        elif "batch_size" in self._takes:
+            asked["batch_size"] = len(numbers)
+        return asked | dict(self.options)

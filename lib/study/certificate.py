@@ -1,0 +1,152 @@
+"""What a fitted plan is worth, as JSON and as a page: beside fewer steps and DeepCache of the same seconds."""
+
+import base64
+import html
+import io
+import json
+import platform
+from collections.abc import Mapping
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lib.grid import cost
+from lib.grid.plan import Plan
+from lib.judging import pairs
+from lib.judging.estimates import Contrast, Estimate, columns, text
+from lib.methods.fitting import Fitted, Fitting
+from lib.study import figures
+from lib.study.page import STYLE
+
+FULL, FITTED = "full run", "fitted plan"
+SHOWN = 8
+"""Images of each row on the page."""
+WORDS = {"better": "nearer to the full run's than", "worse": "farther from the full run's than",
+         "as good": "as near to the full run's as", "undecided": "not told apart from"}
+"""What a comparison says of two plans' images."""
+LIBRARIES = ("torch", "diffusers", "transformers")
+
+
+def certify(fitting: Fitting, found: Fitted, about: Mapping[str, str], out: Path) -> None:
+    """Compare the full run, the plan and its controls on the report's noise and prompts, time them in turn, write it.
+
+    Parameters
+    ----------
+    about : what else the certificate says of the fit
+    out : Path of the plan; ``.certificate.json`` and ``.html`` lie beside it
+    """
+    plans = {FULL: fitting.full, FITTED: found.plan, **found.controls}
+    asked, count = fitting.requests["report"], fitting.effort.report_images
+    made = {name: asked.images(plan, "report", range(count), title=name) for name, plan in plans.items()}
+    own = f"own scheduler ({type(asked.pipe.scheduler).__name__})"
+    made[own] = asked.plain("report", range(count), fitting.effort.steps, own)
+    table = _rows(fitting, plans, made, own)
+    beside = {name: pairs.nearer(made[FITTED], made[name], made[FULL]) for name in found.controls}
+    words = verdict(table.set_index("name"), beside, found)
+    about = dict(about) | _where(fitting)
+    content = {"about": about, "verdict": words, "rows": table.to_dict("records"),
+               "beside": {name: contrast.columns("over") for name, contrast in beside.items()}}
+    out.with_suffix(".certificate.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
+    out.with_suffix(".html").write_text(_page(about, words, table, made, found.plan, out))
+
+
+def _where(fitting: Fitting) -> dict[str, str]:
+    """Say on what machine and with what libraries it was measured."""
+    device = fitting.network.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
+        f"{platform.machine()} processor, {torch.get_num_threads()} threads")
+    return {"device": name, "weights": str(fitting.network.dtype).removeprefix("torch.")} | {
+        library: version(library) for library in LIBRARIES}
+
+
+def _rows(fitting: Fitting, plans: Mapping[str, Plan], made: Mapping[str, Tensor], own: str) -> pd.DataFrame:
+    """Give a row a plan, and one of the pipeline's own scheduler: seconds, cost, and how near to the full run."""
+    asked, steps, timing = fitting.requests["report"], fitting.effort.steps, fitting.timing()
+    runs = {name: partial(asked.images, plan, "report", range(asked.batch)) for name, plan in plans.items()}
+    runs[own] = partial(asked.plain, "report", range(asked.batch), steps)
+    seconds = cost.interleave(runs, fitting.effort.rounds)
+    called, distance = pairs.perceptual(fitting.network.device)
+    rows = []
+    for name in runs:
+        faster, low, high = cost.median_ratio(seconds[FULL], seconds[name])
+        row = {"name": name, "steps": steps, "seconds": float(np.median(seconds[name])), "faster": faster,
+               "faster_low": low, "faster_high": high}
+        if plan := plans.get(name):
+            row |= {"steps": plan.steps, "predicted": timing.of(plan), "macs": fitting.costs.executed(plan),
+                    "kept": fitting.costs.kept(plan, fitting.network.dtype)}
+        for measure, of in {"PSNR": pairs.psnr, "SSIM": pairs.ssim, called: distance}.items():
+            if name != FULL:
+                row |= columns(measure, Estimate.of(of(made[name], made[FULL]).double().numpy()))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def verdict(rows: pd.DataFrame, beside: Mapping[str, Contrast], found: Fitted) -> list[str]:
+    """Say in sentences what came of it: how fast, how near, and whether fewer steps do as well.
+
+    Parameters
+    ----------
+    rows : a row a plan, by its name
+    beside : of each control the comparison with the plan
+    """
+    plan = rows.loc[FITTED]
+    off = abs(plan["predicted"] / plan["seconds"] - 1)
+    said = [f"The fitted plan takes {plan['seconds']:.3g} s a call, {plan['faster']:.2f} [{plan['faster_low']:.2f}, "
+            f"{plan['faster_high']:.2f}] times less than the full run ({plan['predicted']:.3g} s were predicted, "
+            f"{off:.0%} off). PSNR to the full run's images: {text(plan, 'PSNR')} dB."]
+    for name, contrast in beside.items():
+        ratio = contrast.ratio
+        said.append(f"Its images are {WORDS[contrast.word]} those of {name} ({rows.loc[name, 'steps']} steps, "
+                    f"{rows.loc[name, 'seconds']:.3g} s): {ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] of "
+                    "their distance.")
+    enough = [name for name, contrast in beside.items() if contrast.word != "better" and name != "DeepCache"]
+    if enough:
+        said.append(f"Fewer steps do as well here: {' and '.join(enough)} may be taken in the plan's place.")
+    return said
+
+
+def _page(about: Mapping[str, str], words: list[str], table: pd.DataFrame, made: Mapping[str, Tensor], plan: Plan,
+          out: Path) -> str:
+    """Give the certificate as a page that needs nothing else."""
+    figures.style()
+    rows = np.stack([2 * images[:SHOWN].float().numpy() - 1 for images in made.values()])
+    grid = figures.grid(rows, list(made), cell=0.75)
+    maps = [(f"{name} pass", figures.plan_map(plan, name)) for name in plan.passes]
+    facts = "".join(f"<li>{html.escape(name)}: {html.escape(str(value))}</li>" for name, value in about.items())
+    use = (f"from lib.apply import Planned\nfrom lib.grid.plan import Plan\n\nwith Planned(pipe, Plan.load("
+           f"&quot;{html.escape(out.name)}&quot;)):\n    pipe(..., num_inference_steps={len(plan.grid)})")
+    return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(out.name)}</title>"
+            "<meta name='viewport' content='width=device-width, initial-scale=1'><link rel='icon' href='data:,'>"
+            f"<style>{STYLE}</style></head><body><h1>A plan for {html.escape(about['pipeline'])}</h1>"
+            f"{''.join(f'<p>{html.escape(sentence)}</p>' for sentence in words)}"
+            f"<pre>{use}</pre><h2>Side by side</h2>{_figure(grid, 'The same noise and prompts in every row.')}"
+            f"<h2>Numbers</h2><div class='wide'>{_html(table)}</div><h2>The plan</h2>"
+            f"{''.join(_figure(figure, f'What runs, the {name}') for name, figure in maps)}"
+            f"<h2>How it was made</h2><ul>{facts}</ul></body></html>\n")
+
+
+def _html(table: pd.DataFrame) -> str:
+    """Give the rows as an HTML table with intervals."""
+    shown = pd.DataFrame({"": table["name"], "steps": table["steps"], "s a call": table["seconds"].map("{:.3g}".format),
+                          "predicted": table["predicted"].map("{:.3g}".format, na_action="ignore"),
+                          "times faster": [text(row, "faster") for _, row in table.iterrows()],
+                          "G MACs an image": (table["macs"] / 1e9).map("{:.3g}".format, na_action="ignore"),
+                          "MiB kept": (table["kept"] / 2**20).map("{:.3g}".format, na_action="ignore")})
+    for measure in [name.removesuffix("_low") for name in table if name.endswith("_low") and name != "faster_low"]:
+        shown[measure] = ["-" if np.isnan(row[measure]) else text(row, measure) for _, row in table.iterrows()]
+    return shown.fillna("-").to_html(index=False, border=0)
+
+
+def _figure(figure: Figure, caption: str) -> str:
+    """Give a figure with its caption as HTML."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    return (f"<figure><img alt='{html.escape(caption)}' src='data:image/png;base64,{picture}'>"
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>")

@@ -1,0 +1,193 @@
+"""A budget in, a plan out: on tiny stock pipelines, killed and resumed, from the command line."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import DDIMPipeline
+
+from lib.apply import Planned
+from lib.fit import Budget, fit, said
+from lib.grid.pipelines import Requests
+from lib.grid.plan import Plan
+from lib.judging import pairs
+from lib.methods import fitting
+from lib.methods.fitting import Effort, Fitting, Timing
+from lib.study import paths
+
+SMALL = Effort(steps=10, trials=6, population=4, search_images=2, select_images=2, report_images=3, rounds=2)
+PROMPTS = ["a digit", "digit", "a", "a a digit"]
+
+
+def options_of(options, *left_out):
+    """A tiny pipeline's options without those that a fit gives itself."""
+    return {name: value for name, value in options.items() if name not in ("output_type", *left_out)}
+
+
+def requests_of(pipe, options, said=(), batch=1):
+    return {bank: Requests(pipe, said, options, batch) for bank in ("search", "select", "report")}
+
+
+@pytest.mark.parametrize(("kind", "prompts", "batch", "guided"), [
+    (tiny.stable_diffusion, PROMPTS, 2, True), (tiny.stable_diffusion_xl, [], 1, True),
+    (tiny.ddim_pixels, [], 2, False), (tiny.dit, [3, 5], 2, False)])
+def test_a_plan_for_a_budget(kind, prompts, batch, guided, tmp_path, monkeypatch):
+    monkeypatch.setattr(Fitting, "_time", steady)
+    pipe, options = tiny.made(kind)
+    own = options_of(options, "prompt", "class_labels")
+    own |= {"guidance_scale": 4.0} if guided else {}
+    out = tmp_path / "plan.json"
+    plan = fit(pipe, "2.5x", out, prompts=prompts, options=own, batch=batch, effort=SMALL)
+    assert plan == Plan.load(out) and len(plan.grid) == SMALL.steps
+    found = json.loads((tmp_path / "plan.certificate.json").read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    assert rows["fitted plan"]["macs"] < rows["full run"]["macs"]
+    assert {"fewer steps", "searched steps"} <= set(rows)
+    assert {"PSNR", "SSIM", "pyramid"} <= set(rows["fewer steps"])
+    assert "full run" in " ".join(found["verdict"]) and "<img" in (tmp_path / "plan.html").read_text()
+    assert not list(tmp_path.glob("*.unfinished")) and not pipe.scheduler.__class__.__name__.startswith("_")
+    with Planned(pipe, plan):
+        assert np.isfinite(tiny.call(pipe, options, **({"guidance_scale": 4.0} if guided else {}))).all()
+
+
+def test_a_killed_fit_goes_on_to_the_same_plan(tmp_path, monkeypatch):
+    pipe, options = tiny.made(tiny.stable_diffusion)
+    own = options_of(options, "prompt") | {"guidance_scale": 4.0}
+    monkeypatch.setattr(Fitting, "_time", steady)
+
+    def run(name):
+        return fit(pipe, "0.3", tmp_path / f"{name}.json", prompts=PROMPTS, options=own, batch=2, effort=SMALL)
+
+    whole, calls, real = run("whole"), [], fitting.Distance.__call__
+
+    def killed(self, plan):
+        calls.append(plan.key)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return real(self, plan)
+
+    def seeing(self, plan):
+        if self.bank == "search":
+            seen.append(plan.key)
+        return real(self, plan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting.Distance, "__call__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("broken")
+    assert list(tmp_path.glob("broken.unfinished/*/search.journal"))
+    seen = []
+    monkeypatch.setattr(fitting.Distance, "__call__", seeing)
+    assert run("broken").key == whole.key
+    steps = set(calls[:SMALL.trials // 3])
+    assert steps and not steps & set(seen), "what was evaluated is not evaluated again"
+
+
+def steady(self, plans):
+    """Seconds that are the same at each run: what the live cells are."""
+    patterns = {pattern for plan in plans for pattern in fitting.cost.patterns(plan)}
+    seconds = {pattern: 0.001 * (1 + pattern.count("1")) for pattern in patterns}
+    return Timing(fitting.cost.Latency(seconds, 1, "float32"), 0.002)
+
+
+def test_the_fit_is_within_its_budget_and_no_worse_than_its_starts(tmp_path, monkeypatch):
+    pipe, options = tiny.made(tiny.ddim_pixels)
+    monkeypatch.setattr(Fitting, "_time", steady)
+    asked = requests_of(pipe, options_of(options), batch=2)
+    made = Fitting(asked, SMALL, tmp_path)
+    timing = made.profile()
+    seconds = timing.of(made.full) / 2
+    found = made.fit(seconds, tmp_path / "journal")
+    assert timing.of(found.plan) <= seconds
+    assert all(timing.of(plan) >= 0.99 * seconds for plan in found.controls.values()), "controls get no less time"
+    affordable = [plan for plan in found.controls.values() if timing.of(plan) <= seconds]
+    assert all(found.distances[found.plan.key] <= found.distances[plan.key] for plan in affordable)
+    with pytest.raises(ValueError, match="buy 0 full steps, 2 are the least: the full run takes"):
+        made.fit(0.001, tmp_path / "other")
+
+
+def test_images_of_a_number_are_the_same_whatever_the_batch():
+    pipe, _ = tiny.made(tiny.stable_diffusion)
+    plan = Fitting.full_of(pipe, 10)
+    few, many = (Requests(pipe, PROMPTS, {"guidance_scale": 4.0}, batch).images(plan, "report", range(5))
+                 for batch in (2, 5))
+    torch.testing.assert_close(few, many, atol=1e-4, rtol=1e-4)
+    others = Requests(pipe, PROMPTS, {"guidance_scale": 4.0}, 5).images(plan, "select", range(5))
+    assert (few - others).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+
+
+def test_the_pipelines_own_run_is_asked_for_the_same_images():
+    pipe, _ = tiny.made(tiny.ddim_pixels)
+    asked = Requests(pipe, batch=2)
+    full = Fitting.full_of(pipe, 10).replace(order=1)
+    torch.testing.assert_close(asked.images(full, "report", range(3)), asked.plain("report", range(3), 10), atol=1e-4,
+                               rtol=1e-4)
+
+
+def test_costs_are_those_of_the_calls_that_the_pipeline_makes(tmp_path):
+    pipe, _ = tiny.made(tiny.stable_diffusion)
+    sizes = {}
+    for side in (16, 32):
+        own = {"guidance_scale": 4.0, "height": side, "width": side}
+        sizes[side] = Fitting(requests_of(pipe, own, PROMPTS, 2), SMALL, tmp_path)
+    assert sizes[32].costs.passes == 2 and sizes[32].guided
+    assert sizes[32].costs.call > 3.5 * sizes[16].costs.call
+    alone = Fitting(requests_of(pipe, {"guidance_scale": 1.0}, PROMPTS, 2), SMALL, tmp_path)
+    assert alone.costs.passes == 1 and not alone.guided
+
+
+@pytest.mark.parametrize(("text", "share", "seconds"), [("4x", 0.25, None), ("0.25", 0.25, None), ("2.5s", None, 2.5)])
+def test_budgets(text, share, seconds):
+    assert Budget.of(text) == Budget(share, seconds)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("four", "write 4x .times faster., 0.25"), ("-4x", "is none"), ("0", "is none"), ("nan", "is none"),
+    ("1x", "no less than the full run"), ("5", "no less than the full run: write 4x, 0.25, or 5s for seconds")])
+def test_budgets_that_are_none(text, message):
+    with pytest.raises(ValueError, match=message):
+        Budget.of(text)
+
+
+def test_bad_requests_say_what_to_do(tmp_path):
+    pipe, _ = tiny.made(tiny.stable_diffusion)
+    with pytest.raises(ValueError, match="a StableDiffusionPipeline draws what it is asked for: give it prompts"):
+        fit(pipe, "2x", tmp_path / "plan.json")
+    pixels, _ = tiny.made(tiny.ddim_pixels)
+    with pytest.raises(ValueError, match="takes neither prompts nor classes"):
+        fit(pixels, "2x", tmp_path / "plan.json", prompts=["a"])
+    with pytest.raises(ValueError, match="name it .json"):
+        fit(pixels, "2x", tmp_path / "plan")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(ValueError, match="holds none: write one a line"):
+        said(tmp_path / "empty.txt")
+
+
+def test_the_command_line(tmp_path):
+    pipe = DDIMPipeline(tiny.plain_unet(in_channels=3, out_channels=3), tiny.ddim())
+    pipe.save_pretrained(tmp_path / "pipe")
+    command = [sys.executable, "-m", "lib.fit", "--model", str(tmp_path / "pipe"), "--budget", "0.9", "--steps", "6",
+               "--trials", "3", "--search-images", "2", "--select-images", "2", "--report-images", "2", "--rounds", "1",
+               "--batch", "2", "--device", "cpu", "--out", str(tmp_path / "plan.json")]
+    subprocess.run(command, cwd=paths.ROOT, check=True, capture_output=True)
+    assert Plan.load(tmp_path / "plan.json").blocks
+    wrong = subprocess.run([*command, "--prompts", str(tmp_path / "none.txt")], cwd=paths.ROOT, capture_output=True,
+                           text=True)
+    assert wrong.returncode == 1 and wrong.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_distances_of_pairs():
+    draw = torch.Generator().manual_seed(0)
+    images = torch.rand(4, 3, 16, 16, generator=draw)
+    noisy = (images + 0.1 * torch.randn(images.shape, generator=draw)).clamp(0, 1)
+    assert (pairs.psnr(images, images) == pairs.HIGHEST).all() and (pairs.pyramid(images, images) == 0).all()
+    torch.testing.assert_close(pairs.ssim(images, images), torch.ones(4))
+    torch.testing.assert_close(pairs.psnr(noisy, images), -10 * (noisy - images).square().mean((1, 2, 3)).log10())
+    worse = (images + 0.3 * torch.randn(images.shape, generator=draw)).clamp(0, 1)
+    assert (pairs.ssim(worse, images) < pairs.ssim(noisy, images)).all()
+    assert pairs.nearer(noisy, worse, images).word == "better" and pairs.nearer(worse, noisy, images).word == "worse"
+    assert pairs.nearer(noisy, noisy, images).word == "as good"
