@@ -1,12 +1,12 @@
 """Plans in use: on a stock diffusers pipeline, or from the command line.
 
-``python -m lib.apply --model PATH --plan FILE --out DIR`` samples images with a saved plan. Under ``accelerate launch``
-several processes, or devices, make their share of the images each.
+``python -m lib.apply --model PATH --plan FILE --out DIR`` samples images with a saved plan, of prompts where the model
+reads any. Under ``accelerate launch`` several processes, or devices, make their share of the images each.
 """
 
 import argparse
-import math
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,81 +16,116 @@ from PIL import Image
 from torch import Tensor
 
 from lib.grid import blocks, cost, sampling
-from lib.grid.model import Model
 from lib.grid.pipelines import Planned as Planned
+from lib.grid.pipelines import Requests
 from lib.grid.plan import Plan, PlanError
+from lib.judging import pairs
 from lib.study import paths
-from lib.teachers import networks
-from lib.teachers.data import to_uint8
+from lib.teachers import files, networks
 
 COMPARED = 16
 """So many images are sampled at all steps too, to say what the plan saves and changes."""
 
+Draw = Callable[[Plan, Sequence[int], str | None], Tensor]
+"""Gives images of some numbers under a plan, (n, C, H, W) in [0, 1]; the last is the title of a progress bar."""
 
-def images(model: str, plan: Path, out: Path, *, count: int, seed: int, device: str, precision: str) -> None:
+
+def images(model: str, plan: Path, out: Path, *, said: Sequence[str | int] = (), options: dict | None = None,
+           count: int, batch: int = 8, seed: int, device: str, precision: str) -> None:
     """Sample images with a plan and write them as PNGs, and say what they cost.
 
     Parameters
     ----------
-    model : what `lib.teachers.networks.load` takes
+    model : a pipeline's folder, "hub:OWNER/NAME" or "hub:OWNER/NAME@REVISION"
+    said : prompts or classes, of which images get one after the other
+        A model that reads classes or nothing draws them itself if there are none.
+    options : what a pipeline's call is given besides, such as guidance_scale, height and width
     count : int, images of all processes together
     seed : int, of the noise: image number i of a seed is the same whoever makes it
     """
     state = PartialState(cpu=device == "cpu")
-    teacher = networks.load(model, str(state.device))
-    if reads := set(blocks.example_conditions(teacher.network, 1, "cpu")) - {"class_labels"}:
-        raise ValueError(f"{model} reads {', '.join(sorted(reads))}, and the command line has none to give: in Python, "
-                         "`with lib.apply.Planned(pipe, plan): pipe(prompt, ...)` does the same")
-    if teacher.latents is None and teacher.shape[0] not in (1, 3):
-        raise ValueError(f"{model} draws {teacher.shape[0]} channels, which is no picture, and names no vae to decode "
-                         "them")
+    if said or options:
+        draw, costs = _by_pipeline(model, said, options or {}, batch, seed, str(state.device), precision)
+    else:
+        draw, costs = _by_model(model, seed, str(state.device), precision)
     walk = Plan.load(plan)
     if count < state.num_processes:
         raise ValueError(f"{count} images for {state.num_processes} processes: ask for more images, or start fewer")
-    own = np.array_split(np.arange(count), state.num_processes)[state.process_index]
-    noise = sampling.noise("report", seed, int(own[0]), len(own), teacher.shape)
-    made, seconds = _timed(teacher, walk, noise, precision, "sampling" if state.is_main_process else None)
+    own = np.array_split(np.arange(count), state.num_processes)[state.process_index].tolist()
+    made, seconds = _timed(draw, walk, own, "sampling" if state.is_main_process else None)
     paths.writable(out)
-    for number, pixels in zip(own, to_uint8(made).permute(0, 2, 3, 1).numpy()):
+    for number, image in zip(own, made):
+        pixels = (255 * image.clamp(0, 1)).round().to(torch.uint8).permute(1, 2, 0).numpy()
         Image.fromarray(pixels.squeeze()).save(out / f"{number:06d}.png")
     state.wait_for_everyone()
     if state.is_main_process:
         print(f"{count} images in {out}: {seconds:.4f} s each")
-        costs, few = cost.count_model(teacher), noise[:COMPARED]
-        own = {"solver": "dpmsolver++", "order": 2, "table": None} if walk.table else {}
-        full = walk.at(walk.grid, **own)
-        fewer = costs.executed(full) / costs.executed(walk)
-        if teacher.device.type == "cuda":  # what comes for the second time is recorded: the third is as fast as it gets
-            for plan in (full, walk) * 2:
-                sampling.sample(teacher, plan, few, precision=precision)
-        theirs, slow = _timed(teacher, full, few, precision, "the full run")
-        ours, fast = _timed(teacher, walk, few, precision, "the plan")
-        noisy = float((ours - theirs).square().mean())
+        solver = {"solver": "dpmsolver++", "order": 2, "table": None} if walk.table else {}
+        full, few = walk.at(walk.grid, **solver), own[:COMPARED]
+        if state.device.type == "cuda":  # what comes for the second time is recorded: the third is as fast as it gets
+            for one in (full, walk) * 2:
+                draw(one, few, None)
+        theirs, slow = _timed(draw, full, few, "the full run")
+        ours, fast = _timed(draw, walk, few, "the plan")
+        counted = costs(full)
+        fewer = counted.executed(full) / counted.executed(walk)
         print(f"beside all {len(walk.grid)} steps, on {len(few)} images: {fewer:.2f} times fewer executed MACs, "
-              f"{slow / fast:.2f} times faster, {costs.kept(walk) / 2**20:.2f} MiB an image kept between steps, "
-              f"PSNR {10 * math.log10(4 / max(noisy, 1e-10)):.1f} dB")
+              f"{slow / fast:.2f} times faster, {counted.kept(walk) / 2**20:.2f} MiB an image kept between steps, "
+              f"PSNR {float(pairs.psnr(ours, theirs).mean()):.1f} dB")
 
 
-def _timed(model: Model, plan: Plan, noise: Tensor, precision: str, title: str | None) -> tuple[Tensor, float]:
+def _by_pipeline(source: str, said: Sequence[str | int], options: dict, batch: int, seed: int, device: str,
+                 precision: str) -> tuple[Draw, Callable[[Plan], cost.Costs]]:
+    """Draw as the pipeline is called by its users, with its own decoder."""
+    asked = Requests(networks.pipeline(source, device, precision), tuple(said), options, batch, seed)
+    return (lambda plan, numbers, title: asked.images(plan, "report", numbers, title=title),
+            lambda plan: cost.count_requests(asked, plan))
+
+
+def _by_model(source: str, seed: int, device: str, precision: str) -> tuple[Draw, Callable[[Plan], cost.Costs]]:
+    """Draw what reads nothing, or classes that it draws itself, without a pipeline."""
+    model = networks.load(source, device)
+    if reads := set(blocks.example_conditions(model.network, 1, "cpu")) - {"class_labels"}:
+        raise ValueError(f"{source} reads {', '.join(sorted(reads))}: say what to draw, by --prompt or --prompts FILE")
+    if model.latents is None and model.shape[0] not in (1, 3):
+        raise ValueError(f"{source} draws {model.shape[0]} channels, which is no picture, and names no vae to decode "
+                         "them")
+
+    def draw(plan: Plan, numbers: Sequence[int], title: str | None) -> Tensor:
+        noise = sampling.noise("report", seed, numbers[0], len(numbers), model.shape)
+        return (sampling.sample(model, plan, noise, precision=precision, title=title).clamp(-1, 1) + 1) / 2
+
+    return draw, lambda _: cost.count_model(model)
+
+
+def _timed(draw: Draw, plan: Plan, numbers: Sequence[int], title: str | None) -> tuple[Tensor, float]:
     """Give the images and the seconds of each."""
     begun = time.perf_counter()
-    made = sampling.sample(model, plan, noise, precision=precision, title=title)
-    return made, (time.perf_counter() - begun) / len(noise)
+    made = draw(plan, numbers, title)
+    return made, (time.perf_counter() - begun) / len(numbers)
 
 
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m lib.apply", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder of a diffusers pipeline, or hub:OWNER/NAME")
+    parser.add_argument("--model", required=True, help="folder of a diffusers pipeline, or hub:OWNER/NAME@REVISION")
     parser.add_argument("--plan", required=True, type=Path, help="a plan's JSON file")
     parser.add_argument("--out", required=True, type=Path, help="folder for the images")
+    parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be given several times")
+    parser.add_argument("--prompts", type=Path, help="a file with a prompt, or a class number, a line")
+    parser.add_argument("--guidance", type=float, help="guidance_scale of each call")
+    parser.add_argument("--size", type=int, help="height and width of the images")
     parser.add_argument("--count", type=int, default=16, help="images (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="images of a call of a pipeline (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    arguments = vars(parser.parse_args())
+    parser.add_argument("--precision", choices=list(networks.PRECISIONS), default="fp32")
+    given = parser.parse_args()
+    options = {"guidance_scale": given.guidance, "height": given.size, "width": given.size}
     try:
-        images(**arguments)
+        images(given.model, given.plan, given.out, said=given.prompt + files.lines(given.prompts), count=given.count,
+               options={name: value for name, value in options.items() if value is not None}, batch=given.batch,
+               seed=given.seed, device=given.device, precision=given.precision)
     except (PlanError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
 

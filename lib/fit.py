@@ -23,9 +23,9 @@ from lib.grid.pipelines import Requests
 from lib.grid.plan import Plan, PlanError
 from lib.methods.fitting import Effort, Fitting
 from lib.study import certificate, paths
-from lib.teachers.files import HUB
+from lib.teachers import files, networks
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BANKS = ("search", "select", "report")
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,14 @@ class Budget:
         return cls(share=share)
 
 
-def fit(pipe: DiffusionPipeline, budget: str, out: Path, *, prompts: Sequence[str | int] = (),
-        options: Mapping[str, Any] | None = None, batch: int = 1, effort: Effort | None = None) -> Plan:
-    """Fit a plan to a pipeline and a budget, and write it with its certificate.
+def begin(pipe: DiffusionPipeline, out: Path, *, prompts: Sequence[str | int] = (),
+          options: Mapping[str, Any] | None = None, batch: int = 1, effort: Effort | None = None) -> Fitting:
+    """Look at a pipeline: what `fit` begins with, and what can be looked at before.
 
     Parameters
     ----------
-    budget : as `Budget.of` reads it
     out : Path
-        Of the plan; beside it lie ``.certificate.json``, ``.html``, and while it is not done what it goes on from.
+        Of the plan to be; beside it lies, while it is not done, what a killed fit goes on from.
     prompts : what to draw, or class numbers
         Cut in three: to search with, to choose with, to report. Fewer than three serve for all, and the page says so.
     options : what each call is given besides, such as guidance_scale, height and width
@@ -76,77 +75,53 @@ def fit(pipe: DiffusionPipeline, budget: str, out: Path, *, prompts: Sequence[st
     Raises
     ------
     ValueError
-        If the budget is none, or buys too little; if the pipeline wants prompts.
+        If the pipeline wants prompts, or `out` is no JSON file.
     lib.grid.plan.PlanError
         If no plan fits the pipeline.
     """
-    wanted, effort, state = Budget.of(budget), effort or Effort(), PartialState()
+    effort = effort or Effort()
     if out.suffix != ".json":
         raise ValueError(f"out: {out} is to hold a plan: name it .json")
     paths.writable(out.parent)
-    shared = len(prompts) < 3
-    parts = {bank: tuple(prompts if shared else prompts[number::3])
-             for number, bank in enumerate(("search", "select", "report"))}
-    requests = {bank: Requests(pipe, part, options or {}, batch, effort.seed) for bank, part in parts.items()}
-    work = out.with_suffix(".unfinished")
-    fitting = Fitting(requests, effort, work)
+    parts = [prompts[number::3] if len(prompts) >= len(BANKS) else prompts for number in range(len(BANKS))]
+    requests = {bank: Requests(pipe, tuple(part), options or {}, batch, effort.seed)
+                for bank, part in zip(BANKS, parts)}
+    return Fitting(requests, effort, out.with_suffix(".unfinished"))
+
+
+def fit(pipe: DiffusionPipeline, budget: str, out: Path, *, prompts: Sequence[str | int] = (),
+        options: Mapping[str, Any] | None = None, batch: int = 1, effort: Effort | None = None) -> Plan:
+    """Fit a plan to a pipeline and a budget, and write it with its certificate, ``.certificate.json`` and ``.html``.
+
+    Parameters
+    ----------
+    budget : as `Budget.of` reads it
+    out, prompts, options, batch, effort : as `begin` takes them
+
+    Raises
+    ------
+    ValueError
+        If the budget is none, or buys too little; and what `begin` raises.
+    """
+    wanted, state = Budget.of(budget), PartialState()
+    fitting = begin(pipe, out, prompts=prompts, options=options, batch=batch, effort=effort)
     if state.is_main_process:  # the others find on the disk what it worked out
         fitting.profile()
     state.wait_for_everyone()
-    timing = fitting.profile()
-    seconds = wanted.seconds or wanted.share * timing.of(fitting.full)
+    seconds = wanted.seconds or wanted.share * fitting.profile().of(fitting.full)
     storage = fitting.work / "search.journal" if state.num_processes == 1 else f"sqlite:///{fitting.work}/search.db"
     fitting.search(seconds, storage)
     state.wait_for_everyone()
     if state.is_main_process:
         found = fitting.fit(seconds, storage)
+        told = "others for search, choice and report" if len(prompts) >= len(BANKS) else "the same throughout"
         about = {"pipeline": type(pipe).__name__, "budget": f"{budget}: {seconds:.3g} s a call of {batch}",
-                 "prompts": "the same for search, choice and report" if shared and prompts else
-                 "others for search, choice and report" if prompts else "none"}
+                 "prompts": told if prompts else "none"}
         found.plan.replace(provenance=found.plan.provenance | {"fitted": about}).save(out)
         certificate.certify(fitting, found, about, out)
-        shutil.rmtree(work)
+        shutil.rmtree(out.with_suffix(".unfinished"))
     state.wait_for_everyone()
     return Plan.load(out)
-
-
-
-def load(source: str, device: str, precision: str) -> DiffusionPipeline:
-    """Load a pipeline: safetensors and JSON only, no code from elsewhere.
-
-    Parameters
-    ----------
-    source : folder of a diffusers pipeline, "hub:OWNER/NAME" or "hub:OWNER/NAME@REVISION"
-    precision : "fp32", "bf16" or "fp16", of the weights
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder holds none.
-    """
-    if not source.startswith(HUB) and not (Path(source) / "model_index.json").exists():
-        raise FileNotFoundError(f"{source} is no diffusers pipeline: there is no model_index.json. One of the Hugging "
-                                f"Face hub is written {HUB}OWNER/NAME")
-    name, _, revision = source.removeprefix(HUB).partition("@")
-    where = {"revision": revision or None} if source.startswith(HUB) else {}
-    return DiffusionPipeline.from_pretrained(name if where else source, **where, use_safetensors=True,
-                                             trust_remote_code=False, dtype=PRECISIONS[precision]).to(device)
-
-
-def said(path: Path | None) -> list[str | int]:
-    """Read prompts, one a line, or class numbers.
-
-    Raises
-    ------
-    ValueError
-        If there are none.
-    """
-    if path is None:
-        return []
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"prompts: {path} holds none: write one a line")
-    return [int(line) for line in lines] if all(line.isdecimal() for line in lines) else lines
 
 
 def main() -> None:
@@ -160,15 +135,15 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="height and width of the images")
     parser.add_argument("--batch", type=int, default=1, help="images of a call (default: %(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
+    parser.add_argument("--precision", choices=list(networks.PRECISIONS), default="fp32")
     for effort in fields(Effort):
         parser.add_argument(f"--{effort.name.replace('_', '-')}", type=int, default=effort.default,
                             help="(default: %(default)s)")
     chosen = parser.parse_args()
     options = {"guidance_scale": chosen.guidance, "height": chosen.size, "width": chosen.size}
     try:
-        pipe = load(chosen.model, str(PartialState(cpu=chosen.device == "cpu").device), chosen.precision)
-        fit(pipe, chosen.budget, chosen.out, prompts=said(chosen.prompts), batch=chosen.batch,
+        pipe = networks.pipeline(chosen.model, str(PartialState(cpu=chosen.device == "cpu").device), chosen.precision)
+        fit(pipe, chosen.budget, chosen.out, prompts=files.lines(chosen.prompts), batch=chosen.batch,
             options={name: value for name, value in options.items() if value is not None},
             effort=Effort(**{effort.name: getattr(chosen, effort.name) for effort in fields(Effort)}))
     except (PlanError, OSError, ValueError) as error:

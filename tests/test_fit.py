@@ -11,13 +11,14 @@ import torch
 from diffusers import DDIMPipeline
 
 from lib.apply import Planned
-from lib.fit import Budget, fit, said
+from lib.fit import Budget, fit
 from lib.grid.pipelines import Requests
 from lib.grid.plan import Plan
 from lib.judging import pairs
 from lib.methods import fitting
 from lib.methods.fitting import Effort, Fitting, Timing
 from lib.study import paths
+from lib.teachers import files
 
 SMALL = Effort(steps=10, trials=6, population=4, search_images=2, select_images=2, report_images=3, rounds=2)
 PROMPTS = ["a digit", "digit", "a", "a a digit"]
@@ -164,7 +165,7 @@ def test_bad_requests_say_what_to_do(tmp_path):
         fit(pixels, "2x", tmp_path / "plan")
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ValueError, match="holds none: write one a line"):
-        said(tmp_path / "empty.txt")
+        files.lines(tmp_path / "empty.txt")
 
 
 def test_the_command_line(tmp_path):

@@ -27,6 +27,7 @@ from lib import apply
 from lib.apply import Planned
 from lib.grid import blocks, cost, sampling
 from lib.grid.model import Conditions, Model
+from lib.grid.pipelines import Requests
 from lib.grid.plan import NoiseSchedule, Plan, PlanError
 from lib.study import paths
 from lib.teachers import networks
@@ -148,9 +149,24 @@ def test_the_command_line_writes_pictures(kind, size, tmp_path, monkeypatch):
     assert [(picture.mode, picture.size) for picture in found] == [("RGB", size)] * 2
 
 
+def test_the_command_line_draws_prompts_as_the_pipeline_does(tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts.txt").write_text("a digit\n\ndigit\n")
+    command(monkeypatch, *saved(tiny.stable_diffusion, tmp_path), "--prompts", tmp_path / "prompts.txt", "--guidance",
+            4, "--size", 32)
+    assert "times fewer executed MACs" in capsys.readouterr().out
+    found = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "out").iterdir())]
+    pipe = networks.pipeline(tmp_path / "pipe")
+    options = {"guidance_scale": 4.0, "height": 32, "width": 32}
+    plan = Plan.load(tmp_path / "plan.json")
+    wanted = Requests(pipe, ["a digit", "digit"], options, 2).images(plan, "report", [0, 1])
+    for image, own in zip(found, wanted.permute(0, 2, 3, 1).numpy()):
+        assert image.shape == (32, 32, 3) and np.abs(image - 255 * own).max() <= 1
+    assert np.abs(found[0].astype(int) - found[1]).max() > 5
+
+
 @pytest.mark.parametrize(("kind", "message"), [
-    (tiny.stable_diffusion, "reads encoder_hidden_states, and the command line has none to give"),
-    (tiny.stable_diffusion_xl, "reads added_cond_kwargs, encoder_hidden_states, and the command line has none"),
+    (tiny.stable_diffusion, "reads encoder_hidden_states: say what to draw, by --prompt or --prompts FILE"),
+    (tiny.stable_diffusion_xl, "reads added_cond_kwargs, encoder_hidden_states: say what to draw"),
     (tiny.ddim_pixels, "draws 4 channels, which is no picture, and names no vae to decode them")])
 def test_the_command_line_refuses_in_a_sentence(kind, message, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=f"error: .*{message}"):

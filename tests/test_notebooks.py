@@ -8,15 +8,25 @@ import pytest
 
 from lib.study import params, paths
 
-NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
+NOTEBOOKS = [paths.NOTEBOOKS / f"{name}.ipynb" for name in params.NOTEBOOKS]
+FREE = [paths.NOTEBOOKS / "08_your_pipeline.ipynb"]
+"""Those that belong to no study."""
 
 
 def read(path):
     return nbformat.read(path, nbformat.NO_CONVERT)
 
 
-def test_there_is_one_notebook_for_each_dataclass():
-    assert [path.stem for path in NOTEBOOKS] == list(params.NOTEBOOKS)
+def test_there_is_one_notebook_for_each_dataclass_and_those_of_no_study():
+    assert sorted(paths.NOTEBOOKS.glob("*.ipynb")) == NOTEBOOKS + FREE
+
+
+@pytest.mark.parametrize("path", FREE, ids=lambda path: path.stem)
+def test_a_notebook_of_no_study_is_short_and_clean(path):
+    cells = [cell for cell in read(path).cells if cell.cell_type == "code"]
+    assert all(len(cell.source.splitlines()) <= 15 and not cell.outputs for cell in cells)
+    assert not any(re.search(r"(?m)^\s*[!%]|pip install|sys\.path|os\.chdir", cell.source) for cell in cells)
+    assert "## Exercises" in read(path).cells[-1].source
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -57,5 +67,5 @@ class TestEach:
 
 def test_the_table_of_notebooks_lists_all():
     table = (paths.NOTEBOOKS / "README.md").read_text()
-    for path in NOTEBOOKS:
+    for path in NOTEBOOKS + FREE:
         assert f"[{path.stem}]({path.name})" in table

@@ -6,6 +6,7 @@ and papers on transformers do not.
 """
 
 import copy
+import inspect
 import json
 import time
 import weakref
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from lib.grid import blocks as _blocks
 from lib.grid import graphs, sampling
 from lib.grid.model import Model
+from lib.grid.pipelines import Requests, network_of
 from lib.grid.plan import Plan
 
 ATTENTION = ("scaled_dot_product", "bmm")  # operators that only attention uses in these networks
@@ -157,6 +159,33 @@ def count_model(model: Model) -> Costs:
     with FlopCounterMode(display=False, depth=None) as decoder:
         model.decode(noise)
     return replace(costs, text=costs.passes * text.get_total_flops() // 2, decoder=decoder.get_total_flops() // 2)
+
+
+def count_requests(requests: Requests, plan: Plan) -> Costs:
+    """Count the network of a stock pipeline as the pipeline calls it: with its conditions, at its size.
+
+    Parameters
+    ----------
+    plan : Plan, full, of which two steps are made
+    """
+    _, network = network_of(requests.pipe)
+    calls, few = [], plan.at(plan.timesteps[:2])
+    handle = network.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    try:
+        requests.images(few, "analysis", range(requests.batch))
+    finally:
+        handle.remove()
+    args, kwargs = calls[0]
+    arguments = inspect.signature(network.forward).bind(*args, **kwargs).arguments
+    sample, *_ = arguments.values()
+
+    def one(value: torch.Tensor) -> torch.Tensor:
+        return value[:1] if value.ndim and len(value) == len(sample) else value
+
+    given = {name: tree_map_only(torch.Tensor, one, value) for name, value in list(arguments.items())[1:]
+             if value is not None and name not in ("timestep", "return_dict")}
+    passes = len(sample) * len(calls) // few.steps // requests.batch
+    return replace(count(network, sampling.Conditions(given), sample.shape[1:]), passes=passes)
 
 
 def interleave(runs: dict[str, Callable[[], object]], repeats: int, warmup: int = 2, title: str = "timing"

@@ -6,10 +6,9 @@ ended and has partial steps, forecasts and guidance passes too. `lib.fit` is the
 """
 
 import hashlib
-import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,9 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from lib.grid import blocks, cost, solvers
-from lib.grid.model import Conditions
 from lib.grid.pipelines import Requests, network_of
 from lib.grid.plan import HOLD, LINE, PARABOLA, NoiseSchedule, Plan, PlanError, quadratic, trailing
 from lib.judging import pairs
@@ -182,7 +179,7 @@ class Fitting:
         pipe = self.requests["search"].pipe
         _, self.network = network_of(pipe)
         self.blocks, self.full = blocks.describe(self.network), self.full_of(pipe, effort.steps)
-        self.costs, self.guided = self._probe()
+        self.costs, self.guided = cost.count_requests(self.requests["search"], self.full), self._has_passes()
         asked = [[bank, list(one.said), _fingerprint(one.options), one.batch, one.seed]
                  for bank, one in self.requests.items()]
         about = [self.full.key, asdict(effort), asked, _fingerprint(self.network.state_dict())]
@@ -197,27 +194,14 @@ class Fitting:
         described, fits = blocks.describe(network), NoiseSchedule.of(pipe.scheduler)
         return Plan.full(trailing(steps, fits.train_timesteps), fits, described.names, 2, cache=described.cache)
 
-    def _probe(self) -> tuple[cost.Costs, bool]:
-        """Make two steps, see how the network is called, and try whether its passes can be told apart."""
-        asked, calls, few = self.requests["search"], [], self.full.at(self.full.timesteps[:2])
-        handle = self.network.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
-        try:
-            asked.images(few, "search", range(asked.batch))
-        finally:
-            handle.remove()
-        args, kwargs = calls[0]
-        arguments = inspect.signature(self.network.forward).bind(*args, **kwargs).arguments
-        sample, *_ = arguments.values()
-        given = {name: tree_map_only(Tensor, lambda value: value[:1] if len(value) == len(sample) else value, value)
-                 for name, value in list(arguments.items())[1:]
-                 if value is not None and name not in ("timestep", "return_dict")}
-        costs = cost.count(self.network, Conditions(given), sample.shape[1:])
-        passes = len(sample) * len(calls) // few.steps // asked.batch
+    def _has_passes(self) -> bool:
+        """Try whether the pipeline's passes can be told apart, by two steps."""
+        asked, few = self.requests["search"], self.full.at(self.full.timesteps[:2])
         try:
             asked.images(few.guided(), "search", range(asked.batch))
         except PlanError:
-            return replace(costs, passes=passes), False
-        return replace(costs, passes=passes), True
+            return False
+        return True
 
     def profile(self) -> Timing:
         """Work out what the searches need, and give what calls take."""

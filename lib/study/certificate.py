@@ -10,6 +10,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from lib.grid import cost
 from lib.grid.plan import Plan
 from lib.judging import pairs
-from lib.judging.estimates import Contrast, Estimate, columns, text
+from lib.judging.estimates import MARGIN, Contrast, Estimate, columns, text
 from lib.methods.fitting import Fitted, Fitting
 from lib.study import figures
 from lib.study.page import STYLE
@@ -100,14 +101,19 @@ def verdict(rows: pd.DataFrame, beside: Mapping[str, Contrast], found: Fitted) -
     said = [f"The fitted plan takes {plan['seconds']:.3g} s a call, {plan['faster']:.2f} [{plan['faster_low']:.2f}, "
             f"{plan['faster_high']:.2f}] times less than the full run ({plan['predicted']:.3g} s were predicted, "
             f"{off:.0%} off). PSNR to the full run's images: {text(plan, 'PSNR')} dB."]
+    longer = {name: rows.loc[name, "predicted"] / plan["predicted"] - 1 for name in beside}
     for name, contrast in beside.items():
-        ratio = contrast.ratio
-        said.append(f"Its images are {WORDS[contrast.word]} those of {name} ({rows.loc[name, 'steps']} steps, "
-                    f"{rows.loc[name, 'seconds']:.3g} s): {ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] of "
-                    "their distance.")
-    enough = [name for name, contrast in beside.items() if contrast.word != "better" and name != "DeepCache"]
-    if enough:
+        ratio, row = contrast.ratio, rows.loc[name]
+        more = f", {longer[name]:.0%} longer by prediction" if longer[name] > MARGIN else ""
+        said.append(f"Its images are {WORDS[contrast.word]} those of {name} ({row['steps']:.0f} steps, "
+                    f"{row['seconds']:.3g} s{more}): {ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] of their "
+                    "distance.")
+    as_good = [name for name, contrast in beside.items() if contrast.word != "better" and name != "DeepCache"]
+    if enough := [name for name in as_good if longer[name] <= MARGIN]:
         said.append(f"Fewer steps do as well here: {' and '.join(enough)} may be taken in the plan's place.")
+    elif as_good:
+        said.append("Fewer steps do as well where they may take longer: ask for "
+                    f"{rows.loc[as_good, 'predicted'].min():.3g}s and see.")
     return said
 
 
@@ -147,6 +153,7 @@ def _figure(figure: Figure, caption: str) -> str:
     """Give a figure with its caption as HTML."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
+    plt.close(figure)
     picture = base64.b64encode(buffer.getvalue()).decode()
     return (f"<figure><img alt='{html.escape(caption)}' src='data:image/png;base64,{picture}'>"
             f"<figcaption>{html.escape(caption)}</figcaption></figure>")

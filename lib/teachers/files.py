@@ -210,3 +210,17 @@ def _record(where: str, cell: dict, label: Any, prompt: Any) -> Record:
         raise ValueError(f"{where}: no image, where its bytes or its path should stand. Mend it or take it out.")
     path = cell.get("path")
     return Record(where + f" ({path})" * bool(path), cell.get("bytes") or path, label, prompt)
+
+
+def lines(path: Path | None) -> list[str | int]:
+    """Read prompts, one a line, or class numbers; of no file, none.
+
+    Raises
+    ------
+    ValueError
+        If the file holds none.
+    """
+    found = [line.strip() for line in path.read_text().splitlines() if line.strip()] if path else []
+    if path and not found:
+        raise ValueError(f"prompts: {path} holds none: write one a line")
+    return [int(line) for line in found] if all(line.isdecimal() for line in found) else found

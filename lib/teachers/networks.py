@@ -37,6 +37,7 @@ from lib.teachers.training import own_share, train
 
 UNSAID = 0.1
 """The share of prompts or labels that a network does not see in training."""
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEADS, TEXT_LAYERS = 4, 2
 """Heads of attention to a prompt, and layers of a text encoder."""
 
@@ -294,6 +295,24 @@ def _library(kind: type) -> str:
     return kind.__module__ if library == "lib" else library
 
 
+def pipeline(source: str, device: str = "cpu", precision: str = "fp32") -> DiffusionPipeline:
+    """Load a diffusers pipeline as it is: safetensors and JSON only, no code from elsewhere.
+
+    Parameters
+    ----------
+    source : folder, "hub:OWNER/NAME" or "hub:OWNER/NAME@REVISION"
+    precision : of `PRECISIONS`, of the weights
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds none.
+    """
+    where, _ = _index(source)
+    return DiffusionPipeline.from_pretrained(**where, use_safetensors=True, trust_remote_code=False,
+                                             dtype=PRECISIONS[precision]).to(device)
+
+
 def load(source: Path | str, device: str = "cpu", prompts: Sequence[str] = (), guidance: float = 1.0) -> Model:
     """Load a pipeline's network, noise schedule, autoencoder and text encoder, ready for sampling.
 
@@ -313,9 +332,6 @@ def load(source: Path | str, device: str = "cpu", prompts: Sequence[str] = (), g
         If the pipeline has neither a UNet nor a transformer, or one of a library that is not trusted here; if its
         scheduler walks in a way that no plan knows; if it is to be guided and reads nothing.
     """
-    if not str(source).startswith(HUB) and not (Path(source) / "model_index.json").exists():
-        raise FileNotFoundError(f"no teacher in {source}. Notebook 00_teacher_training makes it; a pipeline of the "
-                                f"Hugging Face hub is written {HUB}OWNER/NAME.")
     name, parts = _index(source)
     part = next((part for part in ("unet", "transformer") if part in parts), None)
     if part is None:
@@ -347,6 +363,9 @@ def _part(source: Path | str, part: str, device: str) -> ModelMixin:
 
 def _index(source: Path | str) -> tuple[dict, dict]:
     """Give where a pipeline lies, as `from_pretrained` takes it, and its index: the classes of its parts."""
+    if not str(source).startswith(HUB) and not (Path(source) / "model_index.json").exists():
+        raise FileNotFoundError(f"no teacher in {source}. Notebook 00_teacher_training makes it; a pipeline of the "
+                                f"Hugging Face hub is written {HUB}OWNER/NAME.")
     name, revision = str(source), ""
     if name.startswith(HUB):
         name, _, revision = name.removeprefix(HUB).partition("@")
