@@ -11,6 +11,10 @@ import torch
 from lib.grid import blocks, solvers
 from lib.grid.plan import GIVEN
 
+TWO_STREAMS = dict.fromkeys(("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"),
+                            ("encoder_hidden_states", "hidden_states"))
+"""Blocks that give two streams of tokens, and what each is called when they are given it."""
+
 
 def combined(at, known):
     """The value at `at` of the polynomial through (place, value) pairs, by solving for its weights."""
@@ -39,14 +43,19 @@ class Sheet:
     def hook(self, place, step):
         residual = self.described.cache == "residual"
 
-        def replace(module, inputs, output):
-            now = output[0] if isinstance(output, tuple) else output
-            base = inputs[0] if residual else torch.zeros(())
-            if self.states[step][place] == 1:
-                self.computed.setdefault(place, []).append((self.places[step], now - base))
-                return None
-            now = self.stands_for(place, self.states[step][place], step) + base
-            return (now,) if isinstance(output, tuple) else now
+        def replace(module, args, kwargs, output):
+            parts = output if isinstance(output, tuple) else (output,)
+            given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+            names = TWO_STREAMS.get(type(module).__name__, ("hidden_states",))
+            made = []
+            for name, now in zip(names, parts):
+                base = given[name] if residual and now is not None else torch.zeros(())
+                if now is not None and self.states[step][place] == 1:
+                    self.computed.setdefault((place, name), []).append((self.places[step], now - base))
+                elif now is not None:
+                    now = self.stands_for((place, name), self.states[step][place], step) + base
+                made.append(now)
+            return tuple(made) + parts[len(made):] if isinstance(output, tuple) else made[0]
 
         return replace
 
@@ -54,7 +63,8 @@ class Sheet:
         """The pass's output at a step; `given` is the given pass's, None while that is made."""
         if self.net[step] == -1:
             return given
-        handles = [self.model.get_submodule(block.modules[-1]).register_forward_hook(self.hook(place, step))
+        handles = [self.model.get_submodule(block.modules[-1]).register_forward_hook(self.hook(place, step),
+                                                                                     with_kwargs=True)
                    for place, block in enumerate(self.described)]
         try:
             t = torch.tensor(self.plan.timesteps[step]).expand(len(x_t))
@@ -106,7 +116,8 @@ class Watched:
                         self.model.register_forward_hook(self.leave)]
         for place, block in enumerate(self.described):
             module = self.model.get_submodule(block.modules[-1])
-            self.handles.append(module.register_forward_hook(lambda *a, place=place: self.hook(place)(*a)))
+            self.handles.append(module.register_forward_hook(lambda *a, place=place: self.hook(place)(*a),
+                                                             with_kwargs=True))
         return self
 
     def __exit__(self, *_):
@@ -116,6 +127,7 @@ class Watched:
     def arrive(self, module, args, kwargs):
         arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         t, shape = float(torch.as_tensor(arguments["timestep"]).flatten()[0]), next(iter(arguments.values())).shape
+        t *= 1000 if type(module).__name__ == "FluxTransformer2DModel" else 1  # which is told shares
         step = int(np.argmin([abs(t - own) for own in self.plan.timesteps]))
         if self.step is None or step <= self.step or shape != self.shape:
             self.sheet = Sheet(self.model, self.plan.replace(

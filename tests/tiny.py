@@ -15,9 +15,14 @@ from diffusers import (
     DDPMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     LDMTextToImagePipeline,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -57,9 +62,9 @@ def text_unet(levels=2, **more):
         "up_block_types": (*rest[1], "CrossAttnUpBlock2D")} | more)
 
 
-def vae():
+def vae(**more):
     return AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
-                         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4)
+                         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, **more)
 
 
 def picture():
@@ -184,6 +189,33 @@ def latent_text():
     pipe = LDMTextToImagePipeline(vqvae=codes, bert=text, tokenizer=tokens, unet=text_unet(), scheduler=ddim())
     return pipe, {"prompt": "a digit", "output_type": "np", "guidance_scale": 3.0}
 
+
+def flow(**more):
+    return FlowMatchEulerDiscreteScheduler(**more)
+
+
+def stable_diffusion_3():
+    transformer = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8,
+                                        num_attention_heads=2, joint_attention_dim=16, caption_projection_dim=16,
+                                        pooled_projection_dim=12, out_channels=4, pos_embed_max_size=16)
+    pipe = StableDiffusion3Pipeline(transformer, flow(shift=3.0), vae(shift_factor=0.1), *(None,) * 6)
+    draw = torch.Generator().manual_seed(0)
+    texts, pooled = torch.randn(2, 1, 5, 16, generator=draw), torch.randn(2, 1, 12, generator=draw)
+    return pipe, {"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1], "pooled_prompt_embeds": pooled[0],
+                  "negative_pooled_prompt_embeds": pooled[1], "output_type": "np", "height": 16, "width": 16}
+
+
+def flux():
+    transformer = FluxTransformer2DModel(patch_size=1, in_channels=16, num_layers=2, num_single_layers=2,
+                                         attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
+                                         pooled_projection_dim=12, axes_dims_rope=(4, 4, 8))
+    pipe = FluxPipeline(flow(use_dynamic_shifting=True), vae(shift_factor=0.1), *(None,) * 4, transformer)
+    draw = torch.Generator().manual_seed(0)
+    return pipe, {"prompt_embeds": torch.randn(1, 5, 16, generator=draw), "output_type": "np",
+                  "pooled_prompt_embeds": torch.randn(1, 12, generator=draw), "height": 16, "width": 16}
+
+
+FLOWS = (stable_diffusion_3, flux)
 
 ALL = (ddpm, ddim_pixels, dit, pixart, stable_diffusion, image_to_image, inpaint, inpaint_nine_channels, controlled,
        instructed, upscaled, stable_diffusion_xl, latent_text)

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 STEM = "stem"
@@ -240,6 +240,10 @@ def wiring(names: Sequence[str]) -> list[list[int]]:
     return reads
 
 
+TRANSFORMERS = ("DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel")
+"""The transformers that are known here: chains of blocks, each of which adds to the tokens that it is given."""
+STACKS = ("transformer_blocks", "single_transformer_blocks")
+"""Where their blocks are, in the order in which they run."""
 LEVELS = ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D",
           "UNetMidBlock2D", "UNetMidBlock2DCrossAttn")
 """The UNet levels that are known here."""
@@ -258,12 +262,13 @@ def describe(network: nn.Module) -> Blocks:
                         "(lib.apply.Planned does so by itself.)")
     if isinstance(network, UNet2DModel | UNet2DConditionModel):
         return _unet(network)
-    if isinstance(network, DiTTransformer2DModel | PixArtTransformer2DModel):
-        paths = {f"block{i}": f"transformer_blocks.{i}" for i in range(len(network.transformer_blocks))}
+    if type(network).__name__ in TRANSFORMERS:
+        modules = [f"{stack}.{number}" for stack in STACKS for number in range(len(getattr(network, stack, ())))]
+        paths = {f"block{number}": module for number, module in enumerate(modules)}
         found = [Block(name, name, (paths[name],), (before,)) for before, name in pairwise([STEM, *paths])]
         return Blocks(tuple(found), paths, "residual")
     raise TypeError(f"{type(network).__name__} is not supported. Supported: UNet2DModel, UNet2DConditionModel, "
-                    "DiTTransformer2DModel and PixArtTransformer2DModel.")
+                    f"{', '.join(TRANSFORMERS)}.")
 
 
 def input_shape(network: nn.Module) -> tuple[int, int, int]:

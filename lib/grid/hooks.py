@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from diffusers import Transformer2DModel
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor, nn
 
@@ -241,15 +243,50 @@ class _LayerHook(_Hook):
 
 
 class _ResidualHook(_LayerHook):
-    """Runs one block, or adds to its input the change that it stands for."""
+    """Runs one block, or adds to its input the change that it stands for: of the image's tokens, and of the text's.
 
-    def new_forward(self, module: nn.Module, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    Some blocks carry two streams of tokens, and give both. Their changes are kept as one tensor, a row an image.
+    """
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        self.streams = TransformerBlockRegistry.get(type(module))
+        return module
+
+    def new_forward(self, module: nn.Module, *args, **kwargs) -> Tensor | tuple[Tensor | None, ...]:
         if self.engine.on and not self.engine.runs(self.place):
-            return hidden_states + self.engine.get(self.place)
-        output = self.fn_ref.original_forward(hidden_states, *args, **kwargs)
+            return self._changed(self._inputs(args, kwargs), self.engine.get(self.place))
+        output = self.fn_ref.original_forward(*args, **kwargs)
         if self.engine.on:
-            self.engine.put(self.place, lambda: output - hidden_states)
+            self.order = self._order(output)
+            self.engine.put(self.place, lambda: self._change(self._inputs(args, kwargs), output))
         return output
+
+    def _order(self, output: Any) -> tuple[int | None, ...] | None:
+        """Give the stream of each part of an output (0 the image's, 1 the text's, None nothing); None for one part."""
+        if isinstance(output, Tensor):
+            return None
+        known = {self.streams.return_hidden_states_index: 0, self.streams.return_encoder_hidden_states_index: 1}
+        return tuple(None if part is None else known.get(place) for place, part in enumerate(output))
+
+    def _inputs(self, args: tuple, kwargs: dict) -> tuple[Tensor, ...]:
+        """Give the streams that a block is given and changes."""
+        names = (self.streams.hidden_states_argument_name, self.streams.encoder_hidden_states_argument_name)
+        changed = [stream for stream in self.order or (0,) if stream is not None]
+        return tuple(self.streams._get_parameter_from_args_kwargs(names[stream], args, kwargs)
+                     for stream in sorted(changed))
+
+    def _change(self, inputs: tuple[Tensor, ...], output: Any) -> Tensor:
+        if self.order is None:
+            return output - inputs[0]
+        parts = {stream: part for stream, part in zip(self.order, output) if stream is not None}
+        return torch.cat([(parts[stream] - given).flatten(1) for stream, given in zip(sorted(parts), inputs)], dim=1)
+
+    def _changed(self, inputs: tuple[Tensor, ...], change: Tensor) -> Any:
+        if self.order is None:
+            return inputs[0] + change
+        sizes = [given[0].numel() for given in inputs]
+        made = [given + part.view_as(given) for given, part in zip(inputs, change.split(sizes, dim=1))]
+        return tuple(None if stream is None else made[stream] for stream in self.order)
 
 
 class _LevelHook(_Hook):

@@ -134,8 +134,10 @@ class _Walk:
         raise PlanError("this pipeline reads its scheduler's sigmas, and a plan's solver is not told by them: run it "
                         "without a plan.")
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        plan = self.engine.plan
+    def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None,
+                      sigmas: Sequence[float] | None = None, mu: float | None = None) -> None:
+        """Begin a run; of sigmas only their number counts: the plan has its own, and a shift (mu) is theirs."""
+        plan, num_inference_steps = self.engine.plan, len(sigmas) if sigmas is not None else num_inference_steps
         if num_inference_steps not in (len(plan.grid), plan.steps):
             raise PlanError(f"the plan is for runs of {len(plan.grid)} steps, of which it takes {plan.steps}: call the "
                             f"pipeline with num_inference_steps={len(plan.grid)}, not {num_inference_steps}.")

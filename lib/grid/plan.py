@@ -71,8 +71,9 @@ class NoiseSchedule(_Part):
         """
         NoiseSchedule.check_kind(scheduler)
         config, kind = scheduler.config, type(scheduler).__name__
+        flow = _is_one_of(FLOWS, scheduler)
         for option in ("clip_sample", "thresholding", "trained_betas", "rescale_betas_zero_snr", "invert_sigmas",
-                       "use_dynamic_shifting"):
+                       *([] if flow else ["use_dynamic_shifting"])):
             given = config.get(option)
             if given is not None and given is not False:
                 raise PlanError(f"the noise schedule has {option}={str(given)[:40]}, which plans do not know. Where "
@@ -81,8 +82,10 @@ class NoiseSchedule(_Part):
         if config.get("timestep_type", "discrete") != "discrete":
             raise PlanError(f"the noise schedule has timestep_type={config.timestep_type}, whose network reads other "
                             "numbers than the timesteps that plans know.")
-        if _is_one_of(FLOWS, scheduler) or config.get("use_flow_sigmas"):
+        if flow or config.get("use_flow_sigmas"):
             shift = config.get("shift", config.get("flow_shift", 1.0))
+            if config.get("use_dynamic_shifting"):  # by the image's size: the plan's steps are where they are
+                shift = 1.0
             return FlowSchedule(train_timesteps=config.num_train_timesteps, shift=float(shift))
         try:
             return BetaSchedule(train_timesteps=config.num_train_timesteps, beta_start=config.beta_start,

@@ -1,0 +1,102 @@
+"""Flow matching, and transformers with two streams of tokens: Stable Diffusion 3 and Flux."""
+
+import numpy as np
+import pytest
+import reference
+import tiny
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from doors import watched
+
+from lib.apply import Planned
+from lib.grid import blocks
+from lib.grid.plan import HOLD, LINE, FlowSchedule, NoiseSchedule, Plan
+
+
+@pytest.fixture(scope="module", params=tiny.FLOWS, ids=lambda kind: kind.__name__)
+def pipeline(request):
+    return tiny.made(request.param)
+
+
+def full_plan(pipe, options):
+    """The pipeline's own steps, by its own solver."""
+    tiny.call(pipe, options)
+    own = pipe.scheduler.timesteps.tolist()
+    described = blocks.describe(pipe.transformer)
+    return Plan.full(own, NoiseSchedule.of(pipe.scheduler), described.names, cache="residual", solver="euler")
+
+
+def random_plan(full, seed):
+    draw = np.random.default_rng(seed)
+    cells = draw.choice([0, 1, 2, 3], (full.steps, len(full.blocks)), p=[0.3, 0.5, 0.15, 0.05])
+    net = draw.choice([0, 1, 2], full.steps, p=[0.15, 0.7, 0.15])
+    cells[0], net[0] = 1, 1
+    return full.replace(abscissa="timestep").with_cells(cells, net)
+
+
+def test_a_full_plan_gives_the_pipelines_own_images(pipeline):
+    pipe, options = pipeline
+    full, plain = full_plan(pipe, options), tiny.call(pipe, options)
+    with Planned(pipe, full):
+        images = tiny.call(pipe, options)
+    np.testing.assert_allclose(images, plain, atol=1e-4)
+    assert np.array_equal(tiny.call(pipe, options), plain) and type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler
+
+
+def cheap(full, described):
+    found = {f"hold {branch}": Plan.deepcache(3, described.branch(branch), full)
+             for branch in range(described.branches)}
+    found["line"] = Plan.deepcache(2, described.branch(0), full.replace(abscissa="timestep"), LINE)
+    return found | {f"random {seed}": random_plan(full, seed) for seed in range(6)}
+
+
+def test_a_cheap_plan_is_what_the_slow_reference_says(pipeline):
+    pipe, options = pipeline
+    full, described = full_plan(pipe, options), blocks.describe(pipe.transformer)
+    plain = tiny.call(pipe, options)
+    for name, plan in cheap(full, described).items():
+        with reference.Watched(pipe.transformer, plan) as watch:
+            tiny.call(pipe, options)
+        with Planned(pipe, plan), watched(pipe.transformer) as outputs:
+            images = tiny.call(pipe, options)
+        assert len(outputs) == len(watch.outputs) > 0
+        for one, other in zip(outputs, watch.outputs):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()), msg=name)
+        assert not np.array_equal(images, plain)
+
+
+def test_blocks_that_are_held_do_not_run(pipeline):
+    pipe, options = pipeline
+    full, described = full_plan(pipe, options), blocks.describe(pipe.transformer)
+    plan, ran = Plan.deepcache(5, described.branch(0), full, HOLD), []
+    last = pipe.transformer.get_submodule(described.blocks[-1].modules[0])
+    probe = next(iter(last.children())).register_forward_hook(lambda *_: ran.append(1))
+    with Planned(pipe, plan):
+        tiny.call(pipe, options)
+    probe.remove()
+    assert len(ran) == 2
+
+
+def test_a_stock_pipelines_guidance_is_the_plans():
+    pipe, options = tiny.made(tiny.stable_diffusion_3)
+    full = full_plan(pipe, options)
+    with Planned(pipe, full.guided()):
+        both = tiny.call(pipe, options)
+    np.testing.assert_allclose(both, tiny.call(pipe, options), atol=1e-4)
+    with Planned(pipe, full.guided((2, 7), every=2)):
+        fewer = tiny.call(pipe, options)
+    assert np.abs(fewer - both).max() > 1e-3
+
+
+def test_timesteps_that_are_told_in_half_precision_find_their_step():
+    pipe, options = tiny.made(tiny.flux)
+    pipe.to(torch.bfloat16)
+    options = {name: value.to(torch.bfloat16) if isinstance(value, torch.Tensor) else value
+               for name, value in options.items()}
+    full = full_plan(pipe, options)
+    with Planned(pipe, full):
+        assert np.isfinite(tiny.call(pipe, options)).all()
+
+
+def test_a_shift_by_size_is_the_steps_own():
+    assert NoiseSchedule.of(tiny.flow(use_dynamic_shifting=True)) == FlowSchedule(train_timesteps=1000, shift=1.0)
