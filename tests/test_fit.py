@@ -35,7 +35,8 @@ def requests_of(pipe, options, said=(), batch=1):
 
 @pytest.mark.parametrize(("kind", "prompts", "batch", "guided"), [
     (tiny.stable_diffusion, PROMPTS, 2, True), (tiny.stable_diffusion_xl, [], 1, True),
-    (tiny.ddim_pixels, [], 2, False), (tiny.dit, [3, 5], 2, False)])
+    (tiny.ddim_pixels, [], 2, False), (tiny.dit, [3, 5], 2, False), (tiny.stable_diffusion_3, [], 1, True),
+    (tiny.flux, [], 1, False)])
 def test_a_plan_for_a_budget(kind, prompts, batch, guided, tmp_path, monkeypatch):
     monkeypatch.setattr(Fitting, "_time", steady)
     pipe, options = tiny.made(kind)

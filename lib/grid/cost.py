@@ -122,8 +122,8 @@ def count(network: nn.Module, conditions: sampling.Conditions | None = None, sha
     described, outputs = _blocks.describe(network), {}
 
     def measure(name: str) -> Callable:
-        return lambda module, inputs, output: outputs.__setitem__(name, output[0].numel() if isinstance(output, tuple)
-                                                                  else output.numel())
+        return lambda module, inputs, output: outputs.__setitem__(name, sum(
+            part.numel() for part in tree_leaves(output) if isinstance(part, torch.Tensor)))
 
     for block in described:
         twin.get_submodule(block.modules[-1]).register_forward_hook(measure(block.name))

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from lib.grid import blocks, cost, solvers
 from lib.grid.pipelines import Requests, network_of
-from lib.grid.plan import HOLD, LINE, PARABOLA, NoiseSchedule, Plan, PlanError, quadratic, trailing
+from lib.grid.plan import HOLD, LINE, PARABOLA, FlowSchedule, NoiseSchedule, Plan, PlanError, quadratic, trailing
 from lib.judging import pairs
 from lib.methods import learned
 from lib.methods.flexiffusion import FreeSpace
@@ -178,7 +178,7 @@ class Fitting:
         self.requests, self.effort = dict(requests), effort
         pipe = self.requests["search"].pipe
         _, self.network = network_of(pipe)
-        self.blocks, self.full = blocks.describe(self.network), self.full_of(pipe, effort.steps)
+        self.blocks, self.full = blocks.describe(self.network), self.full_of(pipe, effort.steps, self._own_steps())
         self.costs, self.guided = cost.count_requests(self.requests["search"], self.full), self._has_passes()
         asked = [[bank, list(one.said), _fingerprint(one.options), one.batch, one.seed]
                  for bank, one in self.requests.items()]
@@ -188,11 +188,29 @@ class Fitting:
         self.work.mkdir(parents=True, exist_ok=True)
 
     @staticmethod
-    def full_of(pipe: DiffusionPipeline, steps: int) -> Plan:
-        """Give a pipeline's full run: so many even steps of DPM-Solver++, of order 2."""
+    def full_of(pipe: DiffusionPipeline, steps: int, own: Sequence[float] = ()) -> Plan:
+        """Give a pipeline's full run: so many steps of DPM-Solver++ of order 2, even ones or its own."""
         _, network = network_of(pipe)
         described, fits = blocks.describe(network), NoiseSchedule.of(pipe.scheduler)
-        return Plan.full(trailing(steps, fits.train_timesteps), fits, described.names, 2, cache=described.cache)
+        flow = {"abscissa": "timestep"} if isinstance(fits, FlowSchedule) else {}  # pure noise has no log-SNR
+        return Plan.full(own or trailing(steps, fits.train_timesteps), fits, described.names, 2,
+                         cache=described.cache).replace(**flow)
+
+    def _own_steps(self) -> list[float]:
+        """Give the timesteps that a pipeline of flow matching takes by itself; of betas none."""
+        asked = self.requests["search"]
+        if not isinstance(NoiseSchedule.of(asked.pipe.scheduler), FlowSchedule):
+            return []
+        asked.plain("search", range(asked.batch), self.effort.steps)
+        return asked.pipe.scheduler.timesteps.tolist()
+
+    def spaced(self, count: int, power: int = 1) -> Plan:
+        """Give so many full steps, spaced evenly or (power 2) quadratically; of flow matching along its own way."""
+        if isinstance(self.full.schedule, FlowSchedule):
+            behind = 1 - (1 - np.arange(count) / count) ** power
+            way = np.linspace(0, 1, self.full.steps + 1), [*self.full.timesteps, 0.0]
+            return self.full.at(np.interp(behind, *way).tolist())
+        return self.full.at({1: trailing, 2: quadratic}[power](count, self.full.schedule.train_timesteps))
 
     def _has_passes(self) -> bool:
         """Try whether the pipeline's passes can be told apart, by two steps."""
@@ -250,7 +268,7 @@ class Fitting:
         space = self.space(range(3, 8))
         plans = [space.decode(draw.ask(dict(space.distributions())).params) for _ in range(DRAWN)]
         missing = {pattern for plan in plans for pattern in cost.patterns(plan)}
-        few = self.full.at(trailing(6, self.full.schedule.train_timesteps))
+        few = self.spaced(6)
         chosen = [few.guided()] if self.guided else [few]
         missing -= set(cost.patterns(chosen[0]))
         while missing:
@@ -369,9 +387,7 @@ class Fitting:
 
     def _few_steps(self, count: int) -> dict[str, Plan]:
         """Give what everybody knows of so many full steps."""
-        train = self.full.schedule.train_timesteps
-        return {f"{count} even steps": self.full.at(trailing(count, train)),
-                f"{count} quadratic steps": self.full.at(quadratic(count, train)),
+        return {f"{count} even steps": self.spaced(count), f"{count} quadratic steps": self.spaced(count, 2),
                 f"{count} steps by shortest path": self.placed([count])[count]}
 
     def _lifted(self, space: Space, few: FreeSpace, genome: Mapping) -> dict:
@@ -403,9 +419,9 @@ class Fitting:
 
     def _deepcache(self, seconds: float) -> list[Plan]:
         """Give DeepCache's plans of the fewest steps that take no less time, a plan an interval."""
-        timing, train, found = self.timing(), self.full.schedule.train_timesteps, []
+        timing, found = self.timing(), []
         for interval in INTERVALS:
-            plans = (Plan.deepcache(interval, self.blocks.branch(0), self.full.at(trailing(count, train)))
+            plans = (Plan.deepcache(interval, self.blocks.branch(0), self.spaced(count))
                      for count in range(interval + 1, self.full.steps + 1))
             found += list(islice((plan for plan in plans if timing.of(plan) >= ALMOST * seconds), 1))
         return found

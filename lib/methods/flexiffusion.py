@@ -15,7 +15,7 @@ import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lib.grid.blocks import Blocks
-from lib.grid.plan import COMPUTE, HOLD, Plan
+from lib.grid.plan import COMPUTE, HOLD, FlowSchedule, Plan
 
 LENGTHS = 3.0
 """In the free space a segment is at most so many times longer, or shorter, than the middle of the range."""
@@ -114,9 +114,9 @@ class FreeSpace:
 
     Segment k begins with a full step at the timestep N (1 - u_k)^p - 1. N is the number of training timesteps, u_k the
     sum of the relative lengths of the segments before it, p one power for all; equal lengths and p = 1 are uniform
-    (trailing) spacing. The partial steps of a segment follow at equal distances within a part of it, its *reach*. With
-    no partial steps this is the space of searched few steps (the control that AutoDiffusion, arXiv 2309.10438, stands
-    for).
+    (trailing) spacing. (Of flow matching (1 - u_k)^p is what is left of the teacher's own way.) The partial steps of a
+    segment follow at equal distances within a part of it, its *reach*. With no partial steps this is the space of
+    searched few steps (the control that AutoDiffusion, arXiv 2309.10438, stands for).
 
     Attributes
     ----------
@@ -171,14 +171,24 @@ class FreeSpace:
                 places.append(begins[slot] + genome[f"reach_{slot}"] * lengths[slot] * step / (partials + 1))
                 rows.append(np.where(self.blocks.branch(genome[f"branch_{slot}"]), COMPUTE,
                                      genome.get(f"reuse_{slot}", self.reuses[0])))
-        power = POWERS ** (2 * genome["power"] - 1)
-        wanted = [round(train * (1 - place) ** power) - 1 for place in places]
-        for i in range(1, len(wanted)):  # rounding may make neighbours equal
-            wanted[i] = min(wanted[i], wanted[i - 1] - 1)
-        timesteps = [max(t, len(wanted) - 1 - i) for i, t in enumerate(wanted)]
-        full = Plan.full(timesteps, self.teacher.schedule, self.teacher.blocks, genome["order"], self.teacher.grid,
-                         self.teacher.cache)
+        left = (1 - np.array(places)) ** POWERS ** (2 * genome["power"] - 1)
+        if isinstance(self.teacher.schedule, FlowSchedule):
+            timesteps = np.interp(1 - left, *self._way).tolist()
+        else:
+            wanted = [round(train * share) - 1 for share in left]
+            for i in range(1, len(wanted)):  # rounding may make neighbours equal
+                wanted[i] = min(wanted[i], wanted[i - 1] - 1)
+            timesteps = [max(t, len(wanted) - 1 - i) for i, t in enumerate(wanted)]
+        full = self.teacher.at(timesteps, solver="dpmsolver++", order=genome["order"], table=None)
         return full.with_cells(np.stack(rows), method="free segments", segments=count)
+
+    @property
+    def _way(self) -> tuple[np.ndarray, list[float]]:
+        """Give how much of the way lies behind each of the teacher's timesteps, and behind the image, and these.
+
+        A schedule of flow matching has its own spacing, which even steps follow.
+        """
+        return np.linspace(0, 1, self.teacher.steps + 1), [*self.teacher.timesteps, 0.0]
 
     def encode(self, count: int, order: int, partials: int = 0, branch: int | None = None, reuse: int = HOLD) -> dict:
         """Give the genome of uniform segments, each with as many partial steps at equal distances."""
@@ -193,7 +203,12 @@ class FreeSpace:
 
     def encode_steps(self, timesteps: Sequence[float], order: int) -> dict:
         """Give the genome of full steps alone that begin nearest to some timesteps, the first at the noise."""
-        begins, nearest = (np.array(timesteps) + 1) / self.teacher.schedule.train_timesteps, {}
+        if isinstance(self.teacher.schedule, FlowSchedule):
+            behind, way = self._way
+            begins = 1 - np.interp(timesteps, way[::-1], behind[::-1])
+        else:
+            begins = (np.array(timesteps) + 1) / self.teacher.schedule.train_timesteps
+        nearest = {}
         for power in np.linspace(0.0, 1.0, 41):
             places = 1 - begins ** (1 / POWERS ** (2 * power - 1))
             logs = np.log(np.diff([0.0, *places[1:], 1.0])) / np.log(LENGTHS)
