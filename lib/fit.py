@@ -18,6 +18,7 @@ from typing import Any, Self
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
+from optuna.storages import RDBStorage
 
 from lib.grid.pipelines import Requests
 from lib.grid.plan import Plan, PlanError
@@ -105,11 +106,13 @@ def fit(pipe: DiffusionPipeline, budget: str, out: Path, *, prompts: Sequence[st
     """
     wanted, state = Budget.of(budget), PartialState()
     fitting = begin(pipe, out, prompts=prompts, options=options, batch=batch, effort=effort)
+    storage = fitting.work / "search.journal" if state.num_processes == 1 else f"sqlite:///{fitting.work}/search.db"
     if state.is_main_process:  # the others find on the disk what it worked out
         fitting.profile()
+        if isinstance(storage, str):
+            RDBStorage(storage)  # makes its tables: two at once would get in each other's way
     state.wait_for_everyone()
     seconds = wanted.seconds or wanted.share * fitting.profile().of(fitting.full)
-    storage = fitting.work / "search.journal" if state.num_processes == 1 else f"sqlite:///{fitting.work}/search.db"
     fitting.search(seconds, storage)
     state.wait_for_everyone()
     if state.is_main_process:

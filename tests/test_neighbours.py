@@ -45,12 +45,14 @@ from diffusers.hooks import (
 from diffusers.hooks import ModelHook as DiffusersHook
 from diffusers.models.attention_processor import AttnProcessor2_0
 from doors import by_reference, check, full_plan, plans, random_plan, same, watched
+from torch._dynamo.utils import counters
 
 from lib.apply import Planned
 from lib.grid import blocks, cost, sampling
 from lib.grid.engine import Engine
 from lib.grid.model import Model
 from lib.grid.plan import NoiseSchedule, Plan, PlanError
+from lib.methods.fitting import Fitting
 
 # ---- what holds on to network, scheduler or pipeline -----------------------------------------------------------------
 
@@ -239,6 +241,21 @@ def test_saving_in_the_block_saves_the_pipeline(cheap, tmp_path):
         loaded = type(pipe).from_pretrained(tmp_path / name)
         loaded.set_progress_bar_config(disable=True)
         np.testing.assert_allclose(tiny.call(loaded, options), plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [tiny.ddim_pixels, tiny.stable_diffusion, tiny.stable_diffusion_xl, tiny.dit,
+                                  tiny.pixart, tiny.stable_diffusion_3, tiny.flux])
+def test_blocks_compile_without_a_break_under_a_plan(kind):
+    pipe, options = tiny.made(kind)
+    full = full_plan(pipe) if kind not in tiny.FLOWS else Fitting.full_of(pipe, tiny.STEPS, list(range(1000, 0, -100)))
+    plan = Plan.deepcache(3, blocks.describe(tiny.network(pipe)).branch(0), full)
+    with Planned(pipe, plan):
+        plain = tiny.call(pipe, options)
+    counters.clear()
+    with Planned(pipe, plan, compiling={"fullgraph": True, "backend": "eager"}):
+        np.testing.assert_allclose(tiny.call(pipe, options), plain, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] > 1 and not counters["graph_break"]  # blocks of a kind share one
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("kind", [tiny.stable_diffusion, tiny.dit])

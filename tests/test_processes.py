@@ -77,6 +77,15 @@ def test_two_processes_sample_the_images_of_one(tmp_path, unet, schedule, teache
         assert np.abs(np.asarray(Image.open(file), dtype=int) - image[0].int().numpy()).max() <= 1  # rounding
 
 
+def test_two_processes_share_a_fit(tmp_path, unet, schedule):
+    networks.save(tmp_path / "model", Model(unet, schedule))
+    launch(2, "-m", "lib.fit", "--model", tmp_path / "model", "--budget", "0.8", "--out", tmp_path / "plan.json",
+           "--steps", 8, "--trials", 6, "--search-images", 2, "--select-images", 2, "--report-images", 2, "--rounds", 1,
+           "--batch", 2, "--device", "cpu")
+    assert Plan.load(tmp_path / "plan.json").steps < 8
+    assert {path.name for path in tmp_path.glob("plan*")} == {"plan.json", "plan.certificate.json", "plan.html"}
+
+
 def test_what_cannot_be_sampled_is_refused(tmp_path, unet, schedule):
     networks.save(tmp_path / "model", Model(unet, schedule))
     for model, plan, message in ((tmp_path / "none", tmp_path / "plan.json", "no teacher in"),

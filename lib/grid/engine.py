@@ -41,6 +41,7 @@ class Engine:
     led : bool
         True if a scheduler says when the next step begins (`at`), and when a run is on (`closed`): then calls at any
         other timestep, or between runs, are somebody else's and refused.
+    compiling : dict of torch.compile's options, by which each block's own forward is compiled; None for none
 
     Raises
     ------
@@ -49,8 +50,9 @@ class Engine:
         calls that the plan does not know.
     """
 
-    def __init__(self, network: nn.Module, plan: Plan, schedule: NoiseSchedule, led: bool = False):
-        self.network, self.plan, self.led = network, plan, led
+    def __init__(self, network: nn.Module, plan: Plan, schedule: NoiseSchedule, led: bool = False,
+                 compiling: dict[str, Any] | None = None):
+        self.network, self.plan, self.led, self.compiling = network, plan, led, compiling
         self.blocks = _blocks.describe(network)
         plan.check_fits(self.blocks.names, schedule)
         if plan.cache != self.blocks.cache:

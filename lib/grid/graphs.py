@@ -37,10 +37,11 @@ def unrecorded() -> Iterator[None]:
         _recording = before
 
 
-def engine(network: nn.Module, plan: Plan, schedule: NoiseSchedule, led: bool = False) -> Engine:
+def engine(network: nn.Module, plan: Plan, schedule: NoiseSchedule, led: bool = False,
+           compiling: dict[str, Any] | None = None) -> Engine:
     """Give the engine that suits where the network lies: with recorded graphs on CUDA, the plain one elsewhere."""
     kind = GraphedEngine if next(network.parameters()).is_cuda else Engine
-    return kind(network, plan, schedule, led)
+    return kind(network, plan, schedule, led, compiling)
 
 
 def cuda_graph(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:

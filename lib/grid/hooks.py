@@ -229,6 +229,7 @@ class _LayerHook(_Hook):
     def __init__(self, engine: "Engine", place: int, gives_output: bool):
         super().__init__(engine)
         self.place, self.gives_output = place, gives_output
+        self.compiled: tuple[Callable, Callable] | None = None
 
     def new_forward(self, module: nn.Module, *args, **kwargs) -> Tensor | tuple[Tensor]:
         if self.engine.on and not self.engine.runs(self.place):
@@ -236,10 +237,19 @@ class _LayerHook(_Hook):
                 return args[0] if args else kwargs["hidden_states"]
             output = self.engine.get(self.place)
             return (output,) if isinstance(module, Transformer2DModel) else output
-        output = self.fn_ref.original_forward(*args, **kwargs)
+        output = self.original(*args, **kwargs)
         if self.gives_output and self.engine.on:
             self.engine.put(self.place, lambda: output[0] if isinstance(output, tuple) else output)
         return output
+
+    def original(self, *args, **kwargs) -> Any:
+        """Run the module's own forward: compiled, where the engine compiles; what it decides stays in Python."""
+        plain = self.fn_ref.original_forward
+        if self.engine.compiling is None:
+            return plain(*args, **kwargs)
+        if self.compiled is None or self.compiled[0] is not plain:  # offloading may have put another in its place
+            self.compiled = plain, torch.compile(plain, **self.engine.compiling)
+        return self.compiled[1](*args, **kwargs)
 
 
 class _ResidualHook(_LayerHook):
@@ -255,7 +265,7 @@ class _ResidualHook(_LayerHook):
     def new_forward(self, module: nn.Module, *args, **kwargs) -> Tensor | tuple[Tensor | None, ...]:
         if self.engine.on and not self.engine.runs(self.place):
             return self._changed(self._inputs(args, kwargs), self.engine.get(self.place))
-        output = self.fn_ref.original_forward(*args, **kwargs)
+        output = self.original(*args, **kwargs)
         if self.engine.on:
             self.order = self._order(output)
             self.engine.put(self.place, lambda: self._change(self._inputs(args, kwargs), output))

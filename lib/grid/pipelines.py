@@ -55,6 +55,9 @@ class Planned:
     plan : Plan
     watch : callable(step, x_t, output), told after each step what the solver was given: x_t, (n, C, ...), before the
         step, and what the network predicted there, guided
+    compiling : dict of torch.compile's options, such as {"fullgraph": True}
+        Compiles each block by itself: which blocks run is decided in Python, between them. None compiles nothing, and a
+        compiled network runs uncompiled for as long.
 
     Raises
     ------
@@ -62,8 +65,9 @@ class Planned:
         If the plan is for other blocks or another noise schedule.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, plan: Plan, watch: Callable[[int, Tensor, Tensor], None] | None = None):
-        self.pipe, self.plan, self.watch, self._own = pipe, plan, watch, None
+    def __init__(self, pipe: DiffusionPipeline, plan: Plan, watch: Callable[[int, Tensor, Tensor], None] | None = None,
+                 compiling: dict[str, Any] | None = None):
+        self.pipe, self.plan, self.watch, self.compiling, self._own = pipe, plan, watch, compiling, None
         self._prepare()
 
     def _prepare(self) -> tuple[Engine, "_Walk"]:
@@ -76,11 +80,12 @@ class Planned:
             raise PlanError(f"{self.pipe.scheduler.engine.plan.title} is on this pipeline: leave its block, or "
                             "disable() it, first.")
         self._part, self._model = part, model
-        engine = graphs.engine(self._model, self.plan, NoiseSchedule.of(self.pipe.scheduler), led=True)
+        fits = NoiseSchedule.of(self.pipe.scheduler)
+        engine = graphs.engine(self._model, self.plan, fits, led=True, compiling=self.compiling)
         return engine, _Walk.in_place_of(self.pipe.scheduler, engine, self.watch)
 
     def enable(self) -> None:
-        """Put the plan on the pipeline; a compiled network runs uncompiled for as long."""
+        """Put the plan on the pipeline."""
         if self._own is not None:
             raise PlanError(f"{self.plan.title} is on this pipeline already.")
         self._engine, walk = self._prepare()
