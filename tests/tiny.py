@@ -67,6 +67,11 @@ def vae(**more):
                          up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, **more)
 
 
+def codes():
+    return VQModel(block_out_channels=(4, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
+                   up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, num_vq_embeddings=8)
+
+
 def picture():
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
@@ -184,9 +189,7 @@ def latent_text():
         tokens = BertTokenizer(str(Path(name) / "vocab.txt"))
     text = LDMBertModel(LDMBertConfig(vocab_size=7, d_model=16, encoder_layers=1, encoder_ffn_dim=16,
                                       encoder_attention_heads=2, head_dim=8, max_position_embeddings=77))
-    codes = VQModel(block_out_channels=(4, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
-                    up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, num_vq_embeddings=8)
-    pipe = LDMTextToImagePipeline(vqvae=codes, bert=text, tokenizer=tokens, unet=text_unet(), scheduler=ddim())
+    pipe = LDMTextToImagePipeline(vqvae=codes(), bert=text, tokenizer=tokens, unet=text_unet(), scheduler=ddim())
     return pipe, {"prompt": "a digit", "output_type": "np", "guidance_scale": 3.0}
 
 
@@ -205,11 +208,14 @@ def stable_diffusion_3():
                   "negative_pooled_prompt_embeds": pooled[1], "output_type": "np", "height": 16, "width": 16}
 
 
+def flux_transformer(channels=16):
+    return FluxTransformer2DModel(patch_size=1, in_channels=channels, out_channels=16, num_layers=2,
+                                  num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+                                  joint_attention_dim=16, pooled_projection_dim=12, axes_dims_rope=(4, 4, 8))
+
+
 def flux():
-    transformer = FluxTransformer2DModel(patch_size=1, in_channels=16, num_layers=2, num_single_layers=2,
-                                         attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
-                                         pooled_projection_dim=12, axes_dims_rope=(4, 4, 8))
-    pipe = FluxPipeline(flow(use_dynamic_shifting=True), vae(shift_factor=0.1), *(None,) * 4, transformer)
+    pipe = FluxPipeline(flow(use_dynamic_shifting=True), vae(shift_factor=0.1), *(None,) * 4, flux_transformer())
     draw = torch.Generator().manual_seed(0)
     return pipe, {"prompt_embeds": torch.randn(1, 5, 16, generator=draw), "output_type": "np",
                   "pooled_prompt_embeds": torch.randn(1, 12, generator=draw), "height": 16, "width": 16}

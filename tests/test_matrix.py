@@ -1,0 +1,23 @@
+"""A sample of the matrix of pipelines, and that its file is of the installed diffusers' pipelines."""
+
+import matrix
+import pandas as pd
+import pytest
+
+from lib.study import paths
+
+TABLE = pd.read_csv(paths.REPORTS / "pipelines.csv", keep_default_na=False)
+
+
+@pytest.mark.parametrize(("name", "word"), [
+    ("StableDiffusionXLControlNetImg2ImgPipeline", "right"), ("FluxFillPipeline", "right"), ("LDMPipeline", "right"),
+    ("StableDiffusion3PAGPipeline", "right"), ("SemanticStableDiffusionPipeline", "right"),
+    ("LatentConsistencyModelPipeline", "refused")])
+def test_a_pipeline_is_what_the_matrix_says(name, word):
+    assert matrix.check(name)["word"] == word == TABLE.set_index("pipeline").loc[name, "word"]
+
+
+def test_none_is_silently_wrong():
+    assert set(TABLE["pipeline"]) == set(matrix.NAMES), "run: python tests/matrix.py"
+    assert not (TABLE["word"] == "wrong").any()
+    assert (TABLE.loc[TABLE["word"] != "right", "said"] != "").all()
