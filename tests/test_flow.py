@@ -10,7 +10,7 @@ from doors import watched
 
 from lib.apply import Planned
 from lib.grid import blocks
-from lib.grid.plan import HOLD, LINE, FlowSchedule, NoiseSchedule, Plan
+from lib.grid.plan import HOLD, LINE, FlowSchedule, NoiseSchedule, Plan, PlanError
 
 
 @pytest.fixture(scope="module", params=tiny.FLOWS, ids=lambda kind: kind.__name__)
@@ -100,3 +100,22 @@ def test_timesteps_that_are_told_in_half_precision_find_their_step():
 
 def test_a_shift_by_size_is_the_steps_own():
     assert NoiseSchedule.of(tiny.flow(use_dynamic_shifting=True)) == FlowSchedule(train_timesteps=1000, shift=1.0)
+
+
+def test_sigmas_of_the_callers_own_are_refused():
+    pipe, options = tiny.made(tiny.flux)
+    full = full_plan(pipe, options)
+    with Planned(pipe, full), pytest.raises(PlanError, match="does not support custom sigmas"):
+        tiny.call(pipe, options, sigmas=(np.linspace(1.0, 0.1, tiny.STEPS) ** 2).tolist())
+
+
+def test_a_block_that_was_recorded_by_another_run_knows_what_it_gives(tapes):
+    pipe, options = tiny.made(tiny.flux)
+    full, described = full_plan(pipe, options), blocks.describe(pipe.transformer)
+    plan = Plan.deepcache(3, described.branch(1), full)
+    wanted = []
+    for _ in range(4):  # what comes again is recorded, and replayed from then on
+        with Planned(pipe, plan):
+            wanted.append(tiny.call(pipe, options))
+    for images in wanted[1:]:
+        np.testing.assert_allclose(images, wanted[0], atol=1e-5)

@@ -7,6 +7,7 @@ put hooks there too (offloading, caches, compilers): with some one can live, the
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import Transformer2DModel
@@ -252,6 +253,10 @@ class _LayerHook(_Hook):
         return self.compiled[1](*args, **kwargs)
 
 
+_ORDERS: WeakKeyDictionary[nn.Module, tuple[int | None, ...] | None] = WeakKeyDictionary()
+"""What each block gives, as `_ResidualHook._order` says: a recording replays it without asking the hook."""
+
+
 class _ResidualHook(_LayerHook):
     """Runs one block, or adds to its input the change that it stands for: of the image's tokens, and of the text's.
 
@@ -259,15 +264,20 @@ class _ResidualHook(_LayerHook):
     """
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
-        self.streams = TransformerBlockRegistry.get(type(module))
+        self.module, self.streams = module, TransformerBlockRegistry.get(type(module))
         return module
+
+    @property
+    def order(self) -> tuple[int | None, ...] | None:
+        """What the block gave when it ran last."""
+        return _ORDERS[self.module]
 
     def new_forward(self, module: nn.Module, *args, **kwargs) -> Tensor | tuple[Tensor | None, ...]:
         if self.engine.on and not self.engine.runs(self.place):
             return self._changed(self._inputs(args, kwargs), self.engine.get(self.place))
         output = self.original(*args, **kwargs)
         if self.engine.on:
-            self.order = self._order(output)
+            _ORDERS[module] = self._order(output)
             self.engine.put(self.place, lambda: self._change(self._inputs(args, kwargs), output))
         return output
 

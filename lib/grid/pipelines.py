@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lib.grid import graphs, solvers
 from lib.grid.engine import Engine
-from lib.grid.plan import NoiseSchedule, Plan, PlanError
+from lib.grid.plan import FlowSchedule, NoiseSchedule, Plan, PlanError
 from lib.grid.sampling import BANKS
 from lib.grid.solvers import State, advance, noise_levels
 
@@ -141,8 +141,14 @@ class _Walk:
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None,
                       sigmas: Sequence[float] | None = None, mu: float | None = None) -> None:
-        """Begin a run; of sigmas only their number counts: the plan has its own, and a shift (mu) is theirs."""
-        plan, num_inference_steps = self.engine.plan, len(sigmas) if sigmas is not None else num_inference_steps
+        """Begin a run; even sigmas, which some pipelines of flow matching give, and their shift (mu) say nothing."""
+        plan = self.engine.plan
+        if sigmas is not None:
+            num_inference_steps = len(sigmas)
+            even = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+            if not (isinstance(plan.schedule, FlowSchedule) and np.allclose(sigmas, even)):
+                raise PlanError(f"{plan.title} walks its own timesteps, and does not support custom sigmas: call the "
+                                "pipeline without them.")
         if num_inference_steps not in (len(plan.grid), plan.steps):
             raise PlanError(f"the plan is for runs of {len(plan.grid)} steps, of which it takes {plan.steps}: call the "
                             f"pipeline with num_inference_steps={len(plan.grid)}, not {num_inference_steps}.")
