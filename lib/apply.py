@@ -43,17 +43,18 @@ def images(model: str, plan: Path, out: Path, *, said: Sequence[str | int] = (),
     count : int, images of all processes together
     seed : int, of the noise: image number i of a seed is the same whoever makes it
     """
-    state = PartialState(cpu=device == "cpu")
+    state, walk = PartialState(cpu=device == "cpu"), Plan.load(plan)
+    if count < state.num_processes:
+        raise ValueError(f"{count} images for {state.num_processes} processes: ask for more images, or start fewer")
     if said or options:
         draw, costs = _by_pipeline(model, said, options or {}, batch, seed, str(state.device), precision)
     else:
         draw, costs = _by_model(model, seed, str(state.device), precision)
-    walk = Plan.load(plan)
-    if count < state.num_processes:
-        raise ValueError(f"{count} images for {state.num_processes} processes: ask for more images, or start fewer")
+    paths.writable(out)
     own = np.array_split(np.arange(count), state.num_processes)[state.process_index].tolist()
     made, seconds = _timed(draw, walk, own, "sampling" if state.is_main_process else None)
-    paths.writable(out)
+    if not made.isfinite().all():
+        raise ValueError("the images are not numbers: give the weights in fp32 or bf16")
     for number, image in zip(own, made):
         pixels = (255 * image.clamp(0, 1)).round().to(torch.uint8).permute(1, 2, 0).numpy()
         Image.fromarray(pixels.squeeze()).save(out / f"{number:06d}.png")

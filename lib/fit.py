@@ -12,6 +12,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,6 +28,8 @@ from lib.study import certificate, paths
 from lib.teachers import files, networks
 
 BANKS = ("search", "select", "report")
+WAIT = timedelta(days=2)
+"""So long one process waits for what another works out."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def fit(pipe: DiffusionPipeline, budget: str, out: Path, *, prompts: Sequence[st
     ValueError
         If the budget is none, or buys too little; and what `begin` raises.
     """
-    wanted, state = Budget.of(budget), PartialState()
+    wanted, state = Budget.of(budget), PartialState(timeout=WAIT)
     fitting = begin(pipe, out, prompts=prompts, options=options, batch=batch, effort=effort)
     storage = fitting.work / "search.journal" if state.num_processes == 1 else f"sqlite:///{fitting.work}/search.db"
     if state.is_main_process:  # the others find on the disk what it worked out
@@ -112,14 +115,20 @@ def fit(pipe: DiffusionPipeline, budget: str, out: Path, *, prompts: Sequence[st
         if isinstance(storage, str):
             RDBStorage(storage)  # makes its tables: two at once would get in each other's way
     state.wait_for_everyone()
-    seconds = wanted.seconds or wanted.share * fitting.profile().of(fitting.full)
+    full = fitting.profile().of(fitting.full)
+    seconds = wanted.seconds or wanted.share * full
+    if seconds >= full:
+        raise ValueError(f"budget: {budget} is no less than the full run, which takes {full:.3g} s a call")
     fitting.search(seconds, storage)
     state.wait_for_everyone()
     if state.is_main_process:
         found = fitting.fit(seconds, storage)
         told = "others for search, choice and report" if len(prompts) >= len(BANKS) else "the same throughout"
         about = {"pipeline": type(pipe).__name__, "budget": f"{budget}: {seconds:.3g} s a call of {batch}",
-                 "prompts": told if prompts else "none"}
+                 "prompts": f"{len(prompts)}, {told}" if prompts else "none",
+                 "options": ", ".join(f"{name} {value}" for name, value in (options or {}).items()
+                                      if isinstance(value, str | int | float)) or "none",
+                 "effort": ", ".join(f"{field.name} {getattr(fitting.effort, field.name)}" for field in fields(Effort))}
         found.plan.replace(provenance=found.plan.provenance | {"fitted": about}).save(out)
         certificate.certify(fitting, found, about, out)
         shutil.rmtree(out.with_suffix(".unfinished"))
@@ -145,7 +154,9 @@ def main() -> None:
     chosen = parser.parse_args()
     options = {"guidance_scale": chosen.guidance, "height": chosen.size, "width": chosen.size}
     try:
-        pipe = networks.pipeline(chosen.model, str(PartialState(cpu=chosen.device == "cpu").device), chosen.precision)
+        Budget.of(chosen.budget)
+        device = PartialState(cpu=chosen.device == "cpu", timeout=WAIT).device
+        pipe = networks.pipeline(chosen.model, str(device), chosen.precision)
         fit(pipe, chosen.budget, chosen.out, prompts=files.lines(chosen.prompts), batch=chosen.batch,
             options={name: value for name, value in options.items() if value is not None},
             effort=Effort(**{effort.name: getattr(chosen, effort.name) for effort in fields(Effort)}))

@@ -5,19 +5,22 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
-from diffusers import DDIMPipeline
+from diffusers import DDIMPipeline, LattePipeline, LatteTransformer3DModel
+from PIL import Image
 
 from lib.apply import Planned
 from lib.fit import Budget, fit
 from lib.grid.pipelines import Requests
-from lib.grid.plan import Plan
+from lib.grid.plan import Plan, PlanError
 from lib.judging import pairs
+from lib.judging.estimates import Contrast, Estimate
 from lib.methods import fitting
 from lib.methods.fitting import Effort, Fitting, Timing
-from lib.study import paths
+from lib.study import certificate, paths
 from lib.teachers import files
 
 SMALL = Effort(steps=10, trials=6, population=4, search_images=2, select_images=2, report_images=3, rounds=2)
@@ -85,7 +88,7 @@ def test_a_killed_fit_goes_on_to_the_same_plan(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(fitting.Distance, "__call__", seeing)
     assert run("broken").key == whole.key
-    steps = set(calls[:SMALL.trials // 3])
+    steps = set(calls[:SMALL.trials // 2])
     assert steps and not steps & set(seen), "what was evaluated is not evaluated again"
 
 
@@ -164,9 +167,54 @@ def test_bad_requests_say_what_to_do(tmp_path):
         fit(pixels, "2x", tmp_path / "plan.json", prompts=["a"])
     with pytest.raises(ValueError, match="name it .json"):
         fit(pixels, "2x", tmp_path / "plan")
+    for options, message in (({"height": 8}, "a DDIMPipeline takes no height: leave it out"),
+                             ({"generator": torch.Generator()}, "generator: is given by number here")):
+        with pytest.raises(ValueError, match=message):
+            fit(pixels, "2x", tmp_path / "plan.json", options=options)
+    with pytest.raises(ValueError, match="said: give a list of prompts, not one string"):
+        Requests(pipe, "a digit")
+    with pytest.raises(PlanError, match="no plan fits a .*: LatteTransformer3DModel is not supported"):
+        Requests(latte())
+    with pytest.raises(ValueError, match="budget: 1000s is no less than the full run, which takes"):
+        fit(pixels, "1000s", tmp_path / "plan.json", effort=SMALL)
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ValueError, match="holds none: write one a line"):
         files.lines(tmp_path / "empty.txt")
+
+
+def latte():
+    network = LatteTransformer3DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2,
+                                      sample_size=8, patch_size=2, caption_channels=12, cross_attention_dim=16)
+    return LattePipeline(None, None, tiny.vae(), network, tiny.ddim())
+
+
+def test_images_that_are_not_numbers_end_a_fit(tmp_path):
+    pipe, _ = tiny.made(tiny.ddim_pixels)
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the full run's images are not numbers: give the weights in fp32 or bf16"):
+        fit(pipe, "2x", tmp_path / "plan.json", effort=SMALL)
+
+
+@pytest.mark.parametrize(("ratio", "longer", "sentence"), [
+    ((0.8, 0.7, 0.9), 0.0, ""), ((1.0, 0.98, 1.02), 0.0, "Fewer steps do as well here: fewer steps may be taken"),
+    ((0.9, 0.7, 1.1), 0.0, "What is not told apart may be with more images"),
+    ((1.3, 1.2, 1.4), 0.2, "Fewer steps do as well where they may take longer: ask for 1.21s")])
+def test_a_verdict_says_what_was_found(ratio, longer, sentence):
+    rows = pd.DataFrame([{"name": "fitted plan", "seconds": 1.0, "predicted": 1.0, "steps": 9},
+                         {"name": "fewer steps", "seconds": 1.0, "predicted": 1 + longer, "steps": 10}])
+    rows = rows.assign(faster=4.0, faster_low=3.9, faster_high=4.1, PSNR=30.0, PSNR_low=29.0, PSNR_high=31.0)
+    contrast = Contrast(Estimate(*ratio), Estimate(0.0, -1.0, 1.0), 0.05, 32)
+    said = certificate.verdict(rows.set_index("name"), {"fewer steps": contrast})
+    assert "4.00 [3.90, 4.10] times less than the full run" in said[0]
+    assert (sentence in said[-1]) if sentence else len(said) == 2
+
+
+def test_a_fit_knows_pictures_by_their_pixels():
+    one, other = (torch.rand(8, 8, generator=torch.Generator().manual_seed(seed)).numpy() for seed in (0, 1))
+    same = fitting._fingerprint({"image": Image.fromarray((255 * one).astype("uint8"))})
+    assert same == fitting._fingerprint({"image": Image.fromarray((255 * one).astype("uint8"))})
+    assert same != fitting._fingerprint({"image": Image.fromarray((255 * other).astype("uint8"))})
 
 
 def test_the_command_line(tmp_path):

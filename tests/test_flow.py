@@ -93,9 +93,9 @@ def test_timesteps_that_are_told_in_half_precision_find_their_step():
     pipe.to(torch.bfloat16)
     options = {name: value.to(torch.bfloat16) if isinstance(value, torch.Tensor) else value
                for name, value in options.items()}
-    full = full_plan(pipe, options)
+    full, plain = full_plan(pipe, options), tiny.call(pipe, options)
     with Planned(pipe, full):
-        assert np.isfinite(tiny.call(pipe, options)).all()
+        np.testing.assert_allclose(tiny.call(pipe, options), plain, atol=0.05)
 
 
 def test_a_shift_by_size_is_the_steps_own():

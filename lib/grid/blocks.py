@@ -244,6 +244,8 @@ TRANSFORMERS = ("DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transfo
 """The transformers that are known here: chains of blocks, each of which adds to the tokens that it is given."""
 STACKS = ("transformer_blocks", "single_transformer_blocks")
 """Where their blocks are, in the order in which they run."""
+SHARES = ("FluxTransformer2DModel",)
+"""Those that are told their timestep as a share of the training timesteps."""
 LEVELS = ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D",
           "UNetMidBlock2D", "UNetMidBlock2DCrossAttn")
 """The UNet levels that are known here."""

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lib.grid import blocks as _blocks
 from lib.grid import solvers
 from lib.grid.hooks import CONTEXTS, Hooks
-from lib.grid.plan import COMPUTE, DROP, GIVEN, NULL, FlowSchedule, NoiseSchedule, Plan, PlanError
+from lib.grid.plan import COMPUTE, DROP, GIVEN, NULL, NoiseSchedule, Plan, PlanError
 
 CLOSE = 0.01
 """Timesteps that lie no further apart are the same: networks are told them in single precision."""
@@ -212,7 +212,7 @@ class Engine:
             raise PlanError("the rows of one call lie at different timesteps, and a plan's step is at one.")
         t = float(there.pop())
         coarse = isinstance(timestep, Tensor) and timestep.dtype in (torch.float16, torch.bfloat16)
-        if isinstance(self.plan.schedule, FlowSchedule) and 0 < t <= 1 < self.plan.timesteps[-1]:  # told as a share
+        if type(self.network).__name__ in _blocks.SHARES:
             t *= self.plan.schedule.train_timesteps
         close = max(CLOSE, t * torch.finfo(timestep.dtype).eps) if coarse else CLOSE
         near = {step: abs(own - t) for step, own in enumerate(self.plan.timesteps) if abs(own - t) < close}

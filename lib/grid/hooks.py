@@ -264,7 +264,8 @@ class _ResidualHook(_LayerHook):
     """
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
-        self.module, self.streams = module, TransformerBlockRegistry.get(type(module))
+        self.module, plain = module, getattr(module, "_orig_mod", module)
+        self.streams = TransformerBlockRegistry.get(type(plain))
         return module
 
     @property

@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib.grid import graphs, solvers
+from lib.grid import blocks, graphs, solvers
 from lib.grid.engine import Engine
 from lib.grid.plan import FlowSchedule, NoiseSchedule, Plan, PlanError
 from lib.grid.sampling import BANKS
@@ -23,6 +23,8 @@ from lib.grid.solvers import State, advance, noise_levels
 UNGUIDABLE = ("DiTPipeline", "PAG")
 """Pipelines, by parts of their names, whose batches are no pair of a null and a given pass."""
 
+OWN = {"num_inference_steps", "generator", "latents", "output_type", "return_dict"}
+"""What `Requests` gives a call by itself, and what would take the place of its noise."""
 BATCHED = ("prompt", "class_labels", "batch_size")
 """What pipelines take that says how many images they make."""
 
@@ -243,6 +245,18 @@ class Requests:
 
     def __post_init__(self):
         kind, told = type(self.pipe).__name__, {name.removesuffix("_embeds") for name in self.options} & set(BATCHED)
+        if isinstance(self.said, str):
+            raise ValueError("said: give a list of prompts, not one string")
+        try:
+            blocks.describe(network_of(self.pipe)[1])
+        except TypeError as error:
+            raise PlanError(f"no plan fits a {kind}: {error}") from None
+        parameters = inspect.signature(type(self.pipe).__call__).parameters.values()
+        anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        if (strange := set(self.options) - self._takes) and not anything:
+            raise ValueError(f"a {kind} takes no {', '.join(sorted(strange))}: leave it out.")
+        if own := OWN & set(self.options):
+            raise ValueError(f"{', '.join(sorted(own))}: is given by number here; leave it out.")
         if not {"num_inference_steps", "generator"} <= self._takes:
             raise ValueError(f"a {kind} cannot be called for images of numbered noise under a plan.")
         if self.said and self._by is None:
@@ -283,8 +297,11 @@ class Requests:
         try:
             for first in range(0, len(numbers), self.batch):
                 own = numbers[first:first + self.batch]
-                images = self.pipe(**self._asked(bank, own), num_inference_steps=steps, output_type="np").images
-                made.append(torch.from_numpy(np.asarray(images, np.float32)).permute(0, 3, 1, 2))
+                output = self.pipe(**self._asked(bank, own), num_inference_steps=steps, output_type="np")
+                if any(getattr(output, "nsfw_content_detected", None) or ()):
+                    raise ValueError("the safety checker blacked out an image, and nothing can be compared with that: "
+                                     "give other prompts, or a pipeline without it (safety_checker=None).")
+                made.append(torch.from_numpy(np.asarray(output.images, np.float32)).permute(0, 3, 1, 2))
                 bar.update(len(own))
         finally:
             bar.close()

@@ -79,5 +79,6 @@ def sample(model: Model, plan: Plan, noise: Tensor, conditions: Conditions | Non
 
 
 def autocast(device: torch.device, precision: str):
-    """Give the context in which the network computes: bf16 autocast, or none."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    """Give the context in which the network computes: autocast to bf16 or fp16, or none for fp32."""
+    narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, narrow[precision]) if precision in narrow else nullcontext()

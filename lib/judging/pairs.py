@@ -71,8 +71,8 @@ def perceptual(device: torch.device) -> tuple[str, Distance]:
 
     @torch.inference_mode()
     def lpips(images: Tensor, others: Tensor) -> Tensor:
-        both = ((part.expand(-1, 3, -1, -1) * 255).round().to(device, torch.uint8) for part in (images, others))
-        return net(*both).flatten().cpu()
+        both = ((part.expand(-1, 3, -1, -1) * 255).round().to(torch.uint8).split(1) for part in (images, others))
+        return torch.cat([net(*(part.to(device) for part in pair)).flatten().cpu() for pair in zip(*both)])
 
     return "LPIPS (VGG-16)", lpips
 

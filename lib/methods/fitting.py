@@ -17,6 +17,7 @@ import numpy as np
 import optuna
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -59,7 +60,7 @@ class Effort:
     Attributes
     ----------
     steps : int, T, of the full run
-    trials : int, plans that are tried beside the known ones: a third with full steps alone, the rest with all there is
+    trials : int, plans that are tried beside the known ones: half with full steps alone, half with all there is
     population : int, of the evolutionary search
     search_images, select_images, report_images : int
         For each plan that is tried, for the choice among the found, for the certificate: three banks of noise.
@@ -182,7 +183,8 @@ class Fitting:
         self.costs, self.guided = cost.count_requests(self.requests["search"], self.full), self._has_passes()
         asked = [[bank, list(one.said), _fingerprint(one.options), one.batch, one.seed]
                  for bank, one in self.requests.items()]
-        about = [self.full.key, asdict(effort), asked, _fingerprint(self.network.state_dict())]
+        about = [self.full.key, asdict(effort), asked, _fingerprint(self.network.state_dict()),
+                 str(self.network.device), torch.get_num_threads()]
         self.key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
         self.work = work / self.key
         self.work.mkdir(parents=True, exist_ok=True)
@@ -234,6 +236,8 @@ class Fitting:
         path = self.work / f"{bank}.safetensors"
         if not path.exists():
             made = self.requests[bank].images(self.full, bank, range(count), title=f"full run, {bank}")
+            if not made.isfinite().all():
+                raise ValueError("the full run's images are not numbers: give the weights in fp32 or bf16")
             _save(path, {"images": made})
         return load_file(path)["images"]
 
@@ -256,8 +260,7 @@ class Fitting:
         """Time all kinds of columns that a search may meet, in runs of a few plans in turn."""
         path = self.work / "timing.json"
         if not path.exists():
-            timing = self._time(self._columns())
-            path.write_text(json.dumps(asdict(timing)))
+            _write(path, asdict(self._time(self._columns())))
         known = json.loads(path.read_text())
         return Timing(cost.Latency(**known["columns"]), known["around"])
 
@@ -355,14 +358,14 @@ class Fitting:
         starts = [few.encode(reach, 1), *(few.encode_steps(plan.timesteps, 2) for count in {most, reach}
                                           for plan in self._few_steps(count).values())]
         longest = max(timing.of(few.decode(genome)) for genome in starts)
-        steps = found(few, longest, self.effort.trials // 3, starts, "steps")
+        steps = found(few, longest, self.effort.trials // 2, starts, "steps")
 
         longer = range(reach + 1, min(int(ALONE * most), self.full.steps) + 1) if self.guided else ()
         space = self.space((*counts, *longer))
         affordable = [one for one in steps if timing.of(one.plan) <= seconds]
         lifted = [self._lifted(space, few, one.genome) for one in _best(affordable)]
         known = self._known(space, timing, seconds)
-        everything = found(space, seconds, self.effort.trials - self.effort.trials // 3, [*lifted, *known],
+        everything = found(space, seconds, self.effort.trials - self.effort.trials // 2, [*lifted, *known],
                            "steps, cells and passes" if self.guided else "steps and cells")
         return steps, everything
 
@@ -413,7 +416,7 @@ class Fitting:
         for key, plan in tqdm(plans.items(), desc="choosing on fresh noise", unit="plan"):
             if key not in known:
                 known[key] = distance(plan)
-                path.write_text(json.dumps(known))
+                _write(path, known)
         chosen = {name: min(family, key=lambda plan: known[plan.key]) for name, family in families.items() if family}
         return Fitted(chosen.pop("fitted"), chosen, known)
 
@@ -438,12 +441,23 @@ def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     partial.replace(path)
 
 
+def _write(path: Path, content: dict) -> None:
+    """Write JSON so that a kill leaves all or nothing."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content))
+    partial.replace(path)
+
+
 def _fingerprint(values: Mapping[str, Any]) -> str:
     """Give a hash of options or weights; of a tensor, its sum and the sum of its squares: no copy of large weights."""
     def told(value: Any) -> Any:
         if isinstance(value, Tensor):
             numbers = value.detach().float()
             return [list(value.shape), float(numbers.sum()), float(numbers.square().sum())]
+        if isinstance(value, list | tuple):
+            return [told(part) for part in value]
+        if isinstance(value, np.ndarray | Image.Image):
+            return hashlib.sha256(np.asarray(value).tobytes()).hexdigest()
         return value if isinstance(value, str | int | float | bool | None) else repr(value)
 
     return hashlib.sha256(json.dumps({name: told(value) for name, value in values.items()}).encode()).hexdigest()

@@ -317,7 +317,7 @@ class _Job:
             if self.budget is None or cost <= self.budget:
                 return trial, plan, cost
             study.tell(trial, state=TrialState.FAIL)
-        raise ValueError(f"none of {REDRAWS} genomes cost at most {self.budget} MACs: raise the budget, or widen the "
+        raise ValueError(f"none of {REDRAWS} genomes cost at most {self.budget}: raise the budget, or widen the "
                          "space by cheaper choices.")
 
 

@@ -49,9 +49,10 @@ def certify(fitting: Fitting, found: Fitted, about: Mapping[str, str], out: Path
     made[own] = asked.plain("report", range(count), fitting.effort.steps, own)
     table = _rows(fitting, plans, made, own)
     beside = {name: pairs.nearer(made[FITTED], made[name], made[FULL]) for name in found.controls}
-    words = verdict(table.set_index("name"), beside, found)
+    words = verdict(table.set_index("name"), beside)
     about = dict(about) | _where(fitting)
-    content = {"about": about, "verdict": words, "rows": table.to_dict("records"),
+    rows = [{name: value for name, value in row.items() if value == value} for row in table.to_dict("records")]
+    content = {"about": about, "verdict": words, "rows": rows,
                "beside": {name: contrast.columns("over") for name, contrast in beside.items()}}
     out.with_suffix(".certificate.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
     out.with_suffix(".html").write_text(_page(about, words, table, made, found.plan, out))
@@ -88,7 +89,7 @@ def _rows(fitting: Fitting, plans: Mapping[str, Plan], made: Mapping[str, Tensor
     return pd.DataFrame(rows)
 
 
-def verdict(rows: pd.DataFrame, beside: Mapping[str, Contrast], found: Fitted) -> list[str]:
+def verdict(rows: pd.DataFrame, beside: Mapping[str, Contrast]) -> list[str]:
     """Say in sentences what came of it: how fast, how near, and whether fewer steps do as well.
 
     Parameters
@@ -108,12 +109,17 @@ def verdict(rows: pd.DataFrame, beside: Mapping[str, Contrast], found: Fitted) -
         said.append(f"Its images are {WORDS[contrast.word]} those of {name} ({row['steps']:.0f} steps, "
                     f"{row['seconds']:.3g} s{more}): {ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] of their "
                     "distance.")
-    as_good = [name for name, contrast in beside.items() if contrast.word != "better" and name != "DeepCache"]
+    if plan["seconds"] > (1 + MARGIN) * plan["predicted"]:
+        said.append(f"It takes longer than it was fitted to: {plan['seconds'] / plan['predicted'] - 1:.0%}.")
+    if any(contrast.word == "undecided" for contrast in beside.values()):
+        said.append("What is not told apart may be with more images to report.")
+    as_good = [name for name, contrast in beside.items()
+               if contrast.word in ("as good", "worse") and name != "DeepCache"]
     if enough := [name for name in as_good if longer[name] <= MARGIN]:
         said.append(f"Fewer steps do as well here: {' and '.join(enough)} may be taken in the plan's place.")
     elif as_good:
         said.append("Fewer steps do as well where they may take longer: ask for "
-                    f"{rows.loc[as_good, 'predicted'].min():.3g}s and see.")
+                    f"{1.01 * rows.loc[as_good, 'predicted'].min():.3g}s and see.")
     return said
 
 
