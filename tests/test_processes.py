@@ -86,10 +86,11 @@ def test_two_processes_share_a_fit(tmp_path, unet, schedule):
     assert {path.name for path in tmp_path.glob("plan*")} == {"plan.json", "plan.certificate.json", "plan.html"}
 
 
-def test_what_cannot_be_sampled_is_refused(tmp_path, unet, schedule):
+def test_what_cannot_be_sampled_is_refused(tmp_path, unet, schedule, teacher):
     networks.save(tmp_path / "model", Model(unet, schedule))
+    teacher.save(tmp_path / "plan.json")
     for model, plan, message in ((tmp_path / "none", tmp_path / "plan.json", "no teacher in"),
-                                 (tmp_path / "model", tmp_path / "plan.json", "no such file")):
+                                 (tmp_path / "model", tmp_path / "none.json", "no such file")):
         done = subprocess.run([sys.executable, "-m", "lib.apply", "--model", model, "--plan", plan, "--out",
                                tmp_path / "out"], capture_output=True, text=True)
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
