@@ -202,11 +202,12 @@ def test_images_that_are_not_numbers_end_a_fit(tmp_path):
     ((1.3, 1.2, 1.4), 0.2, "Fewer steps do as well where they may take longer: ask for 1.21s")])
 def test_a_verdict_says_what_was_found(ratio, longer, sentence):
     rows = pd.DataFrame([{"name": "fitted plan", "seconds": 1.0, "predicted": 1.0, "steps": 9},
-                         {"name": "fewer steps", "seconds": 1.0, "predicted": 1 + longer, "steps": 10}])
+                         {"name": "fewer steps", "seconds": 1.0, "predicted": 1 + longer, "steps": 10},
+                         {"name": "full run", "seconds": 4.0, "predicted": 3.8, "steps": 50}])
     rows = rows.assign(faster=4.0, faster_low=3.9, faster_high=4.1, PSNR=30.0, PSNR_low=29.0, PSNR_high=31.0)
     contrast = Contrast(Estimate(*ratio), Estimate(0.0, -1.0, 1.0), 0.05, 32)
     said = certificate.verdict(rows.set_index("name"), {"fewer steps": contrast})
-    assert "4.00 [3.90, 4.10] times less than the full run" in said[0]
+    assert "4.00 [3.90, 4.10] times less than the full run (predicted: 1 s, 0% off, 3.80 times less)" in said[0]
     assert (sentence in said[-1]) if sentence else len(said) == 2
 
 

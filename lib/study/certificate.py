@@ -98,10 +98,10 @@ def verdict(rows: pd.DataFrame, beside: Mapping[str, Contrast]) -> list[str]:
     beside : of each control the comparison with the plan
     """
     plan = rows.loc[FITTED]
-    off = abs(plan["predicted"] / plan["seconds"] - 1)
+    off, promised = abs(plan["predicted"] / plan["seconds"] - 1), rows.loc[FULL, "predicted"] / plan["predicted"]
     said = [f"The fitted plan takes {plan['seconds']:.3g} s a call, {plan['faster']:.2f} [{plan['faster_low']:.2f}, "
-            f"{plan['faster_high']:.2f}] times less than the full run ({plan['predicted']:.3g} s were predicted, "
-            f"{off:.0%} off). PSNR to the full run's images: {text(plan, 'PSNR')} dB."]
+            f"{plan['faster_high']:.2f}] times less than the full run (predicted: {plan['predicted']:.3g} s, {off:.0%} "
+            f"off, {promised:.2f} times less). PSNR to the full run's images: {text(plan, 'PSNR')} dB."]
     longer = {name: rows.loc[name, "predicted"] / plan["predicted"] - 1 for name in beside}
     for name, contrast in beside.items():
         ratio, row = contrast.ratio, rows.loc[name]
