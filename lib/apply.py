@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from PIL import Image
+from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from lib.grid import blocks, cost, sampling
@@ -55,9 +55,9 @@ def images(model: str, plan: Path, out: Path, *, said: Sequence[str | int] = (),
     made, seconds = _timed(draw, walk, own, "sampling" if state.is_main_process else None)
     if not made.isfinite().all():
         raise ValueError("the images are not numbers: give the weights in fp32 or bf16")
-    for number, image in zip(own, made):
-        pixels = (255 * image.clamp(0, 1)).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        Image.fromarray(pixels.squeeze()).save(out / f"{number:06d}.png")
+    pictures = VaeImageProcessor.numpy_to_pil(made.clamp(0, 1).permute(0, 2, 3, 1).numpy())
+    for number, picture in zip(own, pictures):
+        picture.save(out / f"{number:06d}.png")
     state.wait_for_everyone()
     if state.is_main_process:
         print(f"{count} images in {out}: {seconds:.4f} s each")

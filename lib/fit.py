@@ -87,7 +87,7 @@ def begin(pipe: DiffusionPipeline, out: Path, *, prompts: Sequence[str | int] = 
     if out.suffix != ".json":
         raise ValueError(f"out: {out} is to hold a plan: name it .json")
     paths.writable(out.parent)
-    parts = [prompts[number::3] if len(prompts) >= len(BANKS) else prompts for number in range(len(BANKS))]
+    parts = [prompts[number::len(BANKS)] if len(prompts) >= len(BANKS) else prompts for number in range(len(BANKS))]
     requests = {bank: Requests(pipe, tuple(part), options or {}, batch, effort.seed)
                 for bank, part in zip(BANKS, parts)}
     return Fitting(requests, effort, out.with_suffix(".unfinished"))

@@ -6,7 +6,7 @@ import reference
 import tiny
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from doors import watched
+from doors import random_plan, watched
 
 from lib.apply import Planned
 from lib.grid import blocks
@@ -26,14 +26,6 @@ def full_plan(pipe, options):
     return Plan.full(own, NoiseSchedule.of(pipe.scheduler), described.names, cache="residual", solver="euler")
 
 
-def random_plan(full, seed):
-    draw = np.random.default_rng(seed)
-    cells = draw.choice([0, 1, 2, 3], (full.steps, len(full.blocks)), p=[0.3, 0.5, 0.15, 0.05])
-    net = draw.choice([0, 1, 2], full.steps, p=[0.15, 0.7, 0.15])
-    cells[0], net[0] = 1, 1
-    return full.replace(abscissa="timestep").with_cells(cells, net)
-
-
 def test_a_full_plan_gives_the_pipelines_own_images(pipeline):
     pipe, options = pipeline
     full, plain = full_plan(pipe, options), tiny.call(pipe, options)
@@ -46,8 +38,9 @@ def test_a_full_plan_gives_the_pipelines_own_images(pipeline):
 def cheap(full, described):
     found = {f"hold {branch}": Plan.deepcache(3, described.branch(branch), full)
              for branch in range(described.branches)}
-    found["line"] = Plan.deepcache(2, described.branch(0), full.replace(abscissa="timestep"), LINE)
-    return found | {f"random {seed}": random_plan(full, seed) for seed in range(6)}
+    forecasting = full.replace(abscissa="timestep")
+    found["line"] = Plan.deepcache(2, described.branch(0), forecasting, LINE)
+    return found | {f"random {seed}": random_plan(forecasting, seed) for seed in range(6)}
 
 
 def test_a_cheap_plan_is_what_the_slow_reference_says(pipeline):

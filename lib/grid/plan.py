@@ -324,6 +324,14 @@ class Plan(_Part):
         reads = wiring(self.blocks)
         return tuple(lives(reads, self.cache, sheet, np.array(net)) for sheet, net in zip(self.sheets, self.net))
 
+    @property
+    def way(self) -> tuple[np.ndarray, list[float]]:
+        """How much of the way lies behind each timestep, and behind the image, evenly from 0 to 1; and these, (S + 1).
+
+        What places steps along a schedule that has a spacing of its own (flow matching) interpolates between them.
+        """
+        return np.linspace(0, 1, self.steps + 1), [*self.timesteps, 0.0]
+
     def pass_of(self, name: str) -> int:
         """Give the place of a pass of this name; a plan of one pass holds for all.
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from lib.grid import blocks, cost, solvers
 from lib.grid.pipelines import Requests, network_of
-from lib.grid.plan import HOLD, LINE, PARABOLA, FlowSchedule, NoiseSchedule, Plan, PlanError, quadratic, trailing
+from lib.grid.plan import HOLD, LINE, PARABOLA, FlowSchedule, NoiseSchedule, Plan, PlanError, trailing
 from lib.judging import pairs
 from lib.methods import learned
 from lib.methods.flexiffusion import FreeSpace
@@ -210,9 +210,8 @@ class Fitting:
         """Give so many full steps, spaced evenly or (power 2) quadratically; of flow matching along its own way."""
         if isinstance(self.full.schedule, FlowSchedule):
             behind = 1 - (1 - np.arange(count) / count) ** power
-            way = np.linspace(0, 1, self.full.steps + 1), [*self.full.timesteps, 0.0]
-            return self.full.at(np.interp(behind, *way).tolist())
-        return self.full.at({1: trailing, 2: quadratic}[power](count, self.full.schedule.train_timesteps))
+            return self.full.at(np.interp(behind, *self.full.way).tolist())
+        return Plan.few_steps(count, {1: "uniform", 2: "quadratic"}[power], self.full, self.full.order)
 
     def _has_passes(self) -> bool:
         """Try whether the pipeline's passes can be told apart, by two steps."""
@@ -223,13 +222,13 @@ class Fitting:
             return False
         return True
 
+    # ---- profile --------------------------------------------------------------------------------------------------
+
     def profile(self) -> Timing:
         """Work out what the searches need, and give what calls take."""
         self.wanted("search", self.effort.search_images)
         self.placed([1])
         return self.timing()
-
-    # ---- profile --------------------------------------------------------------------------------------------------
 
     def wanted(self, bank: str, count: int) -> Tensor:
         """Give the full run's images of a bank's first numbers, (count, C, H, W)."""
@@ -356,7 +355,7 @@ class Fitting:
 
         few = FreeSpace(self.full, self.blocks, counts, (0,), 0)
         starts = [few.encode(reach, 1), *(few.encode_steps(plan.timesteps, 2) for count in {most, reach}
-                                          for plan in self._few_steps(count).values())]
+                                          for plan in self._few_steps(count))]
         longest = max(timing.of(few.decode(genome)) for genome in starts)
         steps = found(few, longest, self.effort.trials // 2, starts, "steps")
 
@@ -388,10 +387,9 @@ class Fitting:
                  for kind in kinds]
         return [genome for genome in found if genome is not None]
 
-    def _few_steps(self, count: int) -> dict[str, Plan]:
-        """Give what everybody knows of so many full steps."""
-        return {f"{count} even steps": self.spaced(count), f"{count} quadratic steps": self.spaced(count, 2),
-                f"{count} steps by shortest path": self.placed([count])[count]}
+    def _few_steps(self, count: int) -> list[Plan]:
+        """Give what everybody knows of so many full steps: spaced evenly, quadratically, by the shortest path."""
+        return [self.spaced(count), self.spaced(count, 2), self.placed([count])[count]]
 
     def _lifted(self, space: Space, few: FreeSpace, genome: Mapping) -> dict:
         """Give the genome of full steps alone in the space of all there is."""
@@ -403,9 +401,9 @@ class Fitting:
     def _choose(self, seconds: float, steps: Sequence[Found], everything: Sequence[Found]) -> Fitted:
         """Compare the best of each kind on fresh noise and prompts; controls take no less time than the budget."""
         timing, (most, reach) = self.timing(), self._reach(seconds)
-        families = {"fewer steps": list(self._few_steps(reach).values()),
+        families = {"fewer steps": self._few_steps(reach),
                     "searched steps": [one.plan for one in _best(steps)], "DeepCache": self._deepcache(seconds)}
-        within = [*self._few_steps(most).values(), *(one.plan for one in _best(everything)),
+        within = [*self._few_steps(most), *(one.plan for one in _best(everything)),
                   *(plan for family in families.values() for plan in family)]
         families["fitted"] = [plan for plan in within if timing.of(plan) <= seconds]
         wanted = self.wanted("select", self.effort.select_images)

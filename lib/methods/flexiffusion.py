@@ -173,7 +173,7 @@ class FreeSpace:
                                      genome.get(f"reuse_{slot}", self.reuses[0])))
         left = (1 - np.array(places)) ** POWERS ** (2 * genome["power"] - 1)
         if isinstance(self.teacher.schedule, FlowSchedule):
-            timesteps = np.interp(1 - left, *self._way).tolist()
+            timesteps = np.interp(1 - left, *self.teacher.way).tolist()
         else:
             wanted = [round(train * share) - 1 for share in left]
             for i in range(1, len(wanted)):  # rounding may make neighbours equal
@@ -181,14 +181,6 @@ class FreeSpace:
             timesteps = [max(t, len(wanted) - 1 - i) for i, t in enumerate(wanted)]
         full = self.teacher.at(timesteps, solver="dpmsolver++", order=genome["order"], table=None)
         return full.with_cells(np.stack(rows), method="free segments", segments=count)
-
-    @property
-    def _way(self) -> tuple[np.ndarray, list[float]]:
-        """Give how much of the way lies behind each of the teacher's timesteps, and behind the image, and these.
-
-        A schedule of flow matching has its own spacing, which even steps follow.
-        """
-        return np.linspace(0, 1, self.teacher.steps + 1), [*self.teacher.timesteps, 0.0]
 
     def encode(self, count: int, order: int, partials: int = 0, branch: int | None = None, reuse: int = HOLD) -> dict:
         """Give the genome of uniform segments, each with as many partial steps at equal distances."""
@@ -204,7 +196,7 @@ class FreeSpace:
     def encode_steps(self, timesteps: Sequence[float], order: int) -> dict:
         """Give the genome of full steps alone that begin nearest to some timesteps, the first at the noise."""
         if isinstance(self.teacher.schedule, FlowSchedule):
-            behind, way = self._way
+            behind, way = self.teacher.way
             begins = 1 - np.interp(timesteps, way[::-1], behind[::-1])
         else:
             begins = (np.array(timesteps) + 1) / self.teacher.schedule.train_timesteps

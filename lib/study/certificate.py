@@ -22,8 +22,7 @@ from lib.grid.plan import Plan
 from lib.judging import pairs
 from lib.judging.estimates import MARGIN, Contrast, Estimate, columns, text
 from lib.methods.fitting import Fitted, Fitting
-from lib.study import figures
-from lib.study.page import STYLE
+from lib.study import figures, page
 
 FULL, FITTED = "full run", "fitted plan"
 SHOWN = 8
@@ -133,14 +132,13 @@ def _page(about: Mapping[str, str], words: list[str], table: pd.DataFrame, made:
     facts = "".join(f"<li>{html.escape(name)}: {html.escape(str(value))}</li>" for name, value in about.items())
     use = (f"from lib.apply import Planned\nfrom lib.grid.plan import Plan\n\nwith Planned(pipe, Plan.load("
            f"&quot;{html.escape(out.name)}&quot;)):\n    pipe(..., num_inference_steps={len(plan.grid)})")
-    return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(out.name)}</title>"
-            "<meta name='viewport' content='width=device-width, initial-scale=1'><link rel='icon' href='data:,'>"
-            f"<style>{STYLE}</style></head><body><h1>A plan for {html.escape(about['pipeline'])}</h1>"
-            f"{''.join(f'<p>{html.escape(sentence)}</p>' for sentence in words)}"
-            f"<pre>{use}</pre><h2>Side by side</h2>{_figure(grid, 'The same noise and prompts in every row.')}"
-            f"<h2>Numbers</h2><div class='wide'>{_html(table)}</div><h2>The plan</h2>"
-            f"{''.join(_figure(figure, f'What runs, the {name}') for name, figure in maps)}"
-            f"<h2>How it was made</h2><ul>{facts}</ul></body></html>\n")
+    return page.document(html.escape(out.name), (
+        f"<h1>A plan for {html.escape(about['pipeline'])}</h1>"
+        f"{''.join(f'<p>{html.escape(sentence)}</p>' for sentence in words)}"
+        f"<pre>{use}</pre><h2>Side by side</h2>{_figure(grid, 'The same noise and prompts in every row.')}"
+        f"<h2>Numbers</h2><div class='wide'>{_html(table)}</div><h2>The plan</h2>"
+        f"{''.join(_figure(figure, f'What runs, the {name}') for name, figure in maps)}"
+        f"<h2>How it was made</h2><ul>{facts}</ul>"))
 
 
 def _html(table: pd.DataFrame) -> str:
@@ -160,6 +158,4 @@ def _figure(figure: Figure, caption: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     plt.close(figure)
-    picture = base64.b64encode(buffer.getvalue()).decode()
-    return (f"<figure><img alt='{html.escape(caption)}' src='data:image/png;base64,{picture}'>"
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>")
+    return page.figure(base64.b64encode(buffer.getvalue()).decode(), caption, html.escape(caption))

@@ -65,14 +65,20 @@ def page(study: str, notebooks: Sequence[str], tables: dict[str, str]) -> str:
                      f"<ul>{steps}</ul></details></li>")
     front, picture = "", paths.DATA / study / "06_comparison" / "figures" / "front.png"
     if picture.exists():
-        front = _figure(base64.b64encode(picture.read_bytes()).decode(), "quality against cost",
+        front = figure(base64.b64encode(picture.read_bytes()).decode(), "quality against cost",
                         "Score over the best teacher's against executed MACs: down is better, right is cheaper. Bars: "
                         f"95 % intervals. Numbers: <a href='#{_anchor(next(iter(tables)))}'>{next(iter(tables))}</a>")
-    return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Lean Diffusion: {study}</title>"
+    return document(f"Lean Diffusion: {study}", (
+        f"<h1>Lean Diffusion: the study <i>{study}</i></h1>"
+        f"<p>Made by the pipeline from what its notebooks found; all code stands there. {html.escape(about)}.</p>"
+        f"{front}<nav><ol>{contents}</ol></nav>{top}{''.join(parts.values())}"))
+
+
+def document(title: str, body: str) -> str:
+    """Give a page of a title and a body, both HTML, in the one style; it needs nothing else."""
+    return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
             "<meta name='viewport' content='width=device-width, initial-scale=1'><link rel='icon' href='data:,'>"
-            f"<style>{STYLE}</style></head><body><h1>Lean Diffusion: the study <i>{study}</i></h1>"
-            f"<p>Made by the pipeline from what its notebooks found; all code stands there. {html.escape(about)}.</p>"
-            f"{front}<nav><ol>{contents}</ol></nav>{top}{''.join(parts.values())}</body></html>\n")
+            f"<style>{STYLE}</style></head><body>{body}</body></html>\n")
 
 
 def _section(study: str, notebook: str) -> str:
@@ -99,14 +105,14 @@ def _output(output: nbformat.NotebookNode, place: str, pictures: Iterator[Path])
             bars = any(column.endswith("_low") for column in pd.read_csv(numbers, nrows=0))
             caption += f": {numbers.stem.replace('_', ' ')}. {'Bars: 95 % intervals. ' * bars}"
             caption += f"Numbers: <code>{numbers.parent.parent.name}/figures/{numbers.name}</code>"
-        return _figure(data["image/png"].strip(), place, caption)
+        return figure(data["image/png"].strip(), place, caption)
     if "text/html" in data:
         return f"<div class='wide'>{re.sub(' border=.1. class=.dataframe.', '', data['text/html'])}</div>"
     text = output.get("text") if output.get("name") == "stdout" else data.get("text/plain")
     return f"<pre>{html.escape(text)}</pre>" if text else ""
 
 
-def _figure(png: str, alt: str, caption: str) -> str:
+def figure(png: str, alt: str, caption: str) -> str:
     """Give a picture, as base64, with its caption, as HTML."""
     return (f"<figure><img alt='{html.escape(alt)}' src='data:image/png;base64,{png}'>"
             f"<figcaption>{caption}</figcaption></figure>")
