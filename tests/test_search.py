@@ -215,7 +215,9 @@ def test_a_worker_that_was_taken_for_dead_goes_on(teacher, tmp_path):
         return error(plan)
 
     found = search(Toy(teacher), taken_away, macs, trials=4, population=4, seed=0, storage=database)
-    assert len(found) == 4 and taken[0] not in {one.plan.key for one in found}
+    first, *others = job(teacher, database).open().get_trials()
+    assert len(found) == 4 and first.state == TrialState.FAIL and first.number == 0
+    assert sum(trial.state == TrialState.COMPLETE for trial in others) == 4, "the lost one is nobody's result"
 
 
 def logged(path, plan):
