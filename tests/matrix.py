@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import reference
 import tiny
+import tiny_transformers
 import torch
 from diffusers import DiffusionPipeline
 from doors import full_plan, random_plan, watched
@@ -144,11 +145,13 @@ def build(name):
     if name in known():
         return tiny.made(known()[name])
     wanted = {key: value for key, value in inspect.signature(kind.__init__).parameters.items() if key != "self"}
-    annotations = {key: str(value.annotation).split(".")[-1].rstrip("'>") if key != "scheduler" else
+    annotations = {key: str(value.annotation).split(".")[-1].split(" |")[0].rstrip("'>") if key != "scheduler" else
                    str(value.annotation) for key, value in wanted.items()}
     for key in {"transformer", "unet"} & set(wanted):
         if not buildable(annotations[key]):
             raise unknown(annotations[key])
+    if annotations.get("transformer") in tiny_transformers.CONFIGS:
+        return tiny.made(lambda: tiny_transformers.pipeline(kind, annotations["transformer"], wanted))
     made = {"parts": tiny.text_parts(), "flow": "FlowMatch" in str(wanted.get("scheduler", ""))}
     chosen = {}
     for key, value in wanted.items():
@@ -179,7 +182,8 @@ def unknown(annotation):
 
 
 def buildable(annotation):
-    return annotation in TRANSFORMERS or annotation in ("UNet2DModel", "UNet2DConditionModel")
+    return (annotation in TRANSFORMERS or annotation in tiny_transformers.CONFIGS
+            or annotation in ("UNet2DModel", "UNet2DConditionModel"))
 
 
 def control(name, chosen):
@@ -227,9 +231,10 @@ def call_options(kind, name, flow):
 
 
 def call(pipe, options):
-    """Images of a call; some pipelines draw from torch's own generator too."""
+    """Images, or latents, of a call; some pipelines draw from torch's own generator too."""
     torch.manual_seed(0)
-    return tiny.call(pipe, options)
+    made = tiny.call(pipe, options)
+    return made.numpy() if isinstance(made, torch.Tensor) else made
 
 
 def refusal(pipe):
@@ -272,7 +277,15 @@ def check(name):
             return row | {"network": str(error).split()[0], "word": "refused", "said": str(error)}
         return row | {"said": f"{type(error).__name__}: {error}".splitlines()[0][:150]}
     try:
-        return row | compared(pipe, options, plain)
+        try:
+            return row | compared(pipe, options, plain)
+        except PlanError as error:
+            takes, off = inspect.signature(type(pipe).__call__).parameters, 0.0 if name == "Krea2Pipeline" else 1.0
+            alone = options | {scale: off for scale in ("guidance_scale", "true_cfg_scale") if scale in takes}
+            if "was called twice" not in str(error) or alone == options:
+                raise
+            found = compared(pipe, alone, call(pipe, alone))
+            return row | (found if found["said"] else found | {"said": f"without guidance; with it: {error}"})
     except PlanError as error:
         return row | {"word": "refused", "said": str(error)}
     except Exception as error:

@@ -11,10 +11,6 @@ import torch
 from lib.grid import blocks, solvers
 from lib.grid.plan import GIVEN
 
-TWO_STREAMS = dict.fromkeys(("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"),
-                            ("encoder_hidden_states", "hidden_states"))
-"""Blocks that give two streams of tokens, and what each is called when they are given it."""
-
 
 def combined(at, known):
     """The value at `at` of the polynomial through (place, value) pairs, by solving for its weights."""
@@ -46,7 +42,7 @@ class Sheet:
         def replace(module, args, kwargs, output):
             parts = output if isinstance(output, tuple) else (output,)
             given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-            names = TWO_STREAMS.get(type(module).__name__, ("hidden_states",))
+            names = self.described.blocks[place].changes or ("output",)
             made = []
             for name, now in zip(names, parts):
                 base = given[name] if residual and now is not None else torch.zeros(())
@@ -103,13 +99,13 @@ class Watched:
     """The slow reference on anybody's pipeline, whatever its sampler: a plan of one pass on a stock network, by hooks.
 
     The timestep of a call says which column it is. Where a run begins, and where a batch of another shape comes,
-    everything is computed. ``outputs`` holds what the pipeline was given at each call.
+    everything is computed; a step's second call is another pass. ``outputs`` holds what the pipeline was given at each
+    call.
     """
 
     def __init__(self, model, plan):
         self.model, self.plan, self.outputs, self.step, self.shape = model, plan, [], None, None
         self.described = blocks.describe(model)
-        self.sheet = Sheet(model, plan, GIVEN)
 
     def __enter__(self):
         self.handles = [self.model.register_forward_pre_hook(self.arrive, with_kwargs=True),
@@ -127,13 +123,20 @@ class Watched:
     def arrive(self, module, args, kwargs):
         arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         t, shape = float(torch.as_tensor(arguments["timestep"]).flatten()[0]), next(iter(arguments.values())).shape
-        t *= 1000 if type(module).__name__ == "FluxTransformer2DModel" else 1  # which is told shares
+        if type(module).__name__ in blocks.SHARES:
+            t *= 1000
+        elif type(module).__name__ in blocks.REMAINDERS:
+            t = (1 - t) * 1000
         step = int(np.argmin([abs(t - own) for own in self.plan.timesteps]))
-        if self.step is None or step <= self.step or shape != self.shape:
-            self.sheet = Sheet(self.model, self.plan.replace(
+        if self.step is None or step < self.step or shape != self.shape:
+            self.sheets, self.begun = [], step
+        self.call = self.call + 1 if step == self.step and self.sheets else 0  # a step's second call: another pass
+        if self.call == len(self.sheets):
+            assert step == self.begun, "a pass that comes later than the run's first step"
+            self.sheets.append(Sheet(self.model, self.plan.replace(
                 states=((*self.plan.states[0][:step], (1,) * len(self.described), *self.plan.states[0][step + 1:]),),
-                net=((*self.plan.net[0][:step], 1, *self.plan.net[0][step + 1:]),)), GIVEN)
-        self.step, self.shape = step, shape
+                net=((*self.plan.net[0][:step], 1, *self.plan.net[0][step + 1:]),)), GIVEN))
+        self.step, self.shape, self.sheet = step, shape, self.sheets[self.call]
 
     def hook(self, place):
         return self.sheet.hook(place, self.step)

@@ -203,12 +203,17 @@ def test_images_that_are_not_numbers_end_a_fit(tmp_path):
 def test_a_verdict_says_what_was_found(ratio, longer, sentence):
     rows = pd.DataFrame([{"name": "fitted plan", "seconds": 1.0, "predicted": 1.0, "steps": 9},
                          {"name": "fewer steps", "seconds": 1.0, "predicted": 1 + longer, "steps": 10},
-                         {"name": "full run", "seconds": 4.0, "predicted": 3.8, "steps": 50}])
+                         {"name": "full run", "seconds": 4.0, "predicted": 3.9, "steps": 50}])
     rows = rows.assign(faster=4.0, faster_low=3.9, faster_high=4.1, PSNR=30.0, PSNR_low=29.0, PSNR_high=31.0)
     contrast = Contrast(Estimate(*ratio), Estimate(0.0, -1.0, 1.0), 0.05, 32)
     said = certificate.verdict(rows.set_index("name"), {"fewer steps": contrast})
-    assert "4.00 [3.90, 4.10] times less than the full run (predicted: 1 s, 0% off, 3.80 times less)" in said[0]
+    assert "4.00 [3.90, 4.10] times less than the full run (predicted: 1.03 s, 3% off, 3.90 times less)" in said[0]
     assert (sentence in said[-1]) if sentence else len(said) == 2
+    slowed = rows.assign(seconds=1.5 * rows["seconds"], steps=9).set_index("name")
+    slowed = certificate.verdict(slowed, {"fewer steps": contrast})
+    assert "(predicted: 1.54 s, 3% off, 3.90 times less)" in slowed[0]
+    assert "The machine was 54% slower in these rounds than when the parts were timed" in slowed[1]
+    assert "at that time the plan would have taken 1 s" in slowed[1]
 
 
 def test_a_fit_knows_pictures_by_their_pixels():

@@ -4,6 +4,7 @@ import matrix
 import pandas as pd
 import pytest
 
+from lib.grid.blocks import CHAINS
 from lib.study import paths
 
 TABLE = pd.read_csv(paths.REPORTS / "pipelines.csv", keep_default_na=False)
@@ -12,9 +13,14 @@ TABLE = pd.read_csv(paths.REPORTS / "pipelines.csv", keep_default_na=False)
 @pytest.mark.parametrize(("name", "word"), [
     ("StableDiffusionXLControlNetImg2ImgPipeline", "right"), ("FluxFillPipeline", "right"), ("LDMPipeline", "right"),
     ("StableDiffusion3PAGPipeline", "right"), ("SemanticStableDiffusionPipeline", "right"),
-    ("LatentConsistencyModelPipeline", "refused")])
+    ("HunyuanVideoPipeline", "right"), ("Lumina2Pipeline", "right"), ("QwenImagePipeline", "right"),
+    ("WanPipeline", "right"), ("CogView4Pipeline", "refused"), ("LatentConsistencyModelPipeline", "refused")])
 def test_a_pipeline_is_what_the_matrix_says(name, word):
     assert matrix.check(name)["word"] == word == TABLE.set_index("pipeline").loc[name, "word"]
+
+
+def test_every_transformer_that_plans_take_was_seen_to_be_right():
+    assert set(CHAINS) <= set(TABLE.loc[TABLE["word"] == "right", "network"])
 
 
 def test_none_is_silently_wrong():

@@ -247,5 +247,5 @@ def made(kind, seed=0):
 
 
 def call(pipe, options, **more):
-    """Call a pipeline as its user would: the images."""
-    return pipe(**{"num_inference_steps": STEPS, "generator": torch.Generator().manual_seed(1)} | options | more).images
+    """Call a pipeline as its user would: the images (or frames, or latents)."""
+    return pipe(**{"num_inference_steps": STEPS, "generator": torch.Generator().manual_seed(1)} | options | more)[0]

@@ -11,7 +11,6 @@ belong to no block: they run at every network call.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -33,12 +32,16 @@ class Block:
         Module paths in the network, in the order in which they run; the last one gives the block's output.
     reads : tuple of str
         The blocks whose outputs it reads (`STEM` for the stem's): the one before it first, then the skip connection.
+    changes : tuple of str
+        Of a transformer's block, the arguments that it changes (streams of tokens), in the order in which it gives
+        them.
     """
 
     name: str
     level: str
     modules: tuple[str, ...]
     reads: tuple[str, ...]
+    changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -240,12 +243,48 @@ def wiring(names: Sequence[str]) -> list[list[int]]:
     return reads
 
 
-TRANSFORMERS = ("DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel")
-"""The transformers that are known here: chains of blocks, each of which adds to the tokens that it is given."""
-STACKS = ("transformer_blocks", "single_transformer_blocks")
-"""Where their blocks are, in the order in which they run."""
-SHARES = ("FluxTransformer2DModel",)
+ALONE = ("hidden_states",)
+TEXT_FIRST = ("encoder_hidden_states", "hidden_states")
+TEXT_LAST = ("hidden_states", "encoder_hidden_states")
+CHAINS = {
+    "AllegroTransformer3DModel": {"transformer_blocks": ALONE},
+    "AuraFlowTransformer2DModel": {"joint_transformer_blocks": TEXT_FIRST, "single_transformer_blocks": ALONE},
+    "BriaTransformer2DModel": {"transformer_blocks": TEXT_FIRST, "single_transformer_blocks": TEXT_FIRST},
+    "ChromaTransformer2DModel": {"transformer_blocks": TEXT_FIRST, "single_transformer_blocks": ALONE},
+    "CogVideoXTransformer3DModel": {"transformer_blocks": TEXT_LAST},
+    "CogView3PlusTransformer2DModel": {"transformer_blocks": TEXT_LAST},
+    "DiTTransformer2DModel": {"transformer_blocks": ALONE},
+    "Flux2Transformer2DModel": {"transformer_blocks": TEXT_FIRST, "single_transformer_blocks": ALONE},
+    "FluxTransformer2DModel": {"transformer_blocks": TEXT_FIRST, "single_transformer_blocks": TEXT_FIRST},
+    "HunyuanDiT2DModel": {"blocks": ALONE},
+    "HunyuanImageTransformer2DModel": {"transformer_blocks": TEXT_LAST, "single_transformer_blocks": TEXT_LAST},
+    "HunyuanVideoTransformer3DModel": {"transformer_blocks": TEXT_LAST, "single_transformer_blocks": TEXT_LAST},
+    "Kandinsky5Transformer3DModel": {"visual_transformer_blocks": ("visual_embed",)},
+    "Krea2Transformer2DModel": {"transformer_blocks": ALONE},
+    "LTXVideoTransformer3DModel": {"transformer_blocks": ALONE},
+    "Lumina2Transformer2DModel": {"layers": ALONE},
+    "LuminaNextDiT2DModel": {"layers": ALONE},
+    "MochiTransformer3DModel": {"transformer_blocks": TEXT_LAST},
+    "NucleusMoEImageTransformer2DModel": {"transformer_blocks": ALONE},
+    "OvisImageTransformer2DModel": {"transformer_blocks": TEXT_FIRST, "single_transformer_blocks": TEXT_FIRST},
+    "PRXTransformer2DModel": {"blocks": ALONE},
+    "PixArtTransformer2DModel": {"transformer_blocks": ALONE},
+    "QwenImageTransformer2DModel": {"transformer_blocks": TEXT_FIRST},
+    "SD3Transformer2DModel": {"transformer_blocks": TEXT_FIRST},
+    "SanaTransformer2DModel": {"transformer_blocks": ALONE},
+    "SanaVideoTransformer3DModel": {"transformer_blocks": ALONE},
+    "SkyReelsV2Transformer3DModel": {"blocks": ALONE},
+    "WanTransformer3DModel": {"blocks": ALONE},
+}
+"""The transformers that are known here, chains of blocks that each add to the tokens they are given: where the blocks
+are, in the order in which they run, and which of their arguments they change, in the order in which they give them.
+"""
+SHARES = ("AuraFlowTransformer2DModel", "ChromaTransformer2DModel", "Flux2Transformer2DModel", "FluxTransformer2DModel",
+          "Krea2Transformer2DModel", "NucleusMoEImageTransformer2DModel", "OvisImageTransformer2DModel",
+          "PRXTransformer2DModel", "QwenImageTransformer2DModel")
 """Those that are told their timestep as a share of the training timesteps."""
+REMAINDERS = ("Lumina2Transformer2DModel", "LuminaNextDiT2DModel")
+"""Those that are told what is left of it: 0 at pure noise, 1 at the image."""
 LEVELS = ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D",
           "UNetMidBlock2D", "UNetMidBlock2DCrossAttn")
 """The UNet levels that are known here."""
@@ -264,13 +303,16 @@ def describe(network: nn.Module) -> Blocks:
                         "(lib.apply.Planned does so by itself.)")
     if isinstance(network, UNet2DModel | UNet2DConditionModel):
         return _unet(network)
-    if type(network).__name__ in TRANSFORMERS:
-        modules = [f"{stack}.{number}" for stack in STACKS for number in range(len(getattr(network, stack, ())))]
-        paths = {f"block{number}": module for number, module in enumerate(modules)}
-        found = [Block(name, name, (paths[name],), (before,)) for before, name in pairwise([STEM, *paths])]
-        return Blocks(tuple(found), paths, "residual")
-    raise TypeError(f"{type(network).__name__} is not supported. Supported: UNet2DModel, UNet2DConditionModel, "
-                    f"{', '.join(TRANSFORMERS)}.")
+    if type(network).__name__ in CHAINS:
+        found, before = [], STEM
+        for stack, changes in CHAINS[type(network).__name__].items():
+            for number in range(len(getattr(network, stack))):
+                name = f"block{len(found)}"
+                found.append(Block(name, name, (f"{stack}.{number}",), (before,), changes))
+                before = name
+        return Blocks(tuple(found), {block.name: block.modules[0] for block in found}, "residual")
+    raise TypeError(f"{type(network).__name__} is not supported. Supported: UNet2DModel, UNet2DConditionModel, and "
+                    f"{len(CHAINS)} transformers (lib.grid.blocks.CHAINS).")
 
 
 def input_shape(network: nn.Module) -> tuple[int, int, int]:

@@ -212,9 +212,14 @@ class Engine:
             raise PlanError("the rows of one call lie at different timesteps, and a plan's step is at one.")
         t = float(there.pop())
         coarse = isinstance(timestep, Tensor) and timestep.dtype in (torch.float16, torch.bfloat16)
-        if type(self.network).__name__ in _blocks.SHARES:
-            t *= self.plan.schedule.train_timesteps
-        close = max(CLOSE, t * torch.finfo(timestep.dtype).eps) if coarse else CLOSE
+        kind, steps = type(self.network).__name__, self.plan.schedule.train_timesteps
+        close = CLOSE
+        if kind in _blocks.SHARES:
+            t *= steps
+        elif kind in _blocks.REMAINDERS:
+            t = (1 - t) * steps
+        if coarse:
+            close = max(CLOSE, (steps if kind in _blocks.REMAINDERS else t) * torch.finfo(timestep.dtype).eps)
         near = {step: abs(own - t) for step, own in enumerate(self.plan.timesteps) if abs(own - t) < close}
         steps = sorted(near, key=lambda step: (step != self.step, near[step]))
         again = bool(self._done & set(self._names))

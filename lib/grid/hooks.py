@@ -4,6 +4,7 @@ diffusers' `ModelHook` stands at each layer, at each level that no live cell nee
 put hooks there too (offloading, caches, compilers): with some one can live, the rest are refused by name.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,6 @@ from weakref import WeakKeyDictionary
 import torch
 from diffusers import Transformer2DModel
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor, nn
 
@@ -74,9 +74,11 @@ class Hooks:
             if (path := blocks.level_modules[level]) not in layers:  # a transformer's block, and the middle, are both
                 hooks.append((path, _LevelHook(self.engine, level, members)))
         for place, block in enumerate(blocks):
-            kind = _ResidualHook if blocks.cache == "residual" else _LayerHook
+            if block.changes:
+                hooks.append((block.modules[0], _ResidualHook(self.engine, place, block.changes)))
+                continue
             for path in block.modules:
-                hooks.append((path, kind(self.engine, place, gives_output=path == block.modules[-1])))
+                hooks.append((path, _LayerHook(self.engine, place, gives_output=path == block.modules[-1])))
         self._check_strangers({path for path, _ in hooks})
         try:
             for path, hook in hooks:
@@ -253,61 +255,57 @@ class _LayerHook(_Hook):
         return self.compiled[1](*args, **kwargs)
 
 
-_ORDERS: WeakKeyDictionary[nn.Module, tuple[int | None, ...] | None] = WeakKeyDictionary()
-"""What each block gives, as `_ResidualHook._order` says: a recording replays it without asking the hook."""
+_GIVEN: WeakKeyDictionary[nn.Module, tuple[str | None, ...] | None] = WeakKeyDictionary()
+"""What each block gave when it ran last (None: one tensor): a recording replays it without asking the hook."""
 
 
 class _ResidualHook(_LayerHook):
     """Runs one block, or adds to its input the change that it stands for: of the image's tokens, and of the text's.
 
-    Some blocks carry two streams of tokens, and give both. Their changes are kept as one tensor, a row an image.
+    Some blocks change several streams of tokens, and give all. Their changes are kept as one tensor, a row an image.
     """
 
+    def __init__(self, engine: "Engine", place: int, changes: tuple[str, ...]):
+        super().__init__(engine, place, gives_output=True)
+        self.changes = changes
+
     def initialize_hook(self, module: nn.Module) -> nn.Module:
-        self.module, plain = module, getattr(module, "_orig_mod", module)
-        self.streams = TransformerBlockRegistry.get(type(plain))
+        names = list(inspect.signature(type(getattr(module, "_orig_mod", module)).forward).parameters)[1:]
+        self.module, self.numbers = module, {name: names.index(name) for name in self.changes}
         return module
 
     @property
-    def order(self) -> tuple[int | None, ...] | None:
-        """What the block gave when it ran last."""
-        return _ORDERS[self.module]
+    def given(self) -> tuple[str | None, ...] | None:
+        """What each part of the block's output is called; None for a part that it leaves out, or for one tensor."""
+        return _GIVEN[self.module]
 
     def new_forward(self, module: nn.Module, *args, **kwargs) -> Tensor | tuple[Tensor | None, ...]:
         if self.engine.on and not self.engine.runs(self.place):
             return self._changed(self._inputs(args, kwargs), self.engine.get(self.place))
         output = self.original(*args, **kwargs)
         if self.engine.on:
-            _ORDERS[module] = self._order(output)
+            _GIVEN[module] = None if isinstance(output, Tensor) else tuple(
+                None if part is None else name for name, part in zip(self.changes, output, strict=True))
             self.engine.put(self.place, lambda: self._change(self._inputs(args, kwargs), output))
         return output
 
-    def _order(self, output: Any) -> tuple[int | None, ...] | None:
-        """Give the stream of each part of an output (0 the image's, 1 the text's, None nothing); None for one part."""
-        if isinstance(output, Tensor):
-            return None
-        known = {self.streams.return_hidden_states_index: 0, self.streams.return_encoder_hidden_states_index: 1}
-        return tuple(None if part is None else known.get(place) for place, part in enumerate(output))
-
-    def _inputs(self, args: tuple, kwargs: dict) -> tuple[Tensor, ...]:
+    def _inputs(self, args: tuple, kwargs: dict) -> dict[str, Tensor]:
         """Give the streams that a block is given and changes."""
-        names = (self.streams.hidden_states_argument_name, self.streams.encoder_hidden_states_argument_name)
-        changed = [stream for stream in self.order or (0,) if stream is not None]
-        return tuple(self.streams._get_parameter_from_args_kwargs(names[stream], args, kwargs)
-                     for stream in sorted(changed))
+        return {name: kwargs[name] if name in kwargs else args[self.numbers[name]]
+                for name in self.given or self.changes[:1] if name is not None}
 
-    def _change(self, inputs: tuple[Tensor, ...], output: Any) -> Tensor:
-        if self.order is None:
-            return output - inputs[0]
-        parts = {stream: part for stream, part in zip(self.order, output) if stream is not None}
-        return torch.cat([(parts[stream] - given).flatten(1) for stream, given in zip(sorted(parts), inputs)], dim=1)
+    def _change(self, inputs: dict[str, Tensor], output: Any) -> Tensor:
+        if self.given is None:
+            return output - inputs[self.changes[0]]
+        parts = dict(zip(self.given, output))
+        return torch.cat([(parts[name] - stream).flatten(1) for name, stream in inputs.items()], dim=1)
 
-    def _changed(self, inputs: tuple[Tensor, ...], change: Tensor) -> Any:
-        if self.order is None:
-            return inputs[0] + change
-        sizes = [given[0].numel() for given in inputs]
-        made = [given + part.view_as(given) for given, part in zip(inputs, change.split(sizes, dim=1))]
-        return tuple(None if stream is None else made[stream] for stream in self.order)
+    def _changed(self, inputs: dict[str, Tensor], change: Tensor) -> Any:
+        if self.given is None:
+            return inputs[self.changes[0]] + change
+        parts = change.split([stream[0].numel() for stream in inputs.values()], dim=1)
+        made = {name: stream + part.view_as(stream) for (name, stream), part in zip(inputs.items(), parts)}
+        return tuple(made.get(name) for name in self.given)
 
 
 class _LevelHook(_Hook):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lib.grid import blocks, graphs, solvers
-from lib.grid.engine import Engine
+from lib.grid.engine import CLOSE, Engine
 from lib.grid.plan import FlowSchedule, NoiseSchedule, Plan, PlanError
 from lib.grid.sampling import BANKS
 from lib.grid.solvers import State, advance, noise_levels
@@ -137,20 +137,25 @@ class _Walk:
         return copy.copy, (self.own,)
 
     @property
-    def sigmas(self) -> None:
-        raise PlanError("this pipeline reads its scheduler's sigmas, and a plan's solver is not told by them: run it "
-                        "without a plan.")
+    def sigmas(self) -> Tensor:
+        """The plan's noise levels, (S + 1,), where they are one with its timesteps: in flow matching."""
+        plan = self.engine.plan
+        if not isinstance(plan.schedule, FlowSchedule):
+            raise PlanError("this pipeline reads its scheduler's sigmas, and a plan's solver is not told by them: run "
+                            "it without a plan.")
+        return torch.tensor([*plan.timesteps, 0.0]) / plan.schedule.train_timesteps
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None,
-                      sigmas: Sequence[float] | None = None, mu: float | None = None) -> None:
+                      sigmas: Sequence[float] | None = None, mu: float | None = None,
+                      timesteps: Sequence[float] | None = None) -> None:
         """Begin a run; even sigmas, which some pipelines of flow matching give, and their shift (mu) say nothing."""
         plan = self.engine.plan
-        if sigmas is not None:
-            num_inference_steps = len(sigmas)
-            even = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-            if not (isinstance(plan.schedule, FlowSchedule) and np.allclose(sigmas, even)):
-                raise PlanError(f"{plan.title} walks its own timesteps, and does not support custom sigmas: call the "
-                                "pipeline without them.")
+        if sigmas is not None or timesteps is not None:
+            num_inference_steps = len(timesteps if sigmas is None else sigmas)
+            if not (isinstance(plan.schedule, FlowSchedule) and self._are_the_plans(sigmas, mu, timesteps)):
+                raise PlanError(f"{plan.title} walks its own timesteps, and does not support custom "
+                                f"{'timesteps' if sigmas is None else 'sigmas'}: call the pipeline without them, or, "
+                                "where it gives them by itself, make the plan of a run's scheduler.timesteps.")
         if num_inference_steps not in (len(plan.grid), plan.steps):
             raise PlanError(f"the plan is for runs of {len(plan.grid)} steps, of which it takes {plan.steps}: call the "
                             f"pipeline with num_inference_steps={len(plan.grid)}, not {num_inference_steps}.")
@@ -161,6 +166,17 @@ class _Walk:
         self.engine.closed, self.engine.thread = False, threading.get_ident()
         self.timesteps, self.num_inference_steps = torch.tensor(plan.timesteps, device=device), num_inference_steps
         self._state: State = ()
+
+    def _are_the_plans(self, sigmas: Sequence[float] | None, mu: float | None, timesteps: Sequence | None) -> bool:
+        """Say whether such a call means even steps, or the very ones that the plan was made of."""
+        if timesteps is None and np.allclose(sigmas, np.linspace(1.0, 1 / len(sigmas), len(sigmas))):
+            return True
+        own = copy.deepcopy(self.own)
+        own.set_timesteps(sigmas=sigmas, mu=mu, timesteps=timesteps)
+        plan = self.engine.plan
+        levels = own.sigmas[:-1] * plan.schedule.train_timesteps  # some are told other timesteps than their noise's
+        return all(len(told) == len(plan.grid) and np.allclose(told, plan.grid, atol=CLOSE)
+                   for told in (own.timesteps, levels))
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begin at a later step (image to image); see `lib.grid.plan.Plan.refreshed`."""
