@@ -9,7 +9,7 @@ import pytest
 from lib.study import params, paths
 
 NOTEBOOKS = [paths.NOTEBOOKS / f"{name}.ipynb" for name in params.NOTEBOOKS]
-FREE = [paths.NOTEBOOKS / "08_your_pipeline.ipynb"]
+FREE = [paths.NOTEBOOKS / "08_your_pipeline.ipynb", paths.NOTEBOOKS / "plan_from_scratch.ipynb"]
 """Those that belong to no study."""
 
 
