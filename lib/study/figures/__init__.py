@@ -180,24 +180,27 @@ def forecasts(table: pd.DataFrame, ylabel: str) -> Figure:
 
     Parameters
     ----------
-    table : columns family (of `REUSE_LOOKS`, or a control's), order, macs_percent, ratio, ratio_low, ratio_high
+    table : columns family (of `REUSE_LOOKS`, or a control's), order, macs_percent, ratio and score, both with _low and
+        _high. Where a row has no ratio (it or the reference is at the floor), scores are drawn
     """
+    value = "score" if table["ratio"].isna().any() else "ratio"
     orders = sorted(table["order"].unique(), reverse=True)
     figure, panels = plt.subplots(1, len(orders), figsize=(WIDE, 3), sharey=True, squeeze=False)
     looks = REUSE_LOOKS | {"evenly spaced": ("0.0", "D"), "searched steps": ("0.3", ">")}
     for axes, order in zip(panels[0], orders):
         for family, rows in table[table["order"] == order].groupby("family", sort=False):
             rows, (colour, marker) = rows.sort_values("macs_percent"), looks[family]
-            bars = [rows["ratio"] - rows["ratio_low"], rows["ratio_high"] - rows["ratio"]]
+            bars = [rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]]
             line = "--" if family in ("evenly spaced", "searched steps") else "-"
-            axes.errorbar(rows["macs_percent"], rows["ratio"], bars, color=colour, marker=marker, ls=line, ms=4, lw=1,
+            axes.errorbar(rows["macs_percent"], rows[value], bars, color=colour, marker=marker, ls=line, ms=4, lw=1,
                           elinewidth=0.8, capsize=2, label=family)
-        axes.axhline(1, color="0.8", lw=0.8, zorder=0)
-        axes.set(xscale="log", yscale="log", xlabel="executed MACs (% of the teacher's)",
+        if value == "ratio":
+            axes.axhline(1, color="0.8", lw=0.8, zorder=0)
+        axes.set(xscale="log", xlabel="executed MACs (% of the teacher's)",
                  title={1: "DDIM (order 1)", 2: "DPM-Solver++ (order 2)"}[order])
         plain_logarithm(axes.xaxis)
-        plain_logarithm(axes.yaxis)
-    panels[0, 0].set(ylabel=ylabel)
+        scores(axes.yaxis, axes.set_yscale, table, value)
+    panels[0, 0].set(ylabel=ylabel if value == "ratio" else "score (some are at the floor)")
     panels[0, 0].legend(fontsize=7)
     return figure
 
@@ -316,6 +319,39 @@ def front(table: pd.DataFrame) -> Figure:
     plain_logarithm(honest.xaxis)
     scores(axes.yaxis, axes.set_yscale, table, value)
     axes.legend(fontsize=6, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+    return figure
+
+
+CURVES = {"DDIM, fewer even steps": (("DDIM, uniform",), "0.5", "o"),
+          "DPM-Solver++, fewer even steps": (("DPM-Solver++, uniform",), "0.0", "D"),
+          "placed steps: searched, learned, shortest path": (("searched steps", "learned steps", "shortest path"),
+                                                             PALETTE[2], "*"),
+          "Flexiffusion, all spaces": (("Flexiffusion",), COLOURS["Flexiffusion"], "s"),
+          "DiP-GO, all trainings": (("DiP-GO",), COLOURS["DiP-GO"], "^")}
+"""Five curves that tell a study's story: how their families' names begin, colour, marker."""
+
+
+def curves(table: pd.DataFrame) -> Figure:
+    """Draw five curves of quality against cost on the teacher: of each kind what nothing cheaper of it beats.
+
+    Parameters
+    ----------
+    table : as `front` takes it, with ddim_ratio and its interval: over the score of DDIM's whole run
+    """
+    value = "score" if table["ddim_ratio"].isna().any() else "ddim_ratio"
+    table = table[~table["family"].str.contains("student")].sort_values("macs_ratio", ascending=False)
+    figure, axes = plt.subplots(figsize=(WIDE, 3.6))
+    for label, (begins, colour, marker) in CURVES.items():
+        rows = table[table["family"].str.startswith(begins)]
+        rows = rows[rows[value] <= rows[value].cummin()]  # from the cheapest on
+        bars = [rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]]
+        axes.errorbar(rows["macs_ratio"], rows[value], bars, color=colour, marker=marker, ms=6, lw=1.2, elinewidth=0.8,
+                      capsize=1.5, label=label)
+    ylabel = {"ddim_ratio": "score / that of DDIM's whole run", "score": "score (some are at the floor)"}[value]
+    axes.set(xscale="log", xlabel="times fewer executed MACs", ylabel=ylabel)
+    plain_logarithm(axes.xaxis)
+    scores(axes.yaxis, axes.set_yscale, table, value)
+    axes.legend(fontsize=7, loc="upper left")
     return figure
 
 

@@ -112,21 +112,24 @@ def dividends(table: pd.DataFrame) -> Figure:
 
     Parameters
     ----------
-    table : columns order, branch, reuse (of `REUSE_LOOKS`), calls, ratio, ratio_low, ratio_high
+    table : columns order, branch, reuse (of `REUSE_LOOKS`), calls, ratio (of scores) and nearness (of distances to the
+        best teacher's images), both with _low and _high. Where a score is at the floor, nearness is drawn
     """
+    value = "nearness" if table["ratio"].isna().any() else "ratio"
     solvers = {1: "DDIM (order 1)", 2: "DPM-Solver++ (order 2)"}
     figure, panels = plt.subplots(1, len(solvers), figsize=(WIDE, 3), sharey=True)
     for axes, (order, rows) in zip(panels, table.groupby("order")):
         for style, (branch, part) in zip(cycle(("-", "--", ":", "-.")), rows.groupby("branch")):
             for reuse, line in part.groupby("reuse", sort=False):
                 colour, marker = REUSE_LOOKS[reuse]
-                bars = [line["ratio"] - line["ratio_low"], line["ratio_high"] - line["ratio"]]
-                axes.errorbar(line["calls"], line["ratio"], bars, marker=marker, ms=4, lw=1, ls=style, elinewidth=0.8,
+                bars = [line[value] - line[f"{value}_low"], line[f"{value}_high"] - line[value]]
+                axes.errorbar(line["calls"], line[value], bars, marker=marker, ms=4, lw=1, ls=style, elinewidth=0.8,
                               capsize=2, color=colour, label=f"branch {branch}, {reuse}")
         axes.axhline(1, color="0.5", lw=0.8)
         axes.set(xscale="log", yscale="log", xlabel="executed MACs (in full network calls)", title=solvers[order])
         plain_logarithm(axes.xaxis)
         plain_logarithm(axes.yaxis)
-    panels[0].set(ylabel="with partial steps / more full steps")
+    what = {"ratio": "score", "nearness": "distance to the best teacher's images"}[value]
+    panels[0].set(ylabel=f"{what},\nwith partial steps / more full steps")
     panels[-1].legend(fontsize=6)
     return figure
