@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from lib.study import figures
+from lib.study.figures import schedules
 
 
 def rows(**columns):
@@ -25,6 +26,27 @@ def test_the_front_draws_scores_where_there_are_no_ratios(ratios):
     heights = [float(y) for container in axes.containers for y in container.lines[0].get_ydata()]
     assert sorted(heights) == sorted([-0.1, 0.1, 3.0] if floor else ratios)
     figure.canvas.draw()
+
+
+@pytest.mark.parametrize("ratios", [[1.0, 1.5, 2.5], [np.nan] * 3, [1.0, 1.5, np.nan]])
+def test_five_curves_and_what_reuse_is_worth_are_drawn_at_the_floor_too(ratios):
+    table = rows(ratio=ratios, ddim_ratio=ratios, nearness=[0.8, 1.0, 1.2], score=[-0.1, 0.1, 3.0]).assign(
+        order=[1, 2, 2], branch=0, reuse=["hold", "hold", "line"], calls=[5, 5, 9], macs_percent=[10, 20, 30])
+    floor = np.isnan(ratios).any()
+    curves = figures.curves(table)
+    assert ("floor" in curves.axes[0].get_ylabel()) == floor
+    reuse = figures.forecasts(table.assign(family=["hold", "hold", "line"]), "ratio")
+    assert ("floor" in reuse.axes[0].get_ylabel()) == floor
+    dividends = schedules.dividends(table)
+    assert dividends.axes[0].get_ylabel().startswith("distance" if floor else "score")
+    for figure in (curves, reuse, dividends):
+        figure.canvas.draw()
+
+
+def test_of_each_way_the_curve_takes_what_nothing_cheaper_of_it_beats():
+    table = rows(ddim_ratio=[1.0, 3.0, 2.0]).assign(family="DDIM, uniform")
+    line, *_ = figures.curves(table).axes[0].containers[0].lines
+    assert list(line.get_xdata()) == [4.0, 1.0], "at 2 it is worse than at 4, which is cheaper"
 
 
 def test_a_row_without_a_ratio_says_its_word():

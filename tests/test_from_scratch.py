@@ -42,7 +42,7 @@ def page():
 
 @pytest.fixture(scope="module")
 def plan_of():
-    """Full plans of the shipped teacher, and what draws under a plan: (plan of timesteps and order, images of a plan)."""
+    """Full plans of the shipped teacher by timesteps and order, and what draws under a plan."""
     model = networks.load(paths.ROOT / "data" / "shipped" / "digits")
     described, fits = blocks.describe(model.network), NoiseSchedule.of(model.schedule)
     return (lambda steps, order: Plan.full(steps, fits, described.names, order),

@@ -262,7 +262,7 @@ def test_files_nested_beyond_sense_are_refused(field, tmp_path):
 
 
 def test_the_readmes_example_runs_in_a_fresh_interpreter(tmp_path):
-    text = (paths.ROOT / "README.md").read_text()
+    text = (paths.ROOT / "lib" / "README.md").read_text()
     example = text.split("```python\n")[-1].split("```")[0]
     assert example.index("lib.apply") < example.index("diffusers")
     tiny.DDIMPipeline(tiny.plain_unet(), tiny.ddim()).save_pretrained(tmp_path / "my-ddim-pipeline")

@@ -88,6 +88,7 @@ def project(tmp_path_factory):
     root = tmp_path_factory.mktemp("project")
     for name in ("lib", "notebooks", "params"):
         shutil.copytree(paths.ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(paths.ROOT / "data" / "shipped", root / "data" / "shipped")
     shutil.copytree(paths.ROOT / ".dvc", root / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
     for name in ("dvc.yaml", "requirements.lock", ".gitignore", ".dvcignore"):
         shutil.copy(paths.ROOT / name, root / name)
@@ -255,6 +256,7 @@ def test_unknown_names_are_refused_before_any_work():
 
 def test_a_study_is_listed_only_while_it_runs_and_no_tracked_file_changes(tmp_path, monkeypatch):
     shutil.copy(paths.ROOT / "dvc.yaml", tmp_path)
+    shutil.copytree(paths.ROOT / "data" / "shipped", tmp_path / "data" / "shipped")
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     seen, more = [], tmp_path / "params.yaml"
 
@@ -267,7 +269,7 @@ def test_a_study_is_listed_only_while_it_runs_and_no_tracked_file_changes(tmp_pa
     with pytest.raises(SystemExit, match="The study digits stopped. What it finished is kept"):
         run.study("digits")
     assert seen == [("publish@smoke", {"smoke": "smoke"}), ("publish@digits", None)]
-    assert {path.name for path in tmp_path.iterdir()} == {"dvc.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == {"dvc.yaml", "data"}
     more.write_text("studies:\n  mine: mine\n")
     with pytest.raises(params.ParamsError, match="params.yaml is there and does not list smoke: add the line"):
         run.study("smoke")
@@ -410,9 +412,10 @@ def test_a_study_of_some_notebooks_runs_these_and_is_published(monkeypatch, tmp_
                         subprocess.CompletedProcess(command, 0))
     monkeypatch.setattr(report, "publish", lambda name: told.append(f"published {name}"))
     monkeypatch.setattr(report, "write_page", lambda name: told.append(f"page {name}"))
+    monkeypatch.setattr(report, "write_readme", lambda name: told.append(f"readme {name}"))
     run.study("digits")
     assert told == [["repro", "00_teacher_training@digits", "05_pruner_training@digits"], "published digits",
-                    "page digits"]
+                    "page digits", "readme digits"]
 
 
 def test_a_studys_teacher_is_shipped_and_nobody_elses_folder_is_written_to(tmp_path, monkeypatch, unet, schedule):

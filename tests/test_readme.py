@@ -15,26 +15,35 @@ README = (paths.ROOT / "README.md").read_text()
 
 def test_its_tables_are_what_the_reports_say():
     assert report.filled(README) == README, "run: python -m lib.study.report readme"
-    assert sorted(re.findall(r"<!-- (\w+):", README)) == sorted(report.TABLES), "each of them stands there once"
+    assert sorted(re.findall(r"<!-- (\w+:\w+) -->", README)) == ["claims:digits", "claims:letters", "findings:digits",
+                                                                "findings:letters"]
 
 
-@pytest.mark.parametrize("folder", ["", "notebooks/"])
-def test_its_links_and_pictures_exist(folder):
-    text = (paths.ROOT / folder / "README.md").read_text()
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert target.startswith("https://") or (paths.ROOT / folder / target).exists(), target
+def test_it_is_read_in_minutes():
+    prose = re.sub(r"(?m)^\|.*$|<!-- (\w+:\w+) -->.*?<!-- end -->", "", README, flags=re.DOTALL)
+    assert len(prose.split()) <= 1200
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "notebooks/README.md", "lib/README.md",
+                                  "reports/digits/README.md", "reports/letters/README.md"])
+def test_links_and_pictures_exist(page):
+    path = paths.ROOT / page
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        assert target.startswith("https://") or (path.parent / target).exists(), target
 
 
 def test_every_module_is_in_its_tree():
-    named = set(re.findall(r"\b\w+\.py\b", README.split("## What is where")[1].split("## On your own")[0]))
     lib = paths.ROOT / "lib"
+    named = set(re.findall(r"\b\w+\.py\b", (lib / "README.md").read_text().split("## A plan on")[0]))
     assert named == {path.name for path in (*lib.glob("*.py"), *lib.glob("*/*.py")) if not path.name.startswith("_")}
 
 
 def test_its_examples_run(tmp_path, monkeypatch, unet, schedule, capsys):
     networks.save(tmp_path / "my-ddim-pipeline", Model(unet, schedule))
-    asked, own = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    asked, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    own, = re.findall(r"```python\n(.*?)```", (paths.ROOT / "lib" / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(paths.ROOT)
+    assert len(asked.strip().splitlines()) <= 10
     exec(asked, made := {})
     assert made["image"].size == (32, 32)
     red, yellow = made["image"].getpixel((16, 16)), made["image"].getpixel((0, 0))
@@ -65,19 +74,6 @@ def test_a_table_is_filled_from_a_studys_files(tmp_path, monkeypatch):
     assert "| D | B | 1.01 [0.9, 1.1] | undecided, n = 4,321 | 1 [0.98, 1.02]: as good | 0 | 0 | 1 | 0 |" in text
     assert "3 comparisons at n = 700: 0 better, 0 as good, 1 undecided, 2 worse." in text
     assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter") and "old" not in text
-
-
-def test_a_table_of_before_scores_were_corrected_is_read_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "REPORTS", tmp_path)
-    for notebook, rows in {"04_schedule_search": ["A,B,3000,1.23456,1.1,1.3", "A,C,3000,0.5,0.4,0.6"],
-                           "05_pruner_training": ["D,B,3000,1.01,0.9,1.1"], "06_comparison": []}.items():
-        tables = tmp_path / "mine" / notebook / "tables"
-        tables.mkdir(parents=True)
-        header = "plan,name,n,plan_over_control,plan_over_control_low,plan_over_control_high"
-        (tables / "controls.csv").write_text("\n".join([header, *rows]))
-    text = report.controls_table("mine")
-    assert "| A | B | 1.23 [1.1, 1.3] | worse | - | 1 | 0 | 0 | 1 |" in text
-    assert "| D | B | 1.01 [0.9, 1.1] | undecided | - | 0 | 0 | 1 | 0 |" in text
 
 
 def test_the_one_table_has_every_column_and_a_dash_for_what_was_not_measured(tmp_path, monkeypatch):
@@ -133,6 +129,31 @@ def test_the_claims_stand_as_notebook_06_wrote_them(tmp_path, monkeypatch):
     (tables / "claims.csv").write_text('paper,claimed,measured,holds\nA,"twice, at least",1.5 times,no\nall,more,-,-\n')
     assert report.claims_table("mine").splitlines()[2:] == ["| A | twice, at least | 1.5 times | no |",
                                                             "| all | more | - | - |"]
+
+
+def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "REPORTS", tmp_path)
+    ways = [["DDIM, uniform 50", "control", "DDIM, uniform", 1, 1.0],
+            ["fast", "control", "DPM-Solver++, uniform", 5, 0.9], ["poor", "control", "DDIM, uniform", 9, 1.2], ["DeepCache, 1:3", "control", "DeepCache, branch 0", 6, 1.0],
+            ["DiP-GO, 22%", "DiP-GO", "DiP-GO", 4, 0.8]]
+    every = pd.DataFrame(ways, columns=["name", "kind", "family", "macs_ratio", "ddim_ratio"])
+    every = every.assign(ddim_ratio_low=every["ddim_ratio"] - 0.02, ddim_ratio_high=every["ddim_ratio"] + 0.02)
+    beside = pd.DataFrame({"strongest": [True, True, False], "plan_over_control_word": ["worse", "better", "better"]})
+    claims = pd.DataFrame({"holds": ["yes", "no", "no"]})
+    pays = pd.DataFrame({"reuse": ["hold", "line", "line"], "nearness": [1.2, 0.8, np.nan],
+                         "nearness_high": [1.3, 0.9, np.nan]})
+    for notebook, name, table in (("06_comparison", "everything", every), ("06_comparison", "claims", claims),
+                                  ("04_schedule_search", "dividends", pays),
+                                  *((notebook, "controls", beside) for notebook in report.PLANNING)):
+        folder = tmp_path / "mine" / notebook / "tables"
+        folder.mkdir(parents=True, exist_ok=True)
+        table.to_csv(folder / f"{name}.csv", index=False)
+    steps, methods, controls, claimed, cached = report.findings("mine").splitlines()
+    assert "*fast*: 5.0 times fewer MACs at 0.9 [0.88, 0.92] of its score" in steps
+    assert "*DiP-GO, 22%*: 4.0 times fewer MACs" in methods
+    assert "of 6 searched or learned plans 3 are better, 0 are as good, 0 are undecided, 3 are worse" in controls
+    assert "Of 3 tests of the papers' claims**: 2 no, 1 yes." in claimed
+    assert "hold 0 of 1, line 1 of 1 cases" in cached
 
 
 def test_publishing_copies_numbers_and_no_weights(tmp_path, monkeypatch):

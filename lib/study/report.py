@@ -1,16 +1,16 @@
-"""Copies a study's numbers and figures to ``reports/<study>/``, beside one page, and fills the README's tables."""
+"""Copies a study's numbers and figures to ``reports/<study>/``, beside two pages, and fills the README's tables."""
 
 import argparse
+import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from lib.judging.controls import summary
-from lib.judging.estimates import WORDS, Contrast, Estimate, text
+from lib.judging.estimates import MARGIN, WORDS, text
 from lib.study import figures, paths
 from lib.study.page import page
 from lib.study.params import ParamsError, notebooks
@@ -22,6 +22,9 @@ PLANNING = ("04_schedule_search", "05_pruner_training", "06_comparison")
 
 METHODS = ("DiffNAS", "Flexiffusion", "DiP-GO", "student")
 """How the names of what is studied begin; all else is a control."""
+
+CACHES = ("DeepCache", "random cells", "student")
+"""What the names of controls hold that are no full steps of the teacher alone."""
 
 FASTER = ["times faster", "low", "high"]
 """A measured ratio of times and its interval, as `lib.grid.cost.speed_ups` names them."""
@@ -52,6 +55,63 @@ def write_page(study: str) -> Path:
     return target
 
 
+def write_readme(study: str) -> None:
+    """Write what a study found as ``README.md``, which code hosts show: findings, five curves, tables, figures."""
+    target, runs = paths.REPORTS / study, notebooks(study)
+    meta = json.loads((target / runs[0] / "meta.json").read_text())
+    about = ", ".join(f"{name} {value}" for name, value in meta.items() if isinstance(value, str | int | float))
+    parts = [f"# The study *{study}*", f"Made by the pipeline: `make study STUDY={study}`. {about}.",
+             "With all prose, one page: [index.html](index.html) (download it, and open it in a browser)."]
+    if "06_comparison" in runs:
+        figures.style()
+        figures.curves(_everything(study)).savefig(target / "curves.png")
+        parts += ["## Findings", findings(study), "![Five ways to fewer MACs](curves.png)"]
+    for title, (table, needed) in PAGE.items():
+        if set(needed) <= set(runs):
+            parts += [f"## {title}", table(study)]
+    for notebook in runs:
+        drawn = [f"![{picture.stem.replace('_', ' ')}]({notebook}/figures/{picture.name})"
+                 for picture in sorted((target / notebook / "figures").glob("*.png"))]
+        parts += [f"<details><summary>{notebook}: {len(drawn)} figures</summary>", *drawn, "</details>"]
+    (target / "README.md").write_text("\n\n".join(parts) + "\n")
+
+
+def findings(study: str) -> str:
+    """Give a study's findings as Markdown, a sentence and a number each: what the bar is, what won, what holds."""
+    table, reports = _everything(study), paths.REPORTS / study
+    kept = table[table["ddim_ratio_high"] <= 1 + MARGIN]  # surely at most 5 % worse than DDIM's whole run
+    steps = kept[(kept["kind"] == "control") & ~kept["family"].str.contains("|".join(CACHES))]
+    found = []
+
+    def cheapest(rows: pd.DataFrame) -> str:
+        row = rows.loc[rows["macs_ratio"].idxmax()]
+        return f"*{row['name']}*: {row['macs_ratio']:.1f} times fewer MACs at {text(row, 'ddim_ratio')} of its score"
+
+    if len(steps):
+        found.append(f"**Fewer, better placed steps are the bar.** The cheapest that surely are at most 5 % worse than "
+                     f"DDIM's whole run: {cheapest(steps)}.")
+    if len(methods := kept[kept["kind"] != "control"]):
+        found.append(f"**The cheapest of what the papers' methods, or ours after them, found**, by the same rule: "
+                     f"{cheapest(methods)}.")
+    beside = pd.concat([pd.read_csv(reports / notebook / "tables" / "controls.csv") for notebook in PLANNING])
+    words = beside[beside["strongest"]]["plan_over_control_word"]
+    found.append(f"**Beside their strongest control at equal MACs**, of {len(words)} searched or learned plans "
+                 + ", ".join(f"{(words == word).sum()} are {word}" for word in WORDS) + ".")
+    claims = pd.read_csv(reports / "06_comparison" / "tables" / "claims.csv")["holds"].value_counts()
+    found.append(f"**Of {claims.sum()} tests of the papers' claims**: "
+                 + ", ".join(f"{count} {word}" for word, count in claims.items()) + ".")
+    pays = pd.read_csv(reports / "04_schedule_search" / "tables" / "dividends.csv").dropna(subset="nearness")
+    cached = ", ".join(f"{reuse} {(rows['nearness_high'] < 1).sum()} of {len(rows)}"
+                       for reuse, rows in pays.groupby("reuse", sort=False))
+    found.append("**Partial steps bring images surely nearer to the best teacher's than more full steps of the same "
+                 f"MACs do**, by what is reused: {cached} cases.")
+    return "\n".join(f"* {sentence}" for sentence in found)
+
+
+def _everything(study: str) -> pd.DataFrame:
+    return pd.read_csv(paths.REPORTS / study / "06_comparison" / "tables" / "everything.csv")
+
+
 def write_caching() -> None:
     """Write ``reports/caching.csv`` and ``.png``: where partial steps pay, of all teachers of all published studies."""
     found = sorted(path for path in paths.REPORTS.glob("*/0[47]_*/tables/dividends.csv")
@@ -68,7 +128,7 @@ def write_caching() -> None:
 
 def results_table(study: str) -> str:
     """Give as Markdown every way to sample with the UNet: its cost, how good, what it took to find; dearest first."""
-    return _ways(pd.read_csv(paths.REPORTS / study / "06_comparison" / "tables" / "everything.csv"))
+    return _ways(_everything(study))
 
 
 def transformer_table(study: str) -> str:
@@ -155,8 +215,6 @@ def controls_table(study: str) -> str:
     table = pd.concat([pd.read_csv(reports / notebook / "tables" / "controls.csv") for notebook in PLANNING],
                       ignore_index=True)
     shown, over = [], "plan_over_control"
-    if "strongest" not in table:
-        table = _older(table)
     for plan, rows in table.groupby("plan", sort=False):
         strongest = rows[rows["strongest"]].iloc[0]
         known = pd.notna(strongest["second_over_control_word"])
@@ -171,25 +229,13 @@ def controls_table(study: str) -> str:
     return f"{_markdown(pd.DataFrame(shown))}\n\n{summary(table)}"
 
 
-def _older(table: pd.DataFrame) -> pd.DataFrame:
-    """Give a table of before scores were corrected what it lacks: until `digits_full` has been run again.
-
-    Its words follow from its intervals; its strongest control was the strongest on the report's own noise.
-    """
-    ends = table[["plan_over_control", "plan_over_control_low", "plan_over_control_high"]].to_numpy()
-    found = [Contrast(Estimate(*row), Estimate(np.nan, np.nan, np.nan), np.nan, 0) for row in ends]
-    strongest = table.groupby("plan")["plan_over_control"].transform("max") == table["plan_over_control"]
-    return table.assign(plan_over_control_word=[one.word for one in found], plan_over_control_needs=np.nan,
-                        second_over_control=np.nan, second_over_control_word=np.nan, strongest=strongest)
-
-
 PAGE = {"Every way to sample": (results_table, ["06_comparison"]), "Beside their controls": (controls_table, PLANNING),
         "What the papers claim": (claims_table, ["06_comparison"]),
         "The students": (students_table, ["02_block_search"]),
         "Every way to sample the transformer": (transformer_table, ["07_transformer"])}
 """The tables at the top of a page, and the notebooks that they need."""
 
-TABLES = {"results": results_table, "controls": controls_table, "transformer": transformer_table,
+TABLES = {"findings": findings, "results": results_table, "controls": controls_table, "transformer": transformer_table,
           "students": students_table, "claims": claims_table}
 
 
@@ -217,6 +263,7 @@ def main() -> None:
         try:
             publish(arguments.study)
             print(f"published: {write_page(arguments.study)}")
+            write_readme(arguments.study)
             write_caching()
         except (ParamsError, FileNotFoundError) as error:
             raise SystemExit(f"error: {error}") from None
