@@ -134,8 +134,8 @@ def test_the_claims_stand_as_notebook_06_wrote_them(tmp_path, monkeypatch):
 def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "REPORTS", tmp_path)
     ways = [["DDIM, uniform 50", "control", "DDIM, uniform", 1, 1.0],
-            ["fast", "control", "DPM-Solver++, uniform", 5, 0.9], ["poor", "control", "DDIM, uniform", 9, 1.2], ["DeepCache, 1:3", "control", "DeepCache, branch 0", 6, 1.0],
-            ["DiP-GO, 22%", "DiP-GO", "DiP-GO", 4, 0.8]]
+            ["fast", "control", "DPM-Solver++, uniform", 5, 0.9], ["poor", "control", "DDIM, uniform", 9, 1.2],
+            ["DeepCache, 1:3", "control", "DeepCache, branch 0", 6, 1.0], ["DiP-GO, 22%", "DiP-GO", "DiP-GO", 4, 0.8]]
     every = pd.DataFrame(ways, columns=["name", "kind", "family", "macs_ratio", "ddim_ratio"])
     every = every.assign(ddim_ratio_low=every["ddim_ratio"] - 0.02, ddim_ratio_high=every["ddim_ratio"] + 0.02)
     beside = pd.DataFrame({"strongest": [True, True, False], "plan_over_control_word": ["worse", "better", "better"]})
