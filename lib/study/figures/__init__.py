@@ -355,6 +355,27 @@ def curves(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def board(rows: pd.DataFrame) -> Figure:
+    """Draw a leaderboard: the score of every plan against its cost; named are those that nothing cheaper beats.
+
+    Parameters
+    ----------
+    rows : columns name, macs_ratio, score, score_low, score_high
+    """
+    figure, axes = plt.subplots(figsize=(WIDE, 3.8))
+    rows = rows.sort_values("macs_ratio", ascending=False)
+    best = rows["score"] < rows["score"].cummin().shift(fill_value=np.inf)
+    for part, colour in ((rows[~best], "0.75"), (rows[best], PALETTE[0])):
+        bars = [part["score"] - part["score_low"], part["score_high"] - part["score"]]
+        axes.errorbar(part["macs_ratio"], part["score"], bars, color=colour, marker="o", ls="", ms=4, elinewidth=0.8)
+    for row in rows[best].itertuples():
+        axes.annotate(row.name, (row.macs_ratio, row.score), xytext=(4, -7), textcoords="offset points", fontsize=6)
+    axes.set(xscale="log", xlabel="times fewer executed MACs", ylabel="score (less is better)")
+    plain_logarithm(axes.xaxis)
+    scores(axes.yaxis, axes.set_yscale, rows, "score")
+    return figure
+
+
 def _own(family: str, variants: Sequence[str]) -> tuple:
     method = family.partition(",")[0]
     alike = [one for one in variants if one.partition(",")[0] == method]
