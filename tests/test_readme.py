@@ -149,8 +149,9 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         table.to_csv(folder / f"{name}.csv", index=False)
     steps, methods, controls, claimed, cached = report.findings("mine").splitlines()
-    assert "*fast*: 5.0 times fewer MACs at 0.9 [0.88, 0.92] of its score" in steps
-    assert "*DiP-GO, 22%*: 4.0 times fewer MACs" in methods
+    assert "*fast*, 5.0 times fewer MACs at 0.9 [0.88, 0.92] of its score" in steps
+    assert "*DDIM, uniform 50* is the shortest that is" in steps
+    assert "*DiP-GO, 22%*, 4.0 times fewer MACs" in methods
     assert "of 6 searched or learned plans 3 are better, 0 are as good, 0 are undecided, 3 are worse" in controls
     assert "Of 3 tests of the papers' claims**: 2 no, 1 yes." in claimed
     assert "hold 0 of 1, line 1 of 1 cases" in cached
