@@ -207,13 +207,15 @@ def test_a_verdict_says_what_was_found(ratio, longer, sentence):
     rows = rows.assign(faster=4.0, faster_low=3.9, faster_high=4.1, PSNR=30.0, PSNR_low=29.0, PSNR_high=31.0)
     contrast = Contrast(Estimate(*ratio), Estimate(0.0, -1.0, 1.0), 0.05, 32)
     said = certificate.verdict(rows.set_index("name"), {"fewer steps": contrast})
-    assert "4.00 [3.90, 4.10] times less than the full run (predicted: 1.03 s, 3% off, 3.90 times less)" in said[0]
+    assert ("4.00 [3.90, 4.10] times less than the full run (predicted: 1 s, 3.90 times less; 1.03 s at the speed of "
+            "these rounds, 3% off)") in said[0]
     assert (sentence in said[-1]) if sentence else len(said) == 2
     slowed = rows.assign(seconds=1.5 * rows["seconds"], steps=9).set_index("name")
     slowed = certificate.verdict(slowed, {"fewer steps": contrast})
-    assert "(predicted: 1.54 s, 3% off, 3.90 times less)" in slowed[0]
-    assert "The machine was 54% slower in these rounds than when the parts were timed" in slowed[1]
-    assert "at that time the plan would have taken 1 s" in slowed[1]
+    assert "(predicted: 1 s, 3.90 times less; 1.54 s at the speed of these rounds, 3% off)" in slowed[0]
+    assert "The full run took 54% longer in these rounds than predicted" in slowed[1]
+    alone = rows.assign(seconds=[1.3, 1.0, 4.0]).set_index("name")
+    assert "It takes longer than it was fitted to: 27%." in certificate.verdict(alone, {"fewer steps": contrast})
 
 
 def test_a_fit_knows_pictures_by_their_pixels():

@@ -14,7 +14,8 @@ TABLE = pd.read_csv(paths.REPORTS / "pipelines.csv", keep_default_na=False)
     ("StableDiffusionXLControlNetImg2ImgPipeline", "right"), ("FluxFillPipeline", "right"), ("LDMPipeline", "right"),
     ("StableDiffusion3PAGPipeline", "right"), ("SemanticStableDiffusionPipeline", "right"),
     ("HunyuanVideoPipeline", "right"), ("Lumina2Pipeline", "right"), ("QwenImagePipeline", "right"),
-    ("WanPipeline", "right"), ("CogView4Pipeline", "refused"), ("LatentConsistencyModelPipeline", "refused")])
+    ("WanPipeline", "right"), ("BriaPipeline", "right"), ("AuraFlowPipeline", "right"), ("HunyuanDiTPipeline", "right"),
+    ("MochiPipeline", "refused"), ("CogView4Pipeline", "refused"), ("LatentConsistencyModelPipeline", "refused")])
 def test_a_pipeline_is_what_the_matrix_says(name, word):
     assert matrix.check(name)["word"] == word == TABLE.set_index("pipeline").loc[name, "word"]
 

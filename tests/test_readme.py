@@ -135,11 +135,12 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "REPORTS", tmp_path)
     ways = [["DDIM, uniform 50", "control", "DDIM, uniform", 1, 1.0],
             ["fast", "control", "DPM-Solver++, uniform", 5, 0.9], ["poor", "control", "DDIM, uniform", 9, 1.2],
-            ["DeepCache, 1:3", "control", "DeepCache, branch 0", 6, 1.0], ["DiP-GO, 22%", "DiP-GO", "DiP-GO", 4, 0.8]]
+            ["DeepCache, 1:3", "control", "DeepCache, branch 0", 6, 1.0], ["DiP-GO, 22%", "DiP-GO", "DiP-GO", 4, 0.8],
+            ["thin, 50%", "student", "thin", 8, 0.5]]
     every = pd.DataFrame(ways, columns=["name", "kind", "family", "macs_ratio", "ddim_ratio"])
     every = every.assign(ddim_ratio_low=every["ddim_ratio"] - 0.02, ddim_ratio_high=every["ddim_ratio"] + 0.02)
     beside = pd.DataFrame({"strongest": [True, True, False], "plan_over_control_word": ["worse", "better", "better"]})
-    claims = pd.DataFrame({"holds": ["yes", "no", "no"]})
+    claims = pd.DataFrame({"holds": ["yes", "no", "no (n = 9)", "-"]})
     pays = pd.DataFrame({"reuse": ["hold", "line", "line"], "nearness": [1.2, 0.8, np.nan],
                          "nearness_high": [1.3, 0.9, np.nan]})
     for notebook, name, table in (("06_comparison", "everything", every), ("06_comparison", "claims", claims),

@@ -24,12 +24,6 @@ CONFIGS = {
     "BriaTransformer2DModel": PACKED,
     "ChromaTransformer2DModel": PACKED | {"approximator_num_channels": 8, "approximator_hidden_dim": 16,
                                           "approximator_layers": 1},
-    "CogVideoXTransformer3DModel": HEADS | {
-        "in_channels": 4, "out_channels": 4, "time_embed_dim": 8, "text_embed_dim": WIDE, "num_layers": 3,
-        "sample_width": 8, "sample_height": 8, "sample_frames": 5, "max_text_seq_length": TOKENS},
-    "CogView3PlusTransformer2DModel": HEADS | {
-        "in_channels": 4, "out_channels": 4, "num_layers": 3, "text_embed_dim": WIDE, "time_embed_dim": 8,
-        "condition_dim": 4, "pos_embed_max_size": 8, "sample_size": 8},
     "Flux2Transformer2DModel": PACKED | {"axes_dims_rope": (2, 2, 2, 2), "timestep_guidance_channels": 8},
     "HunyuanDiT2DModel": HEADS | {
         "in_channels": 4, "patch_size": 2, "sample_size": 8, "hidden_size": 16, "num_layers": 4,
@@ -58,9 +52,6 @@ CONFIGS = {
     "LuminaNextDiT2DModel": {
         "sample_size": 8, "hidden_size": 16, "num_layers": 3, "num_attention_heads": 2, "num_kv_heads": 1,
         "multiple_of": 8, "cross_attention_dim": WIDE},
-    "MochiTransformer3DModel": HEADS | {
-        "num_layers": 3, "pooled_projection_dim": 8, "in_channels": 4, "text_embed_dim": WIDE, "time_embed_dim": 4,
-        "max_sequence_length": TOKENS},
     "NucleusMoEImageTransformer2DModel": HEADS | ROPE | {
         "in_channels": 16, "out_channels": 4, "num_layers": 3, "joint_attention_dim": WIDE, "moe_enabled": False},
     "OvisImageTransformer2DModel": PACKED | {"out_channels": 16},

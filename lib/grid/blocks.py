@@ -251,8 +251,6 @@ CHAINS = {
     "AuraFlowTransformer2DModel": {"joint_transformer_blocks": TEXT_FIRST, "single_transformer_blocks": ALONE},
     "BriaTransformer2DModel": {"transformer_blocks": TEXT_FIRST, "single_transformer_blocks": TEXT_FIRST},
     "ChromaTransformer2DModel": {"transformer_blocks": TEXT_FIRST, "single_transformer_blocks": ALONE},
-    "CogVideoXTransformer3DModel": {"transformer_blocks": TEXT_LAST},
-    "CogView3PlusTransformer2DModel": {"transformer_blocks": TEXT_LAST},
     "DiTTransformer2DModel": {"transformer_blocks": ALONE},
     "Flux2Transformer2DModel": {"transformer_blocks": TEXT_FIRST, "single_transformer_blocks": ALONE},
     "FluxTransformer2DModel": {"transformer_blocks": TEXT_FIRST, "single_transformer_blocks": TEXT_FIRST},
@@ -264,7 +262,6 @@ CHAINS = {
     "LTXVideoTransformer3DModel": {"transformer_blocks": ALONE},
     "Lumina2Transformer2DModel": {"layers": ALONE},
     "LuminaNextDiT2DModel": {"layers": ALONE},
-    "MochiTransformer3DModel": {"transformer_blocks": TEXT_LAST},
     "NucleusMoEImageTransformer2DModel": {"transformer_blocks": ALONE},
     "OvisImageTransformer2DModel": {"transformer_blocks": TEXT_FIRST, "single_transformer_blocks": TEXT_FIRST},
     "PRXTransformer2DModel": {"blocks": ALONE},
@@ -354,7 +351,7 @@ def example_conditions(network: nn.Module, count: int, device: torch.device | st
             added["hint"] = zeros(3, *(8 * side for side in input_shape(network)[1:]))
     elif config.get("caption_channels"):
         given["encoder_hidden_states"] = zeros(120, config.caption_channels)
-        wanted = network.use_additional_conditions
+        wanted = getattr(network, "use_additional_conditions", False)
         added = {"resolution": zeros(2) if wanted else None, "aspect_ratio": zeros(1) if wanted else None}
     elif hasattr(network, "transformer_blocks") and config.get("num_embeds_ada_norm"):
         given["class_labels"] = zeros(dtype=torch.long)

@@ -212,14 +212,14 @@ class Engine:
             raise PlanError("the rows of one call lie at different timesteps, and a plan's step is at one.")
         t = float(there.pop())
         coarse = isinstance(timestep, Tensor) and timestep.dtype in (torch.float16, torch.bfloat16)
-        kind, steps = type(self.network).__name__, self.plan.schedule.train_timesteps
+        kind, train = type(self.network).__name__, self.plan.schedule.train_timesteps
         close = CLOSE
         if kind in _blocks.SHARES:
-            t *= steps
+            t *= train
         elif kind in _blocks.REMAINDERS:
-            t = (1 - t) * steps
+            t = (1 - t) * train
         if coarse:
-            close = max(CLOSE, (steps if kind in _blocks.REMAINDERS else t) * torch.finfo(timestep.dtype).eps)
+            close = max(CLOSE, (train if kind in _blocks.REMAINDERS else t) * torch.finfo(timestep.dtype).eps)
         near = {step: abs(own - t) for step, own in enumerate(self.plan.timesteps) if abs(own - t) < close}
         steps = sorted(near, key=lambda step: (step != self.step, near[step]))
         again = bool(self._done & set(self._names))

@@ -143,7 +143,8 @@ class _Walk:
         if not isinstance(plan.schedule, FlowSchedule):
             raise PlanError("this pipeline reads its scheduler's sigmas, and a plan's solver is not told by them: run "
                             "it without a plan.")
-        return torch.tensor([*plan.timesteps, 0.0]) / plan.schedule.train_timesteps
+        device = self.timesteps.device if "timesteps" in vars(self) else None
+        return torch.tensor([*plan.timesteps, 0.0], device=device) / plan.schedule.train_timesteps
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None,
                       sigmas: Sequence[float] | None = None, mu: float | None = None,
@@ -171,9 +172,12 @@ class _Walk:
         """Say whether such a call means even steps, or the very ones that the plan was made of."""
         if timesteps is None and np.allclose(sigmas, np.linspace(1.0, 1 / len(sigmas), len(sigmas))):
             return True
-        own = copy.deepcopy(self.own)
-        own.set_timesteps(sigmas=sigmas, mu=mu, timesteps=timesteps)
-        plan = self.engine.plan
+        own, plan = copy.deepcopy(self.own), self.engine.plan
+        given = {"sigmas": sigmas, "mu": mu, "timesteps": timesteps}
+        try:
+            own.set_timesteps(**{name: value for name, value in given.items() if value is not None})
+        except TypeError:  # some schedulers take none
+            return False
         levels = own.sigmas[:-1] * plan.schedule.train_timesteps  # some are told other timesteps than their noise's
         return all(len(told) == len(plan.grid) and np.allclose(told, plan.grid, atol=CLOSE)
                    for told in (own.timesteps, levels))
@@ -314,6 +318,9 @@ class Requests:
             for first in range(0, len(numbers), self.batch):
                 own = numbers[first:first + self.batch]
                 output = self.pipe(**self._asked(bank, own), num_inference_steps=steps, output_type="np")
+                if not hasattr(output, "images"):
+                    raise PlanError(f"a {type(self.pipe).__name__} gives no images: put a plan on it by hand "
+                                    "(lib.apply.Planned).")
                 if any(getattr(output, "nsfw_content_detected", None) or ()):
                     raise ValueError("the safety checker blacked out an image, and nothing can be compared with that: "
                                      "give other prompts, or a pipeline without it (safety_checker=None).")

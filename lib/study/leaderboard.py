@@ -66,7 +66,7 @@ class Board:
             found |= {f"DeepCache-like, 1:{interval}": Plan.deepcache(interval, shallow, self.teacher, HOLD),
                       f"DeepCache-like, forecast, 1:{interval}": Plan.deepcache(interval, shallow, self.teacher, LINE),
                       f"TaylorSeer-like, 1:{interval}": Plan.deepcache(interval, none, self.teacher, LINE)}
-        for path in sorted((paths.REPORTS / self.name).glob("0[456]_*/plans/*.json")):
+        for path in sorted((paths.REPORTS / self.name).glob("0[45]_*/plans/*.json")):  # 06's are students'
             plan = Plan.load(path)
             if self.takes(plan):
                 found[f"{path.stem.replace('_', ' ')} ({path.parts[-3][:2]})"] = plan
@@ -74,7 +74,7 @@ class Board:
 
     @cached_property
     def _table(self) -> controls.Table:
-        """What builds rows: the study's own way, on the report's noise."""
+        """What builds rows, on the report's noise, over DPM-Solver++'s whole run; the fewest steps are of `STEPS`."""
         extractors = extractor.load(paths.DATA / "shipped" / "judges" / self.name)
         bank = Bank("report", self.model, extractors, count=self.values.score_images, seed=self.values.report_seed,
                     precision=self.values.precision, work=paths.writable(paths.DATA / "leaderboard" / self.name))
@@ -100,7 +100,7 @@ class Board:
         for plan in plans.values():
             plan.save(paths.writable(self.file.with_suffix("")) / f"{plan.key}.json")
         if self.file.exists():
-            before = pd.read_csv(self.file)
+            before = pd.read_csv(self.file, dtype={"key": str})
             rows = pd.concat([before[~before["key"].isin(rows["key"])], rows], ignore_index=True)
         rows = rows.drop_duplicates("key").sort_values("macs", ascending=False)
         rows.to_csv(self.file, index=False, float_format="%.6g")
@@ -112,7 +112,7 @@ def page(boards: Mapping[str, pd.DataFrame]) -> str:
     parts = ["# Leaderboard", "Plans on the two teachers that ship, on the same noise: `score` and `second` are "
              "distances to the data set by two judges that ship (0 is as good as the data), `over DDIM` the score over "
              "that of DDIM's whole run, `honest factor` how many times fewer MACs than the fewest plain steps that are "
-             "as good. Seconds are one machine's; all else repeats. Yours, five lines:",
+             "as good. Times (ms an image) are of whose machine added a row; all else repeats. Five lines:",
              "```sh\npython - <<'END'\nfrom pathlib import Path\nfrom lib.study.leaderboard import Board\n"
              "plan = Board('digits').teacher.at((999, 799, 599, 399, 199))  # any plan: see lib/README.md\n"
              "plan.save(Path('mine.json'))\nEND\npython -m lib.study.leaderboard mine.json\n```"]
@@ -147,6 +147,8 @@ def main() -> None:
     chosen = parser.parse_args()
     try:
         wanted = {path.stem: Plan.load(path) for path in chosen.plans}
+        if len(wanted) < len(chosen.plans):
+            raise ValueError("two of the files have one name, which would be two rows' name: give others.")
         boards = {name: Board(name) for name in TEACHERS}
         for title, plan in wanted.items():
             if not any(board.takes(plan) for board in boards.values()):
@@ -157,7 +159,8 @@ def main() -> None:
                 own = board.known() | own
             if own:
                 draw(board.add(own), board.file.with_suffix(".png"))
-        written = {name: pd.read_csv(board.file) for name, board in boards.items() if board.file.exists()}
+        written = {name: pd.read_csv(board.file, dtype={"key": str}) for name, board in boards.items()
+                   if board.file.exists()}
         (paths.REPORTS / "leaderboard" / "README.md").write_text(page(written))
         print(f"written: {paths.REPORTS / 'leaderboard' / 'README.md'}")
     except (PlanError, params.ParamsError, OSError, ValueError) as error:

@@ -338,8 +338,8 @@ def curves(table: pd.DataFrame) -> Figure:
     ----------
     table : as `front` takes it, with ddim_ratio and its interval: over the score of DDIM's whole run
     """
-    value = "score" if table["ddim_ratio"].isna().any() else "ddim_ratio"
     table = table[~table["family"].str.contains("student")]
+    value = "score" if table["ddim_ratio"].isna().any() else "ddim_ratio"
     price = (np.log(table["macs_ratio"]) / np.log(1.1)).round().rename("price")
     figure, axes = plt.subplots(figsize=(WIDE, 3.6))
     for label, (begins, colour, marker) in CURVES.items():
