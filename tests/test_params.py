@@ -104,7 +104,7 @@ def test_a_wrong_params_file_is_refused_with_its_name(write, old, new, fault):
 
 
 def test_an_unknown_study_is_refused_with_those_there_are():
-    with pytest.raises(ParamsError, match="unknown study 'digit'.* There are: cifar10, digits, digits_full, .*smoke"):
+    with pytest.raises(ParamsError, match="unknown study 'digit'.* There are: cifar10, ddpm_cifar10, digits, .*smoke"):
         params.load("digit")
 
 

@@ -375,6 +375,7 @@ def test_half_done_work_hangs_on_what_came_before_and_on_its_own_modules_alone(t
 
 def test_half_done_work_hangs_on_the_data(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "DATA", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)  # wherever a notebook is opened
     (tmp_path / "pictures").mkdir()
     picture = tmp_path / "pictures" / "a.png"
     values = params.load("smoke")["00_teacher_training"].model_copy(update={"data": str(tmp_path / "pictures")})

@@ -134,6 +134,7 @@ def test_the_claims_stand_as_notebook_06_wrote_them(tmp_path, monkeypatch):
 def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "REPORTS", tmp_path)
     ways = [["DDIM, uniform 50", "control", "DDIM, uniform", 1, 1.0],
+            ["DDIM, uniform 30", "control", "DDIM, uniform", 1.7, 1.0],
             ["fast", "control", "DPM-Solver++, uniform", 5, 0.9], ["poor", "control", "DDIM, uniform", 9, 1.2],
             ["DeepCache, 1:3", "control", "DeepCache, branch 0", 6, 1.0], ["DiP-GO, 22%", "DiP-GO", "DiP-GO", 4, 0.8],
             ["thin, 50%", "student", "thin", 8, 0.5]]
@@ -149,13 +150,14 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
         folder = tmp_path / "mine" / notebook / "tables"
         folder.mkdir(parents=True, exist_ok=True)
         table.to_csv(folder / f"{name}.csv", index=False)
-    steps, methods, controls, claimed, cached = report.findings("mine").splitlines()
+    controls, steps, methods, claimed, cached = report.findings("mine").splitlines()
+    assert "**3 of 6 plans that methods searched or learned beat" in controls
+    assert "3 better, 0 as good, 0 undecided, 3 worse." in controls
     assert "*fast*, 5.0 times fewer MACs at 0.9 [0.88, 0.92] of its score" in steps
-    assert "*DDIM, uniform 50* is the shortest that is" in steps
+    assert "Even *DDIM, uniform 30* is:" in steps
     assert "*DiP-GO, 22%*, 4.0 times fewer MACs" in methods
-    assert "of 6 searched or learned plans 3 are better, 0 are as good, 0 are undecided, 3 are worse" in controls
     assert "Of 3 tests of the papers' claims**: 2 no, 1 yes." in claimed
-    assert "hold 0 of 1, line 1 of 1 cases" in cached
+    assert "held in 0 of 1 cases, forecast by a line in 1 of 1 cases" in cached
 
 
 def test_publishing_copies_numbers_and_no_weights(tmp_path, monkeypatch):

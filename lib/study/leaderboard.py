@@ -30,6 +30,10 @@ STEPS, INTERVALS = (50, 20, 10, 5), (2, 3, 5)
 """Of what everybody knows: fewer steps, and full steps of caches, every second, third and fifth."""
 
 
+MANY = ("front", "family")
+"""How files of plans begin that are a whole search's, or a series, not a method's choice."""
+
+
 class Board:
     """The rows of one teacher, in ``reports/leaderboard/<teacher>.csv``, and their plans in a folder of that name.
 
@@ -68,7 +72,7 @@ class Board:
                       f"TaylorSeer-like, 1:{interval}": Plan.deepcache(interval, none, self.teacher, LINE)}
         for path in sorted((paths.REPORTS / self.name).glob("0[45]_*/plans/*.json")):  # 06's are students'
             plan = Plan.load(path)
-            if self.takes(plan):
+            if self.takes(plan) and not path.stem.startswith(MANY):
                 found[f"{path.stem.replace('_', ' ')} ({path.parts[-3][:2]})"] = plan
         return found
 

@@ -26,6 +26,9 @@ METHODS = ("DiffNAS", "Flexiffusion", "DiP-GO", "student")
 CACHES = ("DeepCache", "random cells", "student")
 """What the names of controls hold that are no full steps of the teacher alone."""
 
+REUSED = {"hold": "held", "line": "forecast by a line", "parabola": "forecast by a parabola"}
+"""What findings call the ways to reuse a block's output."""
+
 FASTER = ["times faster", "low", "high"]
 """A measured ratio of times and its interval, as `lib.grid.cost.speed_ups` names them."""
 
@@ -56,7 +59,7 @@ def write_page(study: str) -> Path:
 
 
 def write_readme(study: str) -> None:
-    """Write what a study found as ``README.md``, which code hosts show: findings, five curves, tables, figures."""
+    """Write what a study found as ``README.md``, which code hosts show: findings, curves, tables, figures."""
     target, runs = paths.REPORTS / study, notebooks(study)
     meta = json.loads((target / runs[0] / "meta.json").read_text())
     about = ", ".join(f"{name} {value}" for name, value in meta.items() if isinstance(value, str | int | float))
@@ -65,7 +68,7 @@ def write_readme(study: str) -> None:
     if "06_comparison" in runs:
         figures.style()
         figures.save(figures.curves(_everything(study)), _everything(study), target, "curves")
-        parts += ["## Findings", findings(study), "![Five ways to fewer MACs](curves.png)"]
+        parts += ["## Findings", findings(study), "![Score against cost](curves.png)"]
     for title, (table, needed) in PAGE.items():
         if set(needed) <= set(runs):
             parts += [f"## {title}", table(study)]
@@ -90,28 +93,30 @@ def findings(study: str) -> str:
         row = rows.loc[rows["macs_ratio"].idxmax()]
         return f"*{row['name']}*, {row['macs_ratio']:.1f} times fewer MACs at {text(row, 'ddim_ratio')} of its score"
 
-    even = kept[kept["family"] == "DDIM, uniform"]
-    if len(steps) and len(even):
-        shortest = even.loc[even["macs_ratio"].idxmax(), "name"]
-        found.append(f"**Fewer, better placed steps are the bar.** The cheapest that surely are at most 5 % worse than "
-                     f"DDIM's whole run: {cheapest(steps)}. Of DDIM's own evenly spaced runs *{shortest}* is the "
-                     "shortest that is: of what costs more than that, the score alone proves nothing.")
-    if len(methods := kept[kept["name"].str.startswith(METHODS)]):
-        found.append(f"**The cheapest of what the papers' methods, or ours after them, found**, by the same rule: "
-                     f"{cheapest(methods)}.")
     beside = pd.concat([pd.read_csv(reports / notebook / "tables" / "controls.csv") for notebook in PLANNING])
     words = beside[beside["strongest"]]["plan_over_control_word"]
-    found.append(f"**Beside their strongest control at equal MACs**, of {len(words)} searched or learned plans "
-                 + ", ".join(f"{(words == word).sum()} are {word}" for word in WORDS) + ".")
+    found.append(f"**{(words == 'better').sum()} of {len(words)} plans that methods searched or learned beat their "
+                 "strongest control of the same MACs**, mostly a few well placed full steps: "
+                 + ", ".join(f"{(words == word).sum()} {word}" for word in WORDS) + ".")
+    even = kept[kept["family"] == "DDIM, uniform"]
+    if len(steps) and len(even):
+        shortest = even.loc[even["macs_ratio"].idxmax()]
+        more = (f" Even *{shortest['name']}* is: a good score at a higher cost than that is no evidence for a method."
+                if shortest["macs_ratio"] > 1 else "")
+        found.append("**Fewer, better placed steps go far.** The cheapest that surely are at most 5 % worse than "
+                     f"DDIM's whole run: {cheapest(steps)}.{more}")
+    if len(methods := kept[kept["name"].str.startswith(METHODS)]):
+        found.append(f"**The cheapest plan of a method, ours included, that surely is too**: {cheapest(methods)}.")
     claims = pd.read_csv(reports / "06_comparison" / "tables" / "claims.csv")["holds"]
     claims = claims[claims != "-"].str.partition(" (")[0].value_counts()  # without the images that would decide
     found.append(f"**Of {claims.sum()} tests of the papers' claims**: "
                  + ", ".join(f"{count} {word}" for word, count in claims.items()) + ".")
     pays = pd.read_csv(reports / "04_schedule_search" / "tables" / "dividends.csv").dropna(subset="nearness")
-    cached = ", ".join(f"{reuse} {(rows['nearness_high'] < 1).sum()} of {len(rows)}"
-                       for reuse, rows in pays.groupby("reuse", sort=False))
-    found.append("**Partial steps bring images surely nearer to the best teacher's than more full steps of the same "
-                 f"MACs do**, by what is reused: {cached} cases.")
+    wins = {reuse: f"{(rows['nearness_high'] < 1).sum()} of {len(rows)} cases"
+            for reuse, rows in pays.groupby("reuse", sort=False)}
+    cached = ", ".join(f"{REUSED.get(reuse, reuse)} in {cases}" for reuse, cases in wins.items())
+    found.append("**Partial steps on cached deep features come surely nearer to the whole run's images than more full "
+                 f"steps of the same MACs do**, by how these are reused: {cached}.")
     return "\n".join(f"* {sentence}" for sentence in found)
 
 

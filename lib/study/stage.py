@@ -45,6 +45,7 @@ class Stage:
     """
 
     def __init__(self, notebook: str, values: params.Common):
+        os.chdir(paths.ROOT)  # as in the pipeline: paths in parameters begin there
         self.notebook, self.params = notebook, values
         self.out = paths.writable(paths.DATA / values.study / notebook)
         self.work = paths.writable(paths.DATA / values.study / ".resume" / f"{notebook}-{self._digest()}")
@@ -53,7 +54,6 @@ class Stage:
             print(f"Other processes are busy: this notebook uses {threads} of {values.threads} threads. "
                   "That changes the last bits of its results.")
         torch.set_num_threads(threads)
-        os.chdir(paths.ROOT)  # as in the pipeline: paths in parameters begin there
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, on CUDA too
 
     def _digest(self) -> str:

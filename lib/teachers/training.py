@@ -180,5 +180,5 @@ def _resume(work: Path, model: nn.Module, ema: EMAModel, optimizer) -> tuple[int
         for name, tensor in slots.items():
             if tensor.shape == weight.shape:
                 slots[name] = torch.empty_like(weight).copy_(tensor)
-    tqdm.write(f"resuming from step {state['step']} ({work})")
+    tqdm.write(f"resuming from step {state['step']} ({work.name})")
     return state["step"], state["history"], state["recent"]
