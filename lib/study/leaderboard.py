@@ -43,7 +43,9 @@ class Board:
     """
 
     def __init__(self, name: str):
-        self.name, self.values = name, params.load(name)["00_teacher_training"]
+        study = params.load(name)
+        self.name, self.values = name, study["00_teacher_training"]
+        self.ladder = [steps for steps in study["01_teacher_analysis"].dpm_steps if steps <= self.values.teacher_steps]
         torch.set_num_threads(min(self.values.threads, free_processors()))
         self.data = data.load(self.values.data, self.values.resolution, self.values.held_out, self.values.seed)
         self.model = networks.load(paths.DATA / "shipped" / name, "cpu", self.data.prompts, self.values.guidance)
@@ -78,13 +80,13 @@ class Board:
 
     @cached_property
     def _table(self) -> controls.Table:
-        """What builds rows, on the report's noise, over DPM-Solver++'s whole run; the fewest steps are of `STEPS`."""
+        """What builds rows, on the report's noise, over DPM-Solver++'s whole run and its fewest good steps."""
         extractors = extractor.load(paths.DATA / "shipped" / "judges" / self.name)
         bank = Bank("report", self.model, extractors, count=self.values.score_images, seed=self.values.report_seed,
                     precision=self.values.precision, work=paths.writable(paths.DATA / "leaderboard" / self.name))
         judge, second = evaluate.judges(extractors, self.data.images)
         ddim, best = (Plan.few_steps(self.teacher.steps, "uniform", self.teacher, order) for order in (1, 2))
-        ladder = [Plan.few_steps(steps, "uniform", self.teacher, 2) for steps in STEPS]
+        ladder = [Plan.few_steps(steps, "uniform", self.teacher, 2) for steps in self.ladder]
         fewest = controls.fewest(judge, bank.features, ladder, best)
         return controls.Table(partial(bank.features, title="images"), bank.features, self.macs, judge, second, best,
                               ddim, fewest, evaluate.Prompts.of(bank, self.data))

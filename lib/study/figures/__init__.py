@@ -364,7 +364,7 @@ def board(rows: pd.DataFrame) -> Figure:
     rows : columns name, macs_ratio, score, score_low, score_high
     """
     figure, axes = plt.subplots(figsize=(WIDE, 3.8))
-    rows = rows.sort_values("macs_ratio", ascending=False)
+    rows = rows.sort_values(["macs_ratio", "score"], ascending=[False, True])
     best = rows["score"] < rows["score"].cummin().shift(fill_value=np.inf)
     for part, colour in ((rows[~best], "0.75"), (rows[best], PALETTE[0])):
         bars = [part["score"] - part["score_low"], part["score_high"] - part["score"]]
