@@ -41,8 +41,8 @@ def page():
 
 
 @pytest.fixture(scope="module")
-def plan_of():
-    """Full plans of the shipped teacher by timesteps and order, and what draws under a plan."""
+def library():
+    """The library's two halves of the same: full plans by timesteps and order, and what draws images under a plan."""
     model = networks.load(paths.ROOT / "data" / "shipped" / "digits")
     described, fits = blocks.describe(model.network), NoiseSchedule.of(model.schedule)
     return (lambda steps, order: Plan.full(steps, fits, described.names, order),
@@ -50,16 +50,16 @@ def plan_of():
 
 
 @pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("two_step", 2)])
-def test_its_samplers_are_the_librarys(page, plan_of, sampler, order):
-    full, images = plan_of
+def test_its_samplers_are_the_librarys(page, library, sampler, order):
+    full, images = library
     steps = page["even"](9)
     torch.testing.assert_close(page[sampler](page["start"], steps), images(full(steps, order), page["start"]),
                                rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("forecast", "state"), [(False, HOLD), (True, LINE)])
-def test_its_row_is_the_librarys(page, plan_of, forecast, state):
-    full, images = plan_of
+def test_its_row_is_the_librarys(page, library, forecast, state):
+    full, images = library
     plan = full(page["even"](8), 1).replace(abscissa="step")
     cells = np.ones((plan.steps, len(plan.blocks)), int)
     cells[1::2, plan.blocks.index("up1.up")] = state

@@ -1,5 +1,6 @@
 """The leaderboard: a plan becomes a row, the same again, on the teacher that it fits."""
 
+import shutil
 import subprocess
 import sys
 
@@ -32,12 +33,14 @@ def board(tmp_path, monkeypatch):
 def test_a_plan_becomes_a_row_and_again_the_same(board):
     first = board.add({"mine": board.teacher.at((999, 600, 200))})
     assert first["name"].tolist() == ["mine"] and first["macs_ratio"].iloc[0] == pytest.approx(2)
+    shutil.rmtree(paths.DATA / "leaderboard")  # nothing is kept: sampled and judged anew
+    board = leaderboard.Board("digits")
     both = board.add({"mine again": board.teacher.at((999, 600, 200)), "one more": board.teacher.at((999, 500))})
     assert both["name"].tolist() == ["mine again", "one more"], "dearest first, each plan once"
     assert both["score"].iloc[0] == pytest.approx(first["score"].iloc[0])
     written = pd.read_csv(board.file)
     assert {Plan.load(path).key for path in board.file.with_suffix("").glob("*.json")} == set(written["key"])
-    leaderboard.draw(both, board.file.with_suffix(".png"))
+    assert board.file.with_suffix(".png").stat().st_size
     assert "| one more | 2 |" in leaderboard.page({"digits": both})
 
 
@@ -45,6 +48,11 @@ def test_what_everybody_knows_fits_the_teacher(board):
     known = board.known()
     assert {"DDIM, uniform 3", "DPM-Solver++, uniform 6", "DeepCache-like, 1:2", "TaylorSeer-like, 1:2"} <= set(known)
     assert all(board.takes(plan) for plan in known.values())
+    for notebook, name in (("04", "mine"), ("04", "front_mine_00"), ("06", "student")):
+        folder = paths.REPORTS / "digits" / f"{notebook}_some" / "plans"
+        folder.mkdir(parents=True, exist_ok=True)
+        board.teacher.save(folder / f"{name}.json")
+    assert board.known().keys() - known.keys() == {"mine (04)"}, "no series, and no student's"
     assert board.macs(known["TaylorSeer-like, 1:2"]) < board.macs(known["DeepCache-like, 1:2"])
 
 

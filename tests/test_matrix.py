@@ -24,6 +24,12 @@ def test_every_transformer_that_plans_take_was_seen_to_be_right():
     assert set(CHAINS) <= set(TABLE.loc[TABLE["word"] == "right", "network"])
 
 
+def test_prose_says_how_many_there_are():
+    assert f"one of {len(CHAINS)} transformers" in (paths.ROOT / "lib" / "README.md").read_text()
+    right = TABLE.loc[TABLE["word"] == "right", "network"].nunique()
+    assert f"{right} networks take plans" in (paths.ROOT / "README.md").read_text()
+
+
 def test_none_is_silently_wrong():
     assert set(TABLE["pipeline"]) == set(matrix.NAMES), "run: python tests/matrix.py"
     assert not (TABLE["word"] == "wrong").any()

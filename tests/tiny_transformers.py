@@ -92,16 +92,15 @@ def pipeline(kind, network, wanted):
     parts = {name: value.default for name, value in wanted.items()}
     parts = {name: None if value is inspect.Parameter.empty else value for name, value in parts.items()}
     images = "vae" in wanted and str(wanted["vae"].annotation).endswith("AutoencoderKL'>")
-    flow = ("KarrasDiffusion" not in str(wanted["scheduler"]) and "DDPM" not in str(wanted["scheduler"]) and (
-        "CogVideoX" not in str(wanted["scheduler"]))) or kind.__name__.startswith("Bria")
+    betas = any(name in str(wanted["scheduler"]) for name in ("KarrasDiffusion", "DDPM"))
+    flow = not betas or kind.__name__.startswith("Bria")
     parts |= {"transformer": getattr(diffusers, network)(**CONFIGS[network]),
               "scheduler": tiny.flow(shift=3.0) if flow else tiny.ddim()}
     if images:
         parts["vae"] = tiny.vae(**({"shift_factor": 0.1} if flow else {}))
     side = 16 if images else 64
     takes = inspect.signature(kind.__call__).parameters
-    prompts = embeddings(kind.__name__)
-    given = prompts | {"height": side, "width": side, "num_frames": 5, "frames": 5, "strength": 1.0,
+    given = embeddings(kind.__name__) | {"height": side, "width": side, "num_frames": 5, "frames": 5, "strength": 1.0,
                        "use_resolution_binning": False, "max_sequence_length": TOKENS, "image": tiny.picture(),
                        "mask_image": tiny.picture().convert("L"), "prompt": None, "negative_prompt": None,
                        "output_type": "np" if images else "latent"}

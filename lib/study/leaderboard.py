@@ -18,7 +18,7 @@ from lib.grid.plan import HOLD, LINE, NoiseSchedule, Plan, PlanError, trailing
 from lib.judging import controls, evaluate, extractor
 from lib.judging.banks import Bank
 from lib.judging.estimates import text
-from lib.study import figures, params, paths
+from lib.study import figures, params, paths, report
 from lib.study.stage import free_processors
 from lib.teachers import data, networks
 
@@ -35,7 +35,7 @@ MANY = ("front", "family")
 
 
 class Board:
-    """The rows of one teacher, in ``reports/leaderboard/<teacher>.csv``, and their plans in a folder of that name.
+    """The rows of one teacher, in ``reports/leaderboard/<teacher>.csv`` and ``.png``; their plans in a folder beside.
 
     Parameters
     ----------
@@ -109,7 +109,8 @@ class Board:
             before = pd.read_csv(self.file, dtype={"key": str})
             rows = pd.concat([before[~before["key"].isin(rows["key"])], rows], ignore_index=True)
         rows = rows.drop_duplicates("key").sort_values("macs", ascending=False)
-        rows.to_csv(self.file, index=False, float_format="%.6g")
+        figures.style()
+        figures.save(figures.board(rows), rows, self.file.parent, self.name)
         return rows
 
 
@@ -133,16 +134,8 @@ def page(boards: Mapping[str, pd.DataFrame]) -> str:
             if column in rows and rows[column].notna().any():
                 shown[title] = ["at the floor" if np.isnan(row[column]) else text(row, column)
                                 for row in rows.to_dict("records")]
-        lines = [shown.columns, ["---"] * len(shown.columns), *shown.to_numpy()]
-        parts += [f"## {name}", f"![score against cost]({name}.png)",
-                  "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)]
+        parts += [f"## {name}", f"![score against cost]({name}.png)", report.markdown(shown)]
     return "\n\n".join(parts) + "\n"
-
-
-def draw(rows: pd.DataFrame, path: Path) -> None:
-    """Draw a board: score against cost, what nothing cheaper beats with its name."""
-    figures.style()
-    figures.board(rows).savefig(path, metadata={"Software": None})
 
 
 def main() -> None:
@@ -164,7 +157,7 @@ def main() -> None:
             if chosen.known == name:
                 own = board.known() | own
             if own:
-                draw(board.add(own), board.file.with_suffix(".png"))
+                board.add(own)
         written = {name: pd.read_csv(board.file, dtype={"key": str}) for name, board in boards.items()
                    if board.file.exists()}
         (paths.REPORTS / "leaderboard" / "README.md").write_text(page(written))

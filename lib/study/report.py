@@ -64,14 +64,15 @@ def write_readme(study: str) -> None:
     meta = json.loads((target / runs[0] / "meta.json").read_text())
     about = ", ".join(f"{name} {value}" for name, value in meta.items() if isinstance(value, str | int | float))
     parts = [f"# The study *{study}*", f"Made by the pipeline: `make study STUDY={study}`. {about}.",
-             "With all prose, one page: [index.html](index.html) (download it, and open it in a browser)."]
+             "That command also writes `index.html` here: the same with all prose, as one page."]
     if "06_comparison" in runs:
         figures.style()
-        figures.save(figures.curves(_everything(study)), _everything(study), target, "curves")
+        table = _everything(study)
+        figures.save(figures.curves(table), table, target, "curves")
         parts += ["## Findings", findings(study), "![Score against cost](curves.png)"]
-    for title, (table, needed) in PAGE.items():
+    for title, (written, needed) in PAGE.items():
         if set(needed) <= set(runs):
-            parts += [f"## {title}", table(study)]
+            parts += [f"## {title}", written(study)]
     for notebook in runs:
         drawn = [f"![{picture.stem.replace('_', ' ')}]({notebook}/figures/{picture.name})"
                  for picture in sorted((target / notebook / "figures").glob("*.png"))]
@@ -93,7 +94,7 @@ def findings(study: str) -> str:
         row = rows.loc[rows["macs_ratio"].idxmax()]
         return f"*{row['name']}*, {row['macs_ratio']:.1f} times fewer MACs at {text(row, 'ddim_ratio')} of its score"
 
-    beside = pd.concat([pd.read_csv(reports / notebook / "tables" / "controls.csv") for notebook in PLANNING])
+    beside = _beside(study)
     words = beside[beside["strongest"]]["plan_over_control_word"]
     found.append(f"**{(words == 'better').sum()} of {len(words)} plans that methods searched or learned beat their "
                  "strongest control of the same MACs**, mostly a few well placed full steps: "
@@ -122,6 +123,13 @@ def findings(study: str) -> str:
 
 def _everything(study: str) -> pd.DataFrame:
     return pd.read_csv(paths.REPORTS / study / "06_comparison" / "tables" / "everything.csv")
+
+
+def _beside(study: str) -> pd.DataFrame:
+    """Give all plans beside their controls, of all notebooks that end in plans."""
+    reports = paths.REPORTS / study
+    return pd.concat([pd.read_csv(reports / notebook / "tables" / "controls.csv") for notebook in PLANNING],
+                     ignore_index=True)
 
 
 def write_caching() -> None:
@@ -166,7 +174,7 @@ def students_table(study: str) -> str:
 def claims_table(study: str) -> str:
     """Give as Markdown what the papers claim, and whether it holds here."""
     claims = pd.read_csv(paths.REPORTS / study / "06_comparison" / "tables" / "claims.csv")
-    return _markdown(claims.rename(columns={"measured": "measured here", "holds": "holds?"}))
+    return markdown(claims.rename(columns={"measured": "measured here", "holds": "holds?"}))
 
 
 def _ways(table: pd.DataFrame) -> str:
@@ -211,21 +219,20 @@ def _scored(table: pd.DataFrame, columns: dict[str, pd.Series]) -> str:
     """Write the columns that are not empty as a table, and below it on how many images and by whose features it is."""
     shown = pd.DataFrame({"name": _marked(table["name"]),
                           **{title: cells for title, cells in columns.items() if len(cells)}})
-    written = _markdown(shown.replace(r".*\bnan\b.*", "-", regex=True))
+    written = markdown(shown.replace(r".*\bnan\b.*", "-", regex=True))
     judges = [str(table[column].iloc[0]) for column in ("extractor", "second_extractor") if column in table]
     return f"{written}\n\nn = {table['n'].iloc[0]:,} images a row; features of {' and '.join(judges)}."
 
 
-def _markdown(shown: pd.DataFrame) -> str:
+def markdown(shown: pd.DataFrame) -> str:
+    """Give a table of text as Markdown."""
     lines = [shown.columns, ["---"] * len(shown.columns), *shown.to_numpy()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def controls_table(study: str) -> str:
     """Give as Markdown how each method's plans fare against what else their executed MACs would buy."""
-    reports = paths.REPORTS / study
-    table = pd.concat([pd.read_csv(reports / notebook / "tables" / "controls.csv") for notebook in PLANNING],
-                      ignore_index=True)
+    table = _beside(study)
     shown, over = [], "plan_over_control"
     for plan, rows in table.groupby("plan", sort=False):
         strongest = rows[rows["strongest"]].iloc[0]
@@ -238,7 +245,7 @@ def controls_table(study: str) -> str:
         shown.append({"plan": plan, "its strongest control": strongest["name"],
                       "score over that control's [95 %]": _intervals(rows, over)[strongest.name],
                       "that is": strongest[f"{over}_word"] + needs, "the second judge": second} | counts)
-    return f"{_markdown(pd.DataFrame(shown))}\n\n{summary(table)}"
+    return f"{markdown(pd.DataFrame(shown))}\n\n{summary(table)}"
 
 
 PAGE = {"Every way to sample": (results_table, ["06_comparison"]), "Beside their controls": (controls_table, PLANNING),

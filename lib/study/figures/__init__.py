@@ -97,7 +97,7 @@ def plain_logarithm(axis: Axis) -> None:
     if high < 1.6 * low:
         axis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
         return
-    spans = {200: (1,), 8: (1, 2, 5), 0: (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)}
+    spans = {200: (1,), 8: (1, 2, 5), 3: (1, 1.5, 2, 3, 5, 7), 0: (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)}
     axis.set_major_locator(LogLocator(10, subs=next(subs for span, subs in spans.items() if high > span * low)))
 
 

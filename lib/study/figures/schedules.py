@@ -117,7 +117,7 @@ def dividends(table: pd.DataFrame) -> Figure:
     """
     value = "nearness" if table["ratio"].isna().any() else "ratio"
     solvers = {1: "DDIM (order 1)", 2: "DPM-Solver++ (order 2)"}
-    figure, panels = plt.subplots(1, len(solvers), figsize=(WIDE, 3), sharey=True)
+    figure, panels = plt.subplots(1, len(solvers), figsize=(WIDE, 3.8), sharey=True)
     for axes, (order, rows) in zip(panels, table.groupby("order")):
         for style, (branch, part) in zip(cycle(("-", "--", ":", "-.")), rows.groupby("branch")):
             for reuse, line in part.groupby("reuse", sort=False):
@@ -131,5 +131,5 @@ def dividends(table: pd.DataFrame) -> Figure:
         plain_logarithm(axes.yaxis)
     what = {"ratio": "score", "nearness": "distance to the best teacher's images"}[value]
     panels[0].set(ylabel=f"{what},\nwith partial steps / more full steps")
-    panels[-1].legend(fontsize=6)
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
     return figure
