@@ -144,6 +144,14 @@ def test_where_prompts_are_drawn_their_score_stands_in_each_row(table, teacher):
     assert "prompt_score" not in table.row(Control("one", ((few(teacher, 4), 1.0),)), "control")
 
 
+def test_words_are_counted_and_controls_named_by_them():
+    rows = pd.DataFrame({"name": ["a", "b", "c"], "plan_over_control_word": ["better", "worse", "better"]})
+    assert controls.words(rows) == {"comparisons_better": 2, "comparisons_as_good": 0, "comparisons_undecided": 0,
+                                    "comparisons_worse": 1}
+    lines = controls.by_word(rows).splitlines()
+    assert lines == ["  better    a; c", "  as good   -", "  undecided -", "  worse     b"]
+
+
 def test_a_summary_counts_and_says_what_would_decide():
     text = controls.summary(pd.DataFrame({"plan_over_control_word": ["better", "undecided", "undecided", "worse"],
                                           "plan_over_control_needs": [1.0, 4000.0, 8000.0, 2.0], "n": 700}))

@@ -124,6 +124,21 @@ def test_a_notebook_binds_its_own_names_and_no_others():
         TeacherTraining.bind(values | {"batch_size": 0})
 
 
+def test_a_study_named_by_hand_gives_its_parameters_or_is_refused(capsys):
+    values = params.load("smoke")["00_teacher_training"].model_dump()
+    wanted = params.load("digits")["00_teacher_training"]
+    assert TeacherTraining.bind(values | {"study": "digits"}) == wanted
+    assert "taken from params/digits.yaml" in capsys.readouterr().out
+    assert TeacherTraining.bind(wanted.model_dump()) == wanted and not capsys.readouterr().out
+    with pytest.raises(ParamsError, match="notebook: batch_size, save_every: not as in params/digits.yaml"):
+        TeacherTraining.bind(wanted.model_dump() | {"save_every": 7, "batch_size": 5})
+    with pytest.raises(ParamsError, match="unknown study 'none'"):
+        TeacherTraining.bind(values | {"study": "none"})
+    with pytest.raises(ParamsError, match="study letters has no 07_transformer: see `only` in params/letters.yaml"):
+        params.Transformer.bind(params.load("smoke")["07_transformer"].model_dump() | {"study": "letters"})
+    assert TeacherTraining.bind(values | {"batch_size": 5}).batch_size == 5  # in smoke one plays
+
+
 @pytest.mark.parametrize("study", ["../params/digits", "/etc/passwd", "", "digits.yaml", "./digits"])
 def test_a_study_is_a_name_and_no_path(study):
     with pytest.raises(params.ParamsError, match="unknown study"):

@@ -11,12 +11,15 @@ import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import nbformat
+import pandas as pd
 import pytest
 import torch
 from ruamel.yaml import YAML
 
 from lib.grid.model import Model
+from lib.grid.plan import Plan
 from lib.study import params, paths, report, run, stage
 from lib.teachers import networks
 
@@ -344,6 +347,22 @@ def test_a_finished_stage_leaves_numbers_and_no_state(tmp_path, monkeypatch):
     there.finish({"b": 1.0, "a": 2, "ratio_few": float("nan")}, {"seconds": 0.5})  # of a row at the floor
     assert json.loads((there.out / "metrics.json").read_text()) == {"a": 2, "b": 1.0}
     assert not there.work.exists()
+
+
+def test_a_stage_writes_tables_figures_plans_and_flat_numbers(tmp_path, monkeypatch, teacher):
+    monkeypatch.setattr(paths, "DATA", tmp_path)
+    there = stage.Stage("01_teacher_analysis", params.load("digits")["01_teacher_analysis"])
+    rows = pd.DataFrame({"name": ["DDIM, 5 steps", "DDIM, 9 steps"], "score": [1 / 3, 2.0]})
+    figure, axes = plt.subplots()
+    axes.plot(rows["score"])
+    there.table(rows, "front")
+    there.figure(figure, rows, "front")
+    there.plans({"DDIM, 5 steps": teacher})
+    assert Plan.load(there.out / "plans" / "ddim_5_steps.json") == teacher
+    lines = (there.out / "tables" / "front.csv").read_text().splitlines()
+    assert lines == ["name,score", '"DDIM, 5 steps",0.333333', '"DDIM, 9 steps",2']
+    assert {path.name for path in (there.out / "figures").iterdir()} == {"front.png", "front.csv"}
+    assert there.numbers(rows, "score") == {"score_ddim_5_steps": 1 / 3, "score_ddim_9_steps": 2.0}
 
 
 def test_half_done_work_hangs_on_what_came_before_and_on_its_own_modules_alone(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from lib.grid import blocks, cost
 from lib.grid.plan import COMPUTE, HOLD, LINE, PARABOLA, NoiseSchedule, Plan, trailing
 from lib.methods import search as searching
 from lib.methods.flexiffusion import FreeSpace, SegmentSpace
-from lib.methods.search import Found, pareto, search
+from lib.methods.search import Found, pareto, search, winner
 from lib.teachers import networks
 
 
@@ -296,6 +296,16 @@ def test_kill_9_loses_no_trial_but_the_running_one(teacher, tmp_path):
 def test_the_front_holds_what_nothing_beats(teacher):
     plans = [Found(teacher, *pair, {}) for pair in [(3, 1), (2, 2), (2, 3), (1, 4), (5, 5)]]
     assert [(one.error, one.macs) for one in pareto(plans)] == [(3, 1), (2, 2), (1, 4)]
+
+
+def test_the_winner_does_best_elsewhere_among_the_few_that_did_best_within_the_price(teacher):
+    """The best elsewhere of all (9) was no finalist; the best here (1) is over the price; the cheapest is not above low."""
+    plans = [Plan.few_steps(steps, "uniform", teacher) for steps in (1, 2, 3, 4, 5)]
+    found = [Found(plan, error, price, {}) for plan, error, price in zip(plans, (1, 2, 3, 9, 0), (11, 10, 9, 8, 5))]
+    elsewhere = dict(zip((plan.key for plan in plans), (1, 3, 2, 0, 0)))
+    assert winner(found, lambda plan: elsewhere[plan.key], 2, 5, 10) is plans[2]
+    assert winner(found, lambda plan: elsewhere[plan.key], 2, 11, 20) is None
+
 
 
 @pytest.fixture(scope="module")

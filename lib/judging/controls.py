@@ -221,6 +221,18 @@ def summary(beside: pd.DataFrame) -> str:
     return text + f" Half of the undecided would be decided by n = {open_.median():,.0f}." * bool(open_.notna().any())
 
 
+def words(beside: pd.DataFrame) -> dict[str, int]:
+    """Count the words of `Table.beside`, as flat metrics: "comparisons_better"."""
+    found = beside["plan_over_control_word"]
+    return {f"comparisons_{word.replace(' ', '_')}": int((found == word).sum()) for word in WORDS}
+
+
+def by_word(rows: pd.DataFrame) -> str:
+    """Name the controls of one plan of `Table.beside`, a line for each word."""
+    named = {word: "; ".join(rows["name"][rows["plan_over_control_word"] == word]) for word in WORDS}
+    return "\n".join(f"  {word:10s}{names or '-'}" for word, names in named.items())
+
+
 def best_solver(judge: Judge, features: Callable, teachers: Iterable[Plan]) -> Plan:
     """Give the plan with the best score: the reference among the teacher's solvers.
 

@@ -129,6 +129,17 @@ def pareto(found: Iterable[Found]) -> list[Found]:
     return front
 
 
+def winner(found: Iterable[Found], error: Callable[[Plan], float], finalists: int, low: int, high: int) -> Plan | None:
+    """Give the best by another error of the `finalists` that did best for low < price <= high; None if there is none.
+
+    Parameters
+    ----------
+    error : callable(plan), measured on noise that the search has not seen
+    """
+    near = sorted((one for one in found if low < one.macs <= high), key=lambda one: one.error)[:finalists]
+    return min((one.plan for one in near), key=error, default=None)
+
+
 class _Journal(JournalFileBackend):
     """Optuna's journal without waiting for the disk: a trial is a record a gene, and hundreds of waits took most of it.
 

@@ -68,6 +68,9 @@ class Common(BaseModel):
     def bind(cls, namespace: Mapping[str, Any]) -> Self:
         """Take the parameters out of a notebook's namespace.
 
+        A `smoke` study may be changed at will. Where another study's name alone was written into the parameters cell,
+        its file gives the rest.
+
         Parameters
         ----------
         namespace : the notebook's ``globals()``
@@ -75,9 +78,22 @@ class Common(BaseModel):
         Raises
         ------
         ParamsError
-            If one is missing, of another type or out of range.
+            If one is missing, of another type, out of range, or other than in the file of its study.
         """
-        return cls._checked({name: namespace[name] for name in cls.model_fields if name in namespace}, "notebook")
+        found = cls._checked({name: namespace[name] for name in cls.model_fields if name in namespace}, "notebook")
+        if found.smoke:
+            return found
+        notebook = next(name for name, kind in NOTEBOOKS.items() if kind is cls)
+        if notebook not in notebooks(found.study):
+            raise ParamsError(f"study {found.study} has no {notebook}: see `only` in params/{found.study}.yaml")
+        wanted = load(found.study)[notebook]
+        if found.model_copy(update={"study": "smoke"}) == load("smoke")[notebook]:
+            print(f"The other parameters are taken from params/{found.study}.yaml, not from the cell above.")
+            return wanted
+        if changed := [name for name, value in wanted if value != getattr(found, name)]:
+            raise ParamsError(f"notebook: {', '.join(changed)}: not as in params/{found.study}.yaml. Change that file, "
+                              "or write a params file, and so a study, of your own")
+        return found
 
     @classmethod
     def _checked(cls, values: dict[str, Any], source: str) -> Self:

@@ -17,11 +17,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import psutil
 import torch
+from matplotlib.figure import Figure
 from ruamel.yaml import YAML
 
-from lib.study import params, paths
+from lib.grid.plan import Plan
+from lib.study import figures, params, paths
 from lib.teachers import data
 
 LIGHT = 0.25
@@ -95,6 +98,23 @@ class Stage:
                                     f"    python -m lib.study.run notebook {maker} --study {self.params.study}\n"
                                     f"or the whole study:\n    make study STUDY={self.params.study}")
         return found
+
+    def table(self, rows: pd.DataFrame, name: str) -> None:
+        """Write a table to tables/<name>.csv, six digits a number."""
+        rows.to_csv(self.folder("tables") / f"{name}.csv", index=False, float_format="%.6g")
+
+    def figure(self, picture: Figure, numbers: pd.DataFrame, name: str) -> None:
+        """Write a figure to figures/<name>.png, its numbers beside it. The notebook shows it where it was drawn."""
+        figures.save(picture, numbers, self.folder("figures"), name)
+
+    def plans(self, plans: Mapping[str, Plan]) -> None:
+        """Write each plan to plans/<key of its name>.json."""
+        for name, plan in plans.items():
+            plan.save(self.folder("plans") / f"{self.key(name)}.json")
+
+    def numbers(self, rows: pd.DataFrame, *columns: str) -> dict[str, float]:
+        """Give columns of a table with a `name` as flat metrics: "score_ddim_50_steps"."""
+        return {f"{column}_{self.key(row['name'])}": row[column] for _, row in rows.iterrows() for column in columns}
 
     @staticmethod
     def key(name: str) -> str:
