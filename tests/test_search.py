@@ -299,7 +299,7 @@ def test_the_front_holds_what_nothing_beats(teacher):
 
 
 def test_the_winner_does_best_elsewhere_among_the_few_that_did_best_within_the_price(teacher):
-    """The best elsewhere of all (9) was no finalist; the best here (1) is over the price; the cheapest is not above low."""
+    """The best elsewhere was no finalist, the best here is over the price, the cheapest not above the lower bound."""
     plans = [Plan.few_steps(steps, "uniform", teacher) for steps in (1, 2, 3, 4, 5)]
     found = [Found(plan, error, price, {}) for plan, error, price in zip(plans, (1, 2, 3, 9, 0), (11, 10, 9, 8, 5))]
     elsewhere = dict(zip((plan.key for plan in plans), (1, 3, 2, 0, 0)))
