@@ -7,7 +7,7 @@ import re
 import nbformat
 import pytest
 
-from lib.study import page, params, paths
+from lib.study import page, params, paths, report
 
 PIXEL = base64.b64encode(b"no real picture").decode()
 PROSE = """# 04 - A title
@@ -29,9 +29,9 @@ $$ L = \sum_k L_k $$
 def text(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "DATA", tmp_path)
     new = nbformat.v4
-    figure = new.new_code_cell('figures.save(picture, table, stage.folder("figures"), "front")', outputs=[
+    figure = new.new_code_cell('stage.figure(picture, table, "front")', outputs=[
         new.new_output("stream", name="stderr", text="a progress bar"), new.new_output("stream", text="1 < 2 steps"),
-        new.new_output("display_data", {"image/png": PIXEL}),
+        new.new_output("display_data", {"image/png": PIXEL}, metadata={"figure": "front"}),
         new.new_output("display_data", {"text/html": '<table border="1" class="dataframe"><td>7.5</td></table>'})])
     given = new.new_code_cell("keep = 0.3", metadata={"tags": ["injected-parameters"]})
     for notebook in params.NOTEBOOKS:
@@ -63,6 +63,27 @@ def test_it_holds_all_that_was_found(text):
     assert text.count("keep = 0.3") == count and "1.05" in text and "commit abc" in text
     assert "04, Step 1 - Look &amp; see: front. Bars: 95 % intervals." in text
     assert "<code>04_schedule_search/figures/front.csv</code>" in text
+
+
+def test_notebooks_are_written_with_all_outputs_for_code_hosts(text, tmp_path, monkeypatch):
+    """Published figures are linked, others written beside; links lead to the written notebooks."""
+    monkeypatch.setattr(paths, "REPORTS", tmp_path / "reports")
+    (tmp_path / "reports" / "mine").mkdir(parents=True)
+    monkeypatch.setattr(report, "notebooks", lambda study: ["04_schedule_search"])
+    path = tmp_path / "mine" / "04_schedule_search" / "notebook.ipynb"
+    notebook = nbformat.read(path, 4)
+    output = nbformat.v4.new_output("display_data", {"image/png": PIXEL, "text/plain": "<Figure size 1 x 1>"})
+    table = nbformat.v4.new_output("display_data", {"text/html": "<style scoped>\ntd {}\n</style><table>8.25</table>"})
+    notebook.cells.append(nbformat.v4.new_code_cell("figures.grid(images)", outputs=[output, table]))
+    nbformat.write(notebook, path)
+    report.write_notebooks("mine")
+    target = tmp_path / "reports" / "mine"
+    written = (target / "04_schedule_search.md").read_text()
+    assert "![front](04_schedule_search/figures/front.png)" in written
+    assert "[the teacher](00_teacher_training.md)" in written and "1 < 2 steps" in written and "$$ L =" in written
+    assert "8.25" in written and "style" not in written
+    shown, = (target / "04_schedule_search" / "shown").iterdir()
+    assert shown.read_bytes() == base64.b64decode(PIXEL) and f"04_schedule_search/shown/{shown.name})" in written
 
 
 def test_formulas_are_mathml_but_not_in_code(text):

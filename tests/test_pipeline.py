@@ -355,8 +355,11 @@ def test_a_stage_writes_tables_figures_plans_and_flat_numbers(tmp_path, monkeypa
     rows = pd.DataFrame({"name": ["DDIM, 5 steps", "DDIM, 9 steps"], "score": [1 / 3, 2.0]})
     figure, axes = plt.subplots()
     axes.plot(rows["score"])
+    shown = []
+    monkeypatch.setattr(stage, "display", lambda picture, metadata: shown.append((picture, metadata)))
     there.table(rows, "front")
     there.figure(figure, rows, "front")
+    assert shown == [(figure, {"figure": "front"})] and not plt.fignum_exists(figure.number), "shown once"
     there.plans({"DDIM, 5 steps": teacher})
     assert Plan.load(there.out / "plans" / "ddim_5_steps.json") == teacher
     lines = (there.out / "tables" / "front.csv").read_text().splitlines()
@@ -433,9 +436,10 @@ def test_a_study_of_some_notebooks_runs_these_and_is_published(monkeypatch, tmp_
     monkeypatch.setattr(report, "publish", lambda name: told.append(f"published {name}"))
     monkeypatch.setattr(report, "write_page", lambda name: told.append(f"page {name}"))
     monkeypatch.setattr(report, "write_readme", lambda name: told.append(f"readme {name}"))
+    monkeypatch.setattr(report, "write_notebooks", lambda name: told.append(f"notebooks {name}"))
     run.study("digits")
     assert told == [["repro", "00_teacher_training@digits", "05_pruner_training@digits"], "published digits",
-                    "page digits", "readme digits"]
+                    "page digits", "readme digits", "notebooks digits"]
 
 
 def test_a_studys_teacher_is_shipped_and_nobody_elses_folder_is_written_to(tmp_path, monkeypatch, unet, schedule):

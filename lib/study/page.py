@@ -4,7 +4,7 @@ import base64
 import html
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import latex2mathml.converter
@@ -91,17 +91,16 @@ def _section(study: str, notebook: str) -> str:
         elif "injected-parameters" in cell.metadata.get("tags", []):
             parts.append(f"<details><summary>Parameters</summary><pre>{html.escape(cell.source)}</pre></details>")
         else:
-            saved = re.findall(r'stage\.folder\("figures"\), "([^"]+)"\)', cell.source)
-            pictures = iter(folder / f"{name}.csv" for name in saved)
-            parts += [_output(output, f"{notebook[:2]}, {place}", pictures) for output in cell.outputs]
+            parts += [_output(output, f"{notebook[:2]}, {place}", folder) for output in cell.outputs]
     return "".join(parts)
 
 
-def _output(output: nbformat.NotebookNode, place: str, pictures: Iterator[Path]) -> str:
+def _output(output: nbformat.NotebookNode, place: str, folder: Path) -> str:
     data = output.get("data", {})
     if "image/png" in data:
-        numbers, caption = next(pictures, None), html.escape(place)
-        if numbers:
+        caption = html.escape(place)
+        if name := output.metadata.get("figure"):  # as `lib.study.stage.Stage.figure` shows it
+            numbers = folder / f"{name}.csv"
             bars = any(column.endswith("_low") for column in pd.read_csv(numbers, nrows=0))
             caption += f": {numbers.stem.replace('_', ' ')}. {'Bars: 95 % intervals. ' * bars}"
             caption += f"Numbers: <code>{numbers.parent.parent.name}/figures/{numbers.name}</code>"

@@ -7,7 +7,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import nbformat
 import pandas as pd
+from nbconvert import MarkdownExporter
 
 from lib.judging.controls import summary
 from lib.judging.estimates import MARGIN, WORDS, text
@@ -76,8 +78,31 @@ def write_readme(study: str) -> None:
     for notebook in runs:
         drawn = [f"![{picture.stem.replace('_', ' ')}]({notebook}/figures/{picture.name})"
                  for picture in sorted((target / notebook / "figures").glob("*.png"))]
-        parts += [f"<details><summary>{notebook}: {len(drawn)} figures</summary>", *drawn, "</details>"]
+        parts += [f"<details><summary>{notebook}: {len(drawn)} figures</summary>", *drawn, "</details>",
+                  f"[{notebook} with all outputs]({notebook}.md)"]
     (target / "README.md").write_text("\n\n".join(parts) + "\n")
+
+
+def write_notebooks(study: str) -> None:
+    """Write the executed notebooks as Markdown with all outputs, ``<notebook>.md``, which code hosts show.
+
+    Figures are the published ones; what was only shown goes to ``<notebook>/shown/``.
+    """
+    target, exporter = paths.REPORTS / study, MarkdownExporter()
+    for notebook in notebooks(study):
+        executed = nbformat.read(paths.DATA / study / notebook / "notebook.ipynb", 4)
+        for cell in executed.cells:
+            cell.source = re.sub(r"\((\d\d_\w+)\.ipynb\)", r"(\1.md)", cell.source)
+            for output in cell.get("outputs", []):
+                if name := output.get("metadata", {}).get("figure"):
+                    output.data = {"text/markdown": f"![{name.replace('_', ' ')}]({notebook}/figures/{name}.png)"}
+                if "text/html" in output.get("data", {}):  # code hosts show the text of a style
+                    output.data["text/html"] = re.sub(r"<style.*?</style>", "", output.data["text/html"], flags=re.S)
+        text, resources = exporter.from_notebook_node(executed, {"output_files_dir": f"{notebook}/shown"})
+        (target / f"{notebook}.md").write_text(text)
+        for name, content in resources["outputs"].items():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes(content)
 
 
 def findings(study: str) -> str:
@@ -283,6 +308,7 @@ def main() -> None:
             publish(arguments.study)
             print(f"published: {write_page(arguments.study)}")
             write_readme(arguments.study)
+            write_notebooks(arguments.study)
             write_caching()
         except (ParamsError, FileNotFoundError) as error:
             raise SystemExit(f"error: {error}") from None

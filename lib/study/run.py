@@ -133,6 +133,7 @@ def study(name: str) -> None:
         report.publish(name)
         report.write_page(name)
         report.write_readme(name)
+        report.write_notebooks(name)
     print(f"\nDone. Figures and tables: {paths.REPORTS / name}\nExecuted notebooks:       {paths.DATA / name}")
 
 

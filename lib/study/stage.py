@@ -16,10 +16,12 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import psutil
 import torch
+from IPython.display import display
 from matplotlib.figure import Figure
 from ruamel.yaml import YAML
 
@@ -104,8 +106,10 @@ class Stage:
         rows.to_csv(self.folder("tables") / f"{name}.csv", index=False, float_format="%.6g")
 
     def figure(self, picture: Figure, numbers: pd.DataFrame, name: str) -> None:
-        """Write a figure to figures/<name>.png, its numbers beside it. The notebook shows it where it was drawn."""
+        """Write a figure to figures/<name>.png, its numbers beside it, and show it under that name."""
         figures.save(picture, numbers, self.folder("figures"), name)
+        display(picture, metadata={"figure": name})
+        plt.close(picture)
 
     def plans(self, plans: Mapping[str, Plan]) -> None:
         """Write each plan to plans/<key of its name>.json."""

@@ -1,5 +1,6 @@
 """Every figure, in one style, from numbers that are already there; each PNG has its numbers as CSV beside it."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -21,6 +22,8 @@ PALETTE = sns.color_palette("colorblind")
 COLOURS = {"teacher": "0.3", "Flexiffusion": PALETTE[0], "DiP-GO": PALETTE[1], "DiffNAS": PALETTE[2],
            "student": PALETTE[4]}
 """One colour a method in every figure; controls are grey."""
+METHODS = ("Flexiffusion", "DiP-GO", "DiffNAS", "student")
+"""In the order of the front's panels."""
 VARIANTS = "*PXdh"
 """Markers of a method's variants, in the order in which they come; their names begin with the method's and a comma."""
 CONTROLS = {"DDIM, uniform": ("0.45", "o", "-"), "DDIM, quadratic": ("0.6", "s", ":"),
@@ -41,6 +44,10 @@ CONTROLS = {"DDIM, uniform": ("0.45", "o", "-"), "DDIM, quadratic": ("0.6", "s",
             "cache-dit, line": ("0.6", "<", ":"), "TaylorSeer": ("0.2", "X", ":")}
 OTHER = ("0.6", "v", "--")
 """Grey, marker and line of each control, and of one that has none of its own."""
+EVEN = ("DDIM, uniform", "DPM-Solver++, uniform")
+"""What every panel of the front is read against."""
+MARKS = 6
+"""Most families of a panel of the front, besides `EVEN`."""
 KINDS = {"null": "white", "partial": sns.color_palette("pastel")[0], "full": PALETTE[0]}
 
 
@@ -289,7 +296,9 @@ def _columns(plan: Plan) -> list[int]:
 
 
 def front(table: pd.DataFrame) -> Figure:
-    """Draw quality against cost with 95 % intervals, and a line at 5 % worse.
+    """Draw quality against cost with 95 % intervals, a panel for each few families, and a line at 5 % worse.
+
+    Even steps of both solvers (`EVEN`) run through all panels.
 
     Parameters
     ----------
@@ -297,29 +306,65 @@ def front(table: pd.DataFrame) -> Figure:
         family share `family`. Where a row has no ratio (it or the reference is at the floor), scores are drawn
     """
     value = "score" if table["ratio"].isna().any() else "ratio"
-    figure, axes = plt.subplots(figsize=(WIDE, 4))
-    variants = [family for family in dict.fromkeys(table["family"]) if family.partition(",")[0] in COLOURS]
-    for family, rows in table.groupby("family", sort=False):
-        rows = rows.sort_values("macs_ratio")
-        own = family in variants
-        colour, marker, line = _own(family, variants) if own else CONTROLS.get(family, OTHER)
-        bars = [rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]]
-        axes.errorbar(rows["macs_ratio"], rows[value], bars, color=colour, marker=marker, ls=line,
-                      ms=9 if own else 5, lw=1, elinewidth=0.8, capsize=1.5, label=family, zorder=3 if own else 2)
-    if value == "ratio":
-        axes.axhline(1.05, color="0.8", lw=0.8, ls="--", zorder=0)
-        axes.annotate("5 % worse", (1, 1.05), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7,
-                      color="0.5")
-    ylabel = {"ratio": "score / the best teacher's score", "score": "score (some are at the floor)"}[value]
-    axes.set(xscale="log", xlabel="times fewer executed MACs than the teacher", ylabel=ylabel)
+    families = list(dict.fromkeys(table["family"]))
+    variants = [family for family in families if family.partition(",")[0] in COLOURS]
+    groups = _panels([family for family in families if family not in EVEN])
+    across = min(3, len(groups))
+    down, most = -(-len(groups) // across), max(map(len, groups))
+    figure, panels = plt.subplots(down, across, figsize=(WIDE, down * (2.0 + 0.13 * most) + 0.9), sharex=True,
+                                  sharey=True, squeeze=False)
+    for axes, group in zip(panels.flat, groups):
+        for family in [*(family for family in EVEN if family in families), *group]:
+            method = family in variants
+            rows = table[table["family"] == family].sort_values("macs_ratio")
+            colour, marker, line = _look(family, variants) if method else CONTROLS.get(family, OTHER)
+            bars = [rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]]
+            axes.errorbar(rows["macs_ratio"], rows[value], bars, color=colour, marker=marker, ls=line,
+                          ms=7 if method else 3 if family in EVEN else 5, lw=1, elinewidth=0.8, capsize=1.5,
+                          label=f"_{family}" if family in EVEN else family, zorder=3 if method else 2)
+        if value == "ratio":
+            axes.axhline(1.05, color="0.8", lw=0.8, ls="--", zorder=0)
+        axes.legend(fontsize=6.5, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
+        axes.tick_params(labelbottom=True)
+    axes.set(xscale="log")
     plain_logarithm(axes.xaxis)
-    share = (table["honest_factor"] / table["macs_ratio"]).median()
-    honest = axes.secondary_xaxis(-0.23, functions=(lambda ratio: ratio * share, lambda factor: factor / share))
-    honest.set_xlabel("honest factor: over the fewest steps that are surely at most 5 % worse")
-    plain_logarithm(honest.xaxis)
     scores(axes.yaxis, axes.set_yscale, table, value)
-    axes.legend(fontsize=6, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+    for axes in panels.flat[len(groups):]:
+        axes.remove()
+    figure.supylabel({"ratio": "score / the best teacher's score (dashed: 5 % worse)",
+                      "score": "score (some are at the floor)"}[value], fontsize=9)
+    figure.supxlabel("times fewer executed MACs than the teacher; lower axis: the honest factor,\n"
+                     "over the fewest steps that are surely at most 5 % worse", fontsize=9)
+    _honest(panels, groups, (table["honest_factor"] / table["macs_ratio"]).median())
+    figure.legend(handles=[plt.Line2D([], [], color=CONTROLS[family][0], marker=CONTROLS[family][1], ms=3, lw=1,
+                                      label=f"{family} (in all panels)") for family in EVEN if family in families],
+                  loc="outside upper center", ncols=2, fontsize=7)
     return figure
+
+
+def _honest(panels: np.ndarray, groups: Sequence, share: float) -> None:
+    """Put the second x axis under the lowest panels: the factor over the fewest steps that would have done."""
+    across = panels.shape[1]
+    for axes in panels.flat[max(0, len(groups) - across):len(groups)]:
+        honest = axes.secondary_xaxis(-0.17, functions=(lambda ratio: ratio * share, lambda factor: factor / share))
+        honest.tick_params(labelsize=7)
+        plain_logarithm(honest.xaxis)
+
+
+def _panels(families: Sequence[str]) -> list[list[str]]:
+    """Share families out to panels of at most `MARKS`: each method's, placed steps, all else."""
+    groups: dict[str, list[str]] = {}
+    for family in families:
+        method = family.partition(",")[0]
+        placed = "placed" if re.search("steps|coefficients|path|search", family) else "else"
+        groups.setdefault(method if method in METHODS else placed, []).append(family)
+    panels: list[list[str]] = [[]]
+    for name, group in sorted(groups.items(), key=lambda item: (*METHODS, "placed", "else").index(item[0])):
+        for few in (group[i:i + MARKS] for i in range(0, len(group), MARKS)):
+            if len(panels[-1]) + len(few) > MARKS or name == "placed":  # controls share no panel with methods
+                panels.append([])
+            panels[-1] += few
+    return [panel for panel in panels if panel] or [[]]
 
 
 CURVES = {"DDIM, fewer even steps": ("DDIM, uniform", "0.5", "o"),
@@ -377,9 +422,10 @@ def board(rows: pd.DataFrame) -> Figure:
     return figure
 
 
-def _own(family: str, variants: Sequence[str]) -> tuple:
+def _look(family: str, variants: Sequence[str]) -> tuple:
+    """Give colour, marker and line of a method's variant."""
     method = family.partition(",")[0]
-    alike = [one for one in variants if one.partition(",")[0] == method]
+    alike = [variant for variant in variants if variant.partition(",")[0] == method]
     return COLOURS[method], VARIANTS[alike.index(family) % len(VARIANTS)], ""
 
 
