@@ -30,13 +30,13 @@ def test_the_front_draws_scores_where_there_are_no_ratios(ratios):
 
 def test_a_panel_of_the_front_holds_few_families_and_none_is_lost():
     flexiffusion = [f"Flexiffusion, {k}" for k in range(8)]
-    families = ["DDIM, uniform", "DPM-Solver++, uniform", "DDIM, quadratic", "searched steps", "teacher, trained longer",
+    families = ["DDIM, uniform", "DPM-Solver++, uniform", "DDIM, quadratic", "searched steps", "teacher, longer",
                 *flexiffusion, "DiP-GO", "DiffNAS", "shortest path"]
     table = pd.concat([rows(ratio=[1.0, 1.5, 2.5], score=[1.0, 2.0, 3.0]).assign(family=family) for family in families])
     figure = figures.front(table)
     panels = [axes.get_legend_handles_labels()[1] for axes in figure.axes]
     assert panels == [flexiffusion[:6], [*flexiffusion[6:], "DiP-GO", "DiffNAS"],
-                      ["searched steps", "shortest path", "DDIM, quadratic", "teacher, trained longer"]]
+                      ["searched steps", "shortest path", "DDIM, quadratic", "teacher, longer"]]
     assert all(len(axes.containers) == len(panel) + 2 for axes, panel in zip(figure.axes, panels))
     figure.canvas.draw()
 
