@@ -5,22 +5,26 @@ from collections.abc import Mapping
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.ticker import MaxNLocator
 
 from lib.grid.blocks import STEM, Blocks
-from lib.study.figures import COLOURS, NARROW, PALETTE, WIDE, edges
+from lib.grid.plan import COMPUTE, HOLD
+from lib.study.figures import NARROW, PALETTE, STATES, WIDE, edges
 
 TONES = {"DiP-GO": PALETTE[1], "columns": "0.45", "annealed": PALETTE[3], "annealed columns": "0.7",
          "untrained": PALETTE[4]}
 """One colour a pruner."""
+GATES = LinearSegmentedColormap.from_list("gates", [STATES[HOLD][1], STATES[COMPUTE][1]])
+"""From a gate of 0, which holds, to one of 1, which computes, in the colours of plans."""
 
 
 def connections(blocks: Blocks, columns: int = 3) -> Figure:
     """Draw the SuperNet: what each block reads in its own column, and its backup, the same block one step before."""
     figure, axes = plt.subplots(figsize=(WIDE, 0.24 * len(blocks) + 0.7))
-    own, backup = {"color": "0.55", "lw": 0.8}, {"color": COLOURS["DiP-GO"], "lw": 1, "ls": "--"}
+    read, backup = {"color": "0.55", "lw": 0.8}, {"color": STATES[HOLD][1], "lw": 1, "ls": "--"}
 
     def arrow(start: tuple, end: tuple, bend: float, **kind) -> None:
         axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=6, shrinkA=5, shrinkB=5,
@@ -32,14 +36,14 @@ def connections(blocks: Blocks, columns: int = 3) -> Figure:
             for name in block.reads:
                 if name != STEM:
                     reach = place - blocks.index[name]
-                    arrow((step, blocks.index[name]), (step, place), 0 if reach == 1 else -0.35 + 0.012 * reach, **own)
+                    arrow((step, blocks.index[name]), (step, place), 0 if reach == 1 else -0.35 + 0.012 * reach, **read)
             if step:
                 arrow((step - 1, place), (step, place), 0, **backup)
     axes.set_yticks(range(len(blocks)), blocks.names, fontsize=7)
     axes.set_xticks(range(columns), [f"step {step}" for step in range(columns)])
     axes.set_xlim(-0.35, columns - 0.75)
     axes.tick_params(length=0)
-    axes.legend([plt.Line2D([], [], **own), plt.Line2D([], [], **backup)], ["input", "backup"], fontsize=7, ncols=2,
+    axes.legend([plt.Line2D([], [], **read), plt.Line2D([], [], **backup)], ["input", "backup"], fontsize=7, ncols=2,
                 loc="lower right", bbox_to_anchor=(1, 1))
     return figure
 
@@ -64,7 +68,7 @@ def training(history: pd.DataFrame) -> Figure:
 
 
 def maps(panels: Mapping[str, np.ndarray], rows: list[str], label: str) -> Figure:
-    """Draw several maps of one value a cell in [0, 1] above each other, steps across.
+    """Draw several maps of one value a cell in [0, 1] above each other, steps across: from what holds to what computes.
 
     Parameters
     ----------
@@ -76,7 +80,7 @@ def maps(panels: Mapping[str, np.ndarray], rows: list[str], label: str) -> Figur
                                  sharex=True, squeeze=False)
     for axes, (title, values) in zip(drawn[:, 0], panels.items()):
         cells = np.asarray(values, dtype=float).T
-        mesh = axes.pcolormesh(*edges(cells), cells, cmap="cividis", vmin=0, vmax=1, edgecolors="white", linewidth=0.2)
+        mesh = axes.pcolormesh(*edges(cells), cells, cmap=GATES, vmin=0, vmax=1, edgecolors="white", linewidth=0.2)
         axes.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=5 if len(rows) > 8 else 6)
         axes.set_title(title, fontsize=7, loc="left", pad=2)
     drawn[-1, 0].set(xlabel="step (noise to image)")

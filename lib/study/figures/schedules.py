@@ -110,6 +110,8 @@ def rank_agreement(agreement: pd.DataFrame, many: int) -> Figure:
 def dividends(table: pd.DataFrame) -> Figure:
     """Draw what a partial step after each full one is worth at equal executed MACs: below 1 it pays.
 
+    A line is a branch, named at its most expensive point; colours and markers say what is reused.
+
     Parameters
     ----------
     table : columns order, branch, reuse (of `REUSE_LOOKS`), calls, ratio (of scores) and nearness (of distances to the
@@ -121,15 +123,17 @@ def dividends(table: pd.DataFrame) -> Figure:
     for axes, (order, rows) in zip(panels, table.groupby("order")):
         for style, (branch, part) in zip(cycle(("-", "--", ":", "-.")), rows.groupby("branch")):
             for reuse, line in part.groupby("reuse", sort=False):
-                colour, marker = REUSE_LOOKS[reuse]
+                (colour, marker), named = REUSE_LOOKS[reuse], reuse not in axes.get_legend_handles_labels()[1]
                 bars = [line[value] - line[f"{value}_low"], line[f"{value}_high"] - line[value]]
                 axes.errorbar(line["calls"], line[value], bars, marker=marker, ms=4, lw=1, ls=style, elinewidth=0.8,
-                              capsize=2, color=colour, label=f"branch {branch}, {reuse}")
+                              capsize=2, color=colour, label=reuse if named else None)
+            axes.annotate(f"branch {branch}", (part["calls"].max(), 1), xycoords=("data", "axes fraction"), fontsize=6,
+                          color="0.4", rotation=90, ha="center", va="top")
         axes.axhline(1, color="0.5", lw=0.8)
         axes.set(xscale="log", yscale="log", xlabel="executed MACs (in full network calls)", title=solvers[order])
         plain_logarithm(axes.xaxis)
         plain_logarithm(axes.yaxis)
     what = {"ratio": "score", "nearness": "distance to the best teacher's images"}[value]
     panels[0].set(ylabel=f"{what},\nwith partial steps / more full steps")
-    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return figure
