@@ -5,8 +5,11 @@ import json
 import re
 
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
 
+from lib.grid.plan import Plan
 from lib.study import page, params, paths, report
 
 PIXEL = base64.b64encode(b"no real picture").decode()
@@ -26,7 +29,7 @@ $$ L = \sum_k L_k $$
 
 
 @pytest.fixture
-def text(tmp_path, monkeypatch):
+def text(tmp_path, monkeypatch, teacher):
     monkeypatch.setattr(paths, "DATA", tmp_path)
     new = nbformat.v4
     figure = new.new_code_cell('stage.figure(picture, table, "front")', outputs=[
@@ -41,28 +44,50 @@ def text(tmp_path, monkeypatch):
                        tmp_path / "mine" / notebook / "notebook.ipynb")
         (tmp_path / "mine" / notebook / "figures" / "front.csv").write_text("name,ratio,ratio_low,ratio_high\n")
         (tmp_path / "mine" / notebook / "meta.json").write_text(json.dumps({"commit": "abc"}))
-    (tmp_path / "mine" / "06_comparison" / "figures" / "front.png").write_bytes(base64.b64decode(PIXEL))
-    return page.page("mine", list(params.NOTEBOOKS), {"Every way": "| plan |\n|---|\n| <i>x</i> 1.05 |"})
+    shown = tmp_path / "mine" / "06_comparison"
+    for folder in ("tables", "samples"):
+        (shown / folder).mkdir()
+    pd.DataFrame({"name": ["mine, 20%", "without a plan"], "family": ["mine", "another"], "macs_ratio": [5.0, 2.0],
+                  "honest_factor": [2.0, 1.0], "ratio": [1.25, 1.0], "ratio_low": [1.0, 0.9], "ratio_high": [1.5, 1.1],
+                  "times faster": [4.5, np.nan]}).to_csv(shown / "tables" / "everything.csv", index=False)
+    (tmp_path / "mine" / "04_schedule_search" / "plans").mkdir()
+    teacher.save(tmp_path / "mine" / "04_schedule_search" / "plans" / "mine_20.json")
+    (shown / "samples" / "mine_20.png").write_bytes(b"no real sample")
+    return page.page("mine", list(params.NOTEBOOKS), "* **A finding.**",
+                     {"Every way": "| plan |\n|---|\n| <i>x</i> 1.05 |"})
 
 
 def test_it_needs_no_network_and_no_scripts(text):
-    assert not re.findall(r"(?:src|href)=.(?!#|data:)", text) and "<script" not in text and "@import" not in text
+    assert not re.findall(r"(?:src|href)=.(?!#|data:)|url\((?!#)", text)
+    assert "<script" not in text and "@import" not in text
 
 
 def test_every_link_leads_somewhere(text):
-    anchors = re.findall(r"id='([^']+)'", text)
+    anchors = re.findall(r"\bid=['\"]([^'\"]+)['\"]", text)
     assert len(set(anchors)) == len(anchors)
-    assert set(re.findall(r"href='#([^']+)'", text)) <= set(anchors)
+    assert set(re.findall(r"href=['\"]#([^'\"]+)", text)) <= set(anchors)
     assert set(params.NOTEBOOKS) <= set(anchors)
 
 
 def test_it_holds_all_that_was_found(text):
     count = len(params.NOTEBOOKS)
-    assert text.count(f"data:image/png;base64,{PIXEL}") == count + 1 and text.count("7.5") == count
+    assert text.count(f"data:image/png;base64,{PIXEL}") == count and text.count("<td>7.5<") == count
     assert text.count("1 &lt; 2 steps") == count and "a progress bar" not in text
     assert text.count("keep = 0.3") == count and "1.05" in text and "commit abc" in text
     assert "04, Step 1 - Look &amp; see: front. Bars: 95 % intervals." in text
     assert "<code>04_schedule_search/figures/front.csv</code>" in text
+
+
+def test_a_point_of_the_front_leads_to_its_plan_its_images_and_its_file(text, teacher, tmp_path):
+    """What has no plan leads nowhere."""
+    assert set(re.findall(r'xlink:href="(#plan[^"]*)"', text)) == {"#plan-mine_20"}
+    card, = re.findall(r"<section class='card' id='plan-mine_20'>.*?</section>", text, re.DOTALL)
+    assert "mine, 20%" in card and "5.00 times fewer executed MACs than the teacher, 4.50 times faster" in card
+    assert "1.25 [1, 1.5]" in card and base64.b64encode(b"no real sample").decode() in card
+    packed, = re.findall(r"data:application/json;base64,([^']+)'", card)
+    (tmp_path / "plan.json").write_bytes(base64.b64decode(packed))
+    assert Plan.load(tmp_path / "plan.json") == teacher
+    assert text.index("A finding.") < text.index("id='front'") < text.index("<nav>")
 
 
 def test_notebooks_are_written_with_all_outputs_for_code_hosts(text, tmp_path, monkeypatch):
@@ -94,10 +119,9 @@ def test_formulas_are_mathml_but_not_in_code(text):
 def test_a_notebook_that_has_not_run_is_named(text, tmp_path):
     (tmp_path / "mine" / "05_pruner_training" / "notebook.ipynb").unlink()
     with pytest.raises(FileNotFoundError, match="05_pruner_training"):
-        page.page("mine", list(params.NOTEBOOKS), {})
+        page.page("mine", list(params.NOTEBOOKS), "* **A finding.**", {})
 
 
 def test_a_study_of_some_notebooks_has_a_page_of_these(text, tmp_path):
-    (tmp_path / "mine" / "06_comparison" / "figures" / "front.png").unlink()
-    part = page.page("mine", ["00_teacher_training", "05_pruner_training"], {})
+    part = page.page("mine", ["00_teacher_training", "05_pruner_training"], "", {})
     assert part.count(f"data:image/png;base64,{PIXEL}") == 2 and "04_schedule_search" not in part

@@ -1,6 +1,5 @@
 """A study's report as one page: the notebooks' prose, tables and figures, self-contained and offline."""
 
-import base64
 import html
 import json
 import re
@@ -13,6 +12,7 @@ import pandas as pd
 from nbconvert.filters import markdown2html
 
 from lib.study import paths
+from lib.study.explorer import explorer
 
 STYLE = """
 :root { color-scheme: light; }
@@ -39,13 +39,14 @@ details { font-size: .85rem; color: #555; }
 """
 
 
-def page(study: str, notebooks: Sequence[str], tables: dict[str, str]) -> str:
+def page(study: str, notebooks: Sequence[str], summary: str, tables: dict[str, str]) -> str:
     """Give a study's report as HTML.
 
     Parameters
     ----------
     notebooks : those that the study runs
-    tables : dict of title to Markdown, to stand at the top, below notebook 06's front; the first holds its numbers
+    summary : Markdown, in words, to stand above notebook 06's front, where the study has it
+    tables : dict of title to Markdown, to stand at the top, below that front; the first holds its numbers
 
     Raises
     ------
@@ -63,11 +64,12 @@ def page(study: str, notebooks: Sequence[str], tables: dict[str, str]) -> str:
                         for anchor, text in re.findall(r"<h3 id='([^']+)'>(.*?)</h3>", body))
         contents += (f"<li><details><summary><a href='#{notebook}'>{_title(body)}</a></summary>"
                      f"<ul>{steps}</ul></details></li>")
-    front, picture = "", paths.DATA / study / "06_comparison" / "figures" / "front.png"
-    if picture.exists():
-        front = figure(base64.b64encode(picture.read_bytes()).decode(), "quality against cost",
-                        "Score over the best teacher's against executed MACs: down is better, right is cheaper. Bars: "
-                        f"95 % intervals. Numbers: <a href='#{_anchor(next(iter(tables)))}'>{next(iter(tables))}</a>")
+    front = ""
+    if "06_comparison" in parts:
+        numbers = next(iter(tables))
+        front = (f"{_prose(summary)}{explorer(study)}<p>Score over the best teacher's against executed MACs: down is "
+                 "better, right is cheaper. Bars: 95 % intervals. <b>Click a point</b> for its plan, its images and "
+                 f"its file. Numbers: <a href='#{_anchor(numbers)}'>{numbers}</a>.</p>")
     return document(f"Lean Diffusion: {study}", (
         f"<h1>Lean Diffusion: the study <i>{study}</i></h1>"
         f"<p>Made by the pipeline from what its notebooks found; all code stands there. {html.escape(about)}.</p>"

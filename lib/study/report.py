@@ -56,7 +56,7 @@ def write_page(study: str) -> Path:
     """Write what a study found as one page, beside its published numbers."""
     target, runs = paths.REPORTS / study / "index.html", notebooks(study)
     tables = {title: table(study) for title, (table, needed) in PAGE.items() if set(needed) <= set(runs)}
-    target.write_text(page(study, runs, tables))
+    target.write_text(page(study, runs, findings(study) if "06_comparison" in runs else "", tables))
     return target
 
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from types import MappingProxyType
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -295,7 +296,7 @@ def _columns(plan: Plan) -> list[int]:
     return [int(np.abs(np.array(plan.grid) - t).argmin()) for t in plan.timesteps]
 
 
-def front(table: pd.DataFrame) -> Figure:
+def front(table: pd.DataFrame, links: Mapping[str, str] = MappingProxyType({})) -> Figure:
     """Draw quality against cost with 95 % intervals, a panel for each few families, and a line at 5 % worse.
 
     Even steps of both solvers (`EVEN`) run through all panels.
@@ -304,6 +305,7 @@ def front(table: pd.DataFrame) -> Figure:
     ----------
     table : columns name, kind, macs_ratio, honest_factor, ratio and score, both with _low and _high; rows of one
         family share `family`. Where a row has no ratio (it or the reference is at the floor), scores are drawn
+    links : dict of a row's name to where a click on it leads, in an SVG
     """
     value = "score" if table["ratio"].isna().any() else "ratio"
     families = list(dict.fromkeys(table["family"]))
@@ -322,6 +324,9 @@ def front(table: pd.DataFrame) -> Figure:
             axes.errorbar(rows["macs_ratio"], rows[value], bars, color=colour, marker=marker, ls=line,
                           ms=7 if method else 3 if family in EVEN else 5, lw=1, elinewidth=0.8, capsize=1.5,
                           label=f"_{family}" if family in EVEN else family, zorder=3 if method else 2)
+            linked = rows[rows["name"].isin(links)]
+            axes.scatter(linked["macs_ratio"], linked[value], s=60, alpha=0, zorder=4,
+                         urls=[links[name] for name in linked["name"]])
         if value == "ratio":
             axes.axhline(1.05, color="0.8", lw=0.8, ls="--", zorder=0)
         axes.legend(fontsize=6.5, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
