@@ -1,11 +1,14 @@
 """Figures draw what there is, also where scores are at the floor."""
 
+from collections import defaultdict
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from lib.grid.plan import COMPUTE, HOLD, LINE, PARABOLA, Plan
 from lib.study import figures
-from lib.study.figures import schedules
+from lib.study.figures import drawings, schedules
 
 
 def rows(**columns):
@@ -77,3 +80,30 @@ def test_both_judges_words_are_drawn_at_the_floor_too():
     assert points == {(-0.1, 0.5), (0.2, 1.0), (3.0, 4.0)}
     assert (axes.get_xscale(), axes.get_yscale()) == ("symlog", "log")
     figure.canvas.draw()
+
+
+def test_a_drawn_step_reads_what_computes_and_the_backups_that_computing_cells_need(teacher, described):
+    """DeepCache's partial step: the last block reads its neighbour's backup, and no other is drawn."""
+    states = np.array(Plan.deepcache(2, described.branch(0), teacher).computes[:2], dtype=int)
+    reads = sum(len([name for name in block.reads if name in described.names]) for block in described)
+    assert len(drawings.wiring(described, states).axes[0].patches) == reads + 1 + 1
+    assert len(drawings.wiring(described, columns=2).axes[0].patches) == 2 * reads + len(described)
+
+
+def test_a_drawn_forecast_is_the_curve_through_the_last_outputs():
+    places, computed = np.arange(9.0), [0, 2, 4, 6]
+    values = places**2
+    lines = defaultdict(list)
+    for line in drawings.forecast(places, values, computed).axes[0].lines:
+        lines[line.get_color()].append(line.get_ydata())
+    last = {state: lines[figures.STATES[state][1]][-1] for state in (HOLD, LINE, PARABOLA)}
+    assert np.allclose(last[HOLD], 36) and np.allclose(last[LINE], [36, 46, 56])
+    assert np.allclose(last[PARABOLA], [36, 49, 64])
+    assert len(lines[figures.STATES[COMPUTE][1]][0]) == len(computed)
+
+
+def test_segments_and_an_elastic_block_are_drawn_with_their_words(teacher, described):
+    figure = drawings.segments(teacher, 3, ["one", "two", "three"])
+    assert {"one", "two", "three"} <= {text.get_text() for text in figure.axes[0].texts}
+    words = [text.get_text() for text in drawings.elastic_block([1, 3], [8, 16], (3, 1, 8)).axes[0].texts]
+    assert words.count("1 x 1") == words.count("3 x 3") == 2 and {"8", "16"} <= set(words)

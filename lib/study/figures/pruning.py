@@ -7,10 +7,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch
 from matplotlib.ticker import MaxNLocator
 
-from lib.grid.blocks import STEM, Blocks
 from lib.grid.plan import COMPUTE, HOLD
 from lib.study.figures import NARROW, PALETTE, STATES, WIDE, edges
 
@@ -19,33 +17,6 @@ TONES = {"DiP-GO": PALETTE[1], "columns": "0.45", "annealed": PALETTE[3], "annea
 """One colour a pruner."""
 GATES = LinearSegmentedColormap.from_list("gates", [STATES[HOLD][1], STATES[COMPUTE][1]])
 """From a gate of 0, which holds, to one of 1, which computes, in the colours of plans."""
-
-
-def connections(blocks: Blocks, columns: int = 3) -> Figure:
-    """Draw the SuperNet: what each block reads in its own column, and its backup, the same block one step before."""
-    figure, axes = plt.subplots(figsize=(WIDE, 0.24 * len(blocks) + 0.7))
-    read, backup = {"color": "0.55", "lw": 0.8}, {"color": STATES[HOLD][1], "lw": 1, "ls": "--"}
-
-    def arrow(start: tuple, end: tuple, bend: float, **kind) -> None:
-        axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=6, shrinkA=5, shrinkB=5,
-                                       connectionstyle=f"arc3,rad={bend}", **kind))
-
-    for step in range(columns):
-        for place, block in enumerate(blocks):
-            axes.plot(step, place, "o", ms=7, color="white", mec="0.3", zorder=3)
-            for name in block.reads:
-                if name != STEM:
-                    reach = place - blocks.index[name]
-                    arrow((step, blocks.index[name]), (step, place), 0 if reach == 1 else -0.35 + 0.012 * reach, **read)
-            if step:
-                arrow((step - 1, place), (step, place), 0, **backup)
-    axes.set_yticks(range(len(blocks)), blocks.names, fontsize=7)
-    axes.set_xticks(range(columns), [f"step {step}" for step in range(columns)])
-    axes.set_xlim(-0.35, columns - 0.75)
-    axes.tick_params(length=0)
-    axes.legend([plt.Line2D([], [], **read), plt.Line2D([], [], **backup)], ["input", "backup"], fontsize=7, ncols=2,
-                loc="lower right", bbox_to_anchor=(1, 1))
-    return figure
 
 
 def training(history: pd.DataFrame) -> Figure:
