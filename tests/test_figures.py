@@ -64,3 +64,13 @@ def test_both_judges_words_are_drawn_at_the_floor_too():
     assert points == {(-0.1, 0.5), (0.2, 1.0), (3.0, 4.0)}
     assert (axes.get_xscale(), axes.get_yscale()) == ("symlog", "log")
     figure.canvas.draw()
+
+
+def test_a_row_a_label_and_a_row_that_lacks_images_repeats_its_first():
+    images = np.linspace(-1, 1, 5)[:, None, None, None] * np.ones((5, 1, 2, 2))
+    axes, = figures.by_label(images, np.array([3, 0, 3, 3, 11]), columns=2).axes
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["0", "3"]
+    drawn = np.asarray(axes.images[0].get_array())[::3, ::3]  # each image's first pixel
+    np.testing.assert_allclose(drawn, [[0.25, 0.25], [0.0, 0.5]])
+    with pytest.raises(ValueError):
+        figures.by_label(images, np.full(5, 11))
