@@ -107,3 +107,13 @@ def test_segments_and_an_elastic_block_are_drawn_with_their_words(teacher, descr
     assert {"one", "two", "three"} <= {text.get_text() for text in figure.axes[0].texts}
     words = [text.get_text() for text in drawings.elastic_block([1, 3], [8, 16], (3, 1, 8)).axes[0].texts]
     assert words.count("1 x 1") == words.count("3 x 3") == 2 and {"8", "16"} <= set(words)
+
+
+def test_a_row_a_label_and_a_row_that_lacks_images_repeats_its_first():
+    images = np.linspace(-1, 1, 5)[:, None, None, None] * np.ones((5, 1, 2, 2))
+    axes, = figures.by_label(images, np.array([3, 0, 3, 3, 11]), columns=2).axes
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["0", "3"]
+    drawn = np.asarray(axes.images[0].get_array())[::3, ::3]  # each image's first pixel
+    np.testing.assert_allclose(drawn, [[0.25, 0.25], [0.0, 0.5]])
+    with pytest.raises(ValueError):
+        figures.by_label(images, np.full(5, 11))

@@ -97,6 +97,28 @@ def grid(images: np.ndarray, rows: Sequence[str], columns: Sequence[str] = (), c
     return figure
 
 
+def by_label(images: np.ndarray, labels: np.ndarray, columns: int = 12) -> Figure:
+    """Show the first images of each of the labels 0 to 9, a row a label; a row that lacks some repeats its first.
+
+    Parameters
+    ----------
+    images : (n, C, H, W), float, in [-1, 1]
+    labels : (n,), int, what each was asked to show; a label of no image has no row
+    columns : images a row
+
+    Raises
+    ------
+    ValueError
+        If no image has such a label.
+    """
+    rows = {}
+    for label in range(10):
+        places = np.flatnonzero(labels == label)[:columns]
+        if len(places):
+            rows[str(label)] = images[np.pad(places, (0, columns - len(places)), constant_values=places[0])]
+    return grid(np.stack(list(rows.values())), list(rows))
+
+
 def plain_logarithm(axis: Axis) -> None:
     """Label a logarithmic axis with plain numbers, more of them where it spans little."""
     low, high = axis.get_view_interval()
