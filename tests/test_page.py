@@ -24,18 +24,23 @@ $$ L = \sum_k L_k $$
 |---|---|
 | 1 | 2 |"""
 
+SAVING = ['figures.save(picture, table, stage.folder("figures"), "front")', 'stage.figure(picture, table, "front")',
+          'stage.figure(pruning.maps(table, "gate"), table[["gate", "kept"]],\n             "front")\nprint("done")']
+"""Ways in which a cell saves a figure."""
+
 
 @pytest.fixture
 def text(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "DATA", tmp_path)
     new = nbformat.v4
-    figure = new.new_code_cell('figures.save(picture, table, stage.folder("figures"), "front")', outputs=[
+    figure = new.new_code_cell(outputs=[
         new.new_output("stream", name="stderr", text="a progress bar"), new.new_output("stream", text="1 < 2 steps"),
         new.new_output("display_data", {"image/png": PIXEL}),
         new.new_output("display_data", {"text/html": '<table border="1" class="dataframe"><td>7.5</td></table>'})])
     given = new.new_code_cell("keep = 0.3", metadata={"tags": ["injected-parameters"]})
-    for notebook in params.NOTEBOOKS:
+    for number, notebook in enumerate(params.NOTEBOOKS):
         (tmp_path / "mine" / notebook / "figures").mkdir(parents=True)
+        figure.source = SAVING[number % len(SAVING)]
         prose = PROSE.replace("04 - A title", notebook)
         nbformat.write(new.new_notebook(cells=[given, new.new_markdown_cell(prose), figure]),
                        tmp_path / "mine" / notebook / "notebook.ipynb")
@@ -62,7 +67,7 @@ def test_it_holds_all_that_was_found(text):
     assert text.count("1 &lt; 2 steps") == count and "a progress bar" not in text
     assert text.count("keep = 0.3") == count and "1.05" in text and "commit abc" in text
     assert "04, Step 1 - Look &amp; see: front. Bars: 95 % intervals." in text
-    assert "<code>04_schedule_search/figures/front.csv</code>" in text
+    assert all(f"<code>{notebook}/figures/front.csv</code>" in text for notebook in params.NOTEBOOKS)
 
 
 def test_formulas_are_mathml_but_not_in_code(text):

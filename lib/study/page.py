@@ -38,6 +38,9 @@ details { font-size: .85rem; color: #555; }
 @media (max-width: 40rem) { body { padding: .6rem; } h1 { font-size: 1.5rem; } h2 { font-size: 1.25rem; } }
 """
 
+SAVES = re.compile(r'stage\.(?:folder\("figures"\)|figure\((?:(?!stage\.).)*?),\s*"([^"]+)"\)\s*$', re.M | re.S)
+"""How a cell of code says that it saves a figure, and its name."""
+
 
 def page(study: str, notebooks: Sequence[str], tables: dict[str, str]) -> str:
     """Give a study's report as HTML.
@@ -91,8 +94,7 @@ def _section(study: str, notebook: str) -> str:
         elif "injected-parameters" in cell.metadata.get("tags", []):
             parts.append(f"<details><summary>Parameters</summary><pre>{html.escape(cell.source)}</pre></details>")
         else:
-            saved = re.findall(r'stage\.folder\("figures"\), "([^"]+)"\)', cell.source)
-            pictures = iter(folder / f"{name}.csv" for name in saved)
+            pictures = iter(folder / f"{name}.csv" for name in SAVES.findall(cell.source))
             parts += [_output(output, f"{notebook[:2]}, {place}", pictures) for output in cell.outputs]
     return "".join(parts)
 
