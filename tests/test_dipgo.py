@@ -240,6 +240,21 @@ def test_scores_are_a_genome(prices, unet, teacher):
     assert prices.costs.executed(plan) <= 0.4 * teacher.steps * prices.costs.call
 
 
+def test_known_scores_and_the_same_shaken_fill_a_population(prices, teacher):
+    space = dipgo.ScoreSpace(prices, teacher, 0.4)
+    scores = np.random.default_rng(0).normal(3, 5, (teacher.steps, len(teacher.blocks)))
+    learnt = [scores, dipgo.evenly(teacher.steps).repeat(len(teacher.blocks), 1)]
+    genomes = space.known(learnt, 6, seed=1)
+    assert len(genomes) == 6 and all(set(genome) == set(space.distributions()) for genome in genomes)
+    assert all(0 <= gene <= 1 for genome in genomes for gene in genome.values())
+    assert [space.decode(genome).key for genome in genomes[:2]] == [
+        dipgo.prune(known, prices, 0.4, teacher).key for known in learnt], "ranks keep the order, so the plan"
+    moved = [np.subtract(list(genomes[2 + i].values()), list(genomes[i % 2].values())) for i in range(4)]
+    assert all(0.05 < np.abs(far).mean() < 0.12 for far in moved) and not np.allclose(moved[0], moved[2])
+    assert space.known(learnt, 6, seed=1) == genomes != space.known(learnt, 6, seed=2)
+    assert space.known(learnt, 1, seed=1) == genomes[:1]
+
+
 def test_what_lies_outside_whole_columns(described, teacher, prices):
     cells = np.ones((teacher.steps, len(teacher.blocks)), bool)
     cells[3] = False

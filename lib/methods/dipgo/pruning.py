@@ -1,17 +1,20 @@
 """From scores to plans of any cost (algorithm 1), and the space of scores for a search without gradient."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from optuna.distributions import BaseDistribution, FloatDistribution
+from scipy import stats
 
 from lib.grid.plan import Plan
 from lib.methods.dipgo.prices import Prices
 
 ACCEPTED = 0.0125
 """The paper's bisection ends where the kept fraction is as near as this to the wanted one."""
+SHAKE = 0.1
+"""Standard deviation of what is added to known ranks, in (0, 1], to make further genomes to start from."""
 
 
 def by_threshold(scores: np.ndarray, prices: Prices, keep: float) -> np.ndarray:
@@ -135,3 +138,24 @@ class ScoreSpace:
     def encode(self, scores: np.ndarray) -> dict[str, float]:
         """Give the genome of scores, (T, groups), in [0, 1]."""
         return {f"{step}.{group}": float(score) for (step, group), score in np.ndenumerate(scores) if step}
+
+    def known(self, learnt: Sequence[np.ndarray], count: int, seed: int) -> list[dict[str, float]]:
+        """Give genomes to start from: known scores as ranks, then the same shaken again and again.
+
+        Parameters
+        ----------
+        learnt : sequence of (T, groups), scores in any range, at least one
+        count : int, of genomes, such as a search's population; of more known scores than that the first are taken
+        seed : int, of what is added to the shaken ones
+
+        Returns
+        -------
+        genomes : list of `count` dicts, as `encode` gives them
+        """
+        ranks = [stats.rankdata(scores).reshape(scores.shape) / scores.size for scores in learnt]
+        genomes = [self.encode(rank) for rank in ranks[:count]]
+        for number in range(len(ranks), count):
+            rank = ranks[number % len(ranks)]
+            noise = np.random.default_rng((seed, number)).normal(0, SHAKE, rank.shape)
+            genomes.append(self.encode(np.clip(rank + noise, 0, 1)))
+        return genomes
