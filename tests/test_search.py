@@ -19,6 +19,7 @@ from lib.grid import blocks, cost
 from lib.grid.plan import COMPUTE, HOLD, LINE, PARABOLA, NoiseSchedule, Plan, trailing
 from lib.methods import search as searching
 from lib.methods.flexiffusion import FreeSpace, SegmentSpace
+from lib.methods.hunts import Hunt, contents
 from lib.methods.search import Found, pareto, search, winner
 from lib.teachers import networks
 
@@ -442,3 +443,21 @@ def test_power_and_lengths_move_the_steps(free):
     assert steps(power=1.0) == (999, 561, 249, 61)  # 1000 (1 - k/4)^2 - 1
     assert steps(length_0=1.0) == (999, 499, 332, 166)  # the first three times as long as the others
     assert free.decode(free.encode(4, 1) | {"partials_0": 1, "reach_0": 0.5}).timesteps == (999, 937, 749, 499, 249)
+
+
+def test_a_hunt_knows_what_it_begins_with(teacher, described):
+    space = SegmentSpace(teacher, described, (2, 5), (0,))
+    found = space.encode(5, 0, 2) | {"interval_0": 0.1}
+    hunt = Hunt(space, teacher, [0.5], 100, also=[found])
+    assert hunt.start == [*space.known(), found] and (hunt.guidance, hunt.method) == (1.0, "nsga2")
+    five = Plan.few_steps(5, "uniform", teacher)
+    assert {five.key, space.decode(found).key} < hunt.known_keys
+    assert five.key in Hunt(space, teacher, [0.5], 100).known_keys
+    assert space.decode(found).key not in Hunt(space, teacher, [0.5], 100).known_keys
+
+
+def test_what_a_schedule_consists_of(teacher, described):
+    plan = Plan.segments([(3, described.branch(0)), (2, described.branch(1))], teacher, (LINE, HOLD))
+    assert contents(plan, guided=False) == {"order": 1, "full": 2, "partial": 3, "forecast": 2, "null passes": 0}
+    assert contents(plan, guided=True)["null passes"] == 5, "one pass stands for both"
+    assert contents(plan.guided((1, 3), every=2), guided=True)["null passes"] == 2
