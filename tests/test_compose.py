@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
 from lib.grid import cost
+from lib.grid.model import Model
 from lib.grid.plan import HOLD, LINE, Plan
-from lib.judging import controls
+from lib.judging import controls, evaluate, extractor
+from lib.judging.banks import Bank
 from lib.methods import compose, diffnas
 from lib.methods.compose import Way
 from lib.methods.flexiffusion import FreeSpace
@@ -14,6 +17,21 @@ from lib.methods.flexiffusion import FreeSpace
 @pytest.fixture
 def free(teacher, described):
     return FreeSpace(teacher, described, (3, 4, 5), (0, 1), 2, reuses=(HOLD, LINE))
+
+
+def smaller(unet):
+    return diffnas.student(diffnas.supernet(unet, diffnas.FormSpace((1, 3), (1.0,))),
+                           {path: diffnas.Form(1, 3, form.width) for path, form in diffnas.forms(unet).items()})
+
+
+@pytest.fixture
+def banks(unet, schedule, tmp_path):
+    """Makes banks of a teacher's and a student's images."""
+    torch.manual_seed(0)
+    looks = [extractor.Extractor("classes", 1, 16, [10]).eval()]
+    models = {"teacher": Model(unet, schedule), "student": Model(smaller(unet), schedule)}
+    return lambda name, kind=compose.Banks, models=models: kind(name, models, looks, count=6, seed=0, precision="fp32",
+                                                                work=tmp_path)
 
 
 def test_the_joint_space_begins_as_the_free_space(free):
@@ -37,9 +55,7 @@ def test_a_reused_level_reuses_in_one_full_step_alone(free, described):
 
 
 def test_a_control_is_put_on_a_model(unet, teacher, described):
-    small = diffnas.student(diffnas.supernet(unet, diffnas.FormSpace((1, 3), (1.0,))),
-                            {path: diffnas.Form(1, 3, form.width) for path, form in diffnas.forms(unet).items()})
-    models = {"teacher": unet, "student": small}
+    models = {"teacher": unet, "student": smaller(unet)}
     costs = {name: cost.count(model) for name, model in models.items()}
 
     def macs(way):
@@ -52,3 +68,31 @@ def test_a_control_is_put_on_a_model(unet, teacher, described):
     assert other.name == "few (student)" and other.plans == one.plans
     assert all(way.steps > 3 for way, _ in one.plans), "the student's steps are cheaper"
     assert sum(weight * macs(way) for way, weight in one.plans) == pytest.approx(target)
+
+
+def test_banks_show_each_way_on_its_own_model(banks, teacher):
+    both, plan = banks("search"), Plan.few_steps(2, "uniform", teacher)
+    alone = banks("search", Bank, both.of["student"].model)
+    assert torch.equal(both.features(Way("student", plan)), alone.features(plan))
+    assert not torch.equal(both.features(Way("student", plan)), both.features(Way("teacher", plan)))
+
+
+def test_a_search_on_a_student_imitates_the_teacher_and_chooses_on_a_second_bank(banks, teacher, described, tmp_path):
+    first, second = banks("search"), banks("select")
+    wanted = Way("teacher", Plan.few_steps(6, "uniform", teacher, 2))
+    space = FreeSpace(teacher, described, (1, 2, 3, 4), (0,), 0)
+
+    def far(seen, plan):
+        return evaluate.imitation(seen.features(Way("student", plan)), seen.features(wanted), "rfid, shrunk")
+
+    searches = compose.WaySearch(wanted, first, second, population=4, finalists=3, seed=0, storage=tmp_path / "journal")
+    asked = {"number": 0, "budget": 3, "trials": 1, "start": space.known()}
+    found = searches.search("steps", "student", space, lambda way: way.steps, **asked)
+    assert len(found) == 7 and {one.macs for one in found} <= {1, 2, 3}, "six known within the budget, and one more"
+    assert all(one.error == far(first, one.plan) for one in found)
+    inside = sorted((one for one in found if 1 < one.macs <= 3), key=lambda one: one.error)[:3]
+    best = min((one.plan for one in inside), key=lambda plan: far(second, plan))
+    assert searches.winner("student", found, 1, 3) == Way("student", best)
+    assert searches.winner("student", found, 3, 4) is None
+    again = searches.search("steps", "student", space, lambda way: way.steps, **asked)
+    assert [one.plan.key for one in again] == [one.plan.key for one in found], "it goes on from the journal"

@@ -4,15 +4,22 @@ The one module that knows several methods. What is priced and scored here is a `
 plan; tables and controls take it where they take a plan.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution
+from torch import Tensor
 
+from lib.grid.model import Model
 from lib.grid.plan import COMPUTE, Plan
+from lib.judging import evaluate
+from lib.judging.banks import Bank
 from lib.judging.controls import Control
+from lib.judging.extractor import Extractor
 from lib.methods.flexiffusion import FreeSpace
+from lib.methods.search import Found, Space, search, winner
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,78 @@ class Way:
     def steps(self) -> int:
         """The plan's steps."""
         return self.plan.steps
+
+
+class Banks:
+    """One bank of noise for several models: what extractors see of the images of each `Way`.
+
+    Parameters
+    ----------
+    name : str, of the bank of noise
+    models : dict of name to Model
+    extractors, about : as `lib.judging.banks.Bank` takes them
+
+    Attributes
+    ----------
+    of : dict of a model's name to its Bank
+    """
+
+    def __init__(self, name: str, models: Mapping[str, Model], extractors: Sequence[Extractor], **about):
+        self.of = {which: Bank(name, model, extractors, **about) for which, model in models.items()}
+
+    def features(self, way: Way, title: str | None = None, by: str | None = None) -> Tensor:
+        """Give the features, (n, D), of the bank's images under a way; title and `by` as `Bank.features` takes them."""
+        return self.of[way.model].features(way.plan, title=title, by=by)
+
+
+@dataclass(frozen=True)
+class WaySearch:
+    """Searches, on any of several models, for plans whose images come nearest to those of one way.
+
+    Attributes
+    ----------
+    wanted : Way, whose images are imitated, on whatever model plans are looked for
+    first, second : Banks; candidates are compared on the first, the finalists among them on the second
+    population : int, of NSGA-II
+    finalists : int, best candidates of the first bank that meet again on the second
+    seed : int
+    storage : Path, of the journal from which a killed search goes on
+    """
+
+    wanted: Way
+    first: Banks
+    second: Banks
+    population: int
+    finalists: int
+    seed: int
+    storage: Path
+
+    def error(self, banks: Banks, model: str) -> Callable[[Plan], float]:
+        """Give the error of a plan on a model: the rFID of its images to the wanted ones, on these banks."""
+        def error(plan: Plan) -> float:
+            return evaluate.imitation(banks.features(Way(model, plan)), banks.features(self.wanted), "rfid, shrunk")
+
+        error.key = f"{banks.of[model].key} {banks.of[self.wanted.model].key} {self.wanted.plan.key}"
+        return error
+
+    def search(self, title: str, model: str, space: Space, price: Callable[[Way], float], *, number: int,
+               budget: float, trials: int, start: Iterable[Mapping] = ()) -> list[Found]:
+        """Give all that a search on a model finds within a budget, in the order of evaluation.
+
+        Parameters
+        ----------
+        price : callable(way), what the budget is of; it is what `Found.macs` holds
+        number : int, of the search: each draws other candidates
+        trials, start : as `lib.methods.search.search` takes them
+        """
+        return search(space, self.error(self.first, model), lambda plan: price(Way(model, plan)), trials=trials,
+                      population=self.population, budget=budget, seed=self.seed + 1_000_000 * number,
+                      storage=self.storage, start=start, title=title)
+
+    def winner(self, model: str, found: Iterable[Found], low: float, high: float) -> Way | None:
+        """Give the best finalist, by the second bank, of those with low < price <= high; None if there is none."""
+        plan = winner(found, self.error(self.second, model), self.finalists, low, high)
+        return None if plan is None else Way(model, plan)
 
 
 def on(model: str, control: Control) -> Control:

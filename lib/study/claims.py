@@ -1,0 +1,101 @@
+"""Rows of the papers' claims: what a paper says, in which setting it is tested, what was measured, whether it holds.
+
+A row has the columns paper, claimed, setting, measured and holds, all of them text. What is measured comes from tables
+that other notebooks wrote, whose columns `lib.judging.estimates.Contrast.columns` named.
+"""
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+from lib.judging import estimates
+
+DIPGO = "4.4 times faster (SD, 50 PLMS steps) without loss"
+"""What DiP-GO's abstract and first table claim."""
+
+
+def holds(row: Mapping, value: str) -> str:
+    """Say whether a score is kept and, where that is undecided, how many images would decide.
+
+    Parameters
+    ----------
+    row : with the columns of a `lib.judging.estimates.Contrast` of this name
+    value : str, such as "ratio"
+    """
+    word, needed = row[f"{value}_holds"], row[f"{value}_holds_needs"]
+    return f"{word} (n = {needed:,.0f})" if word == "undecided" and pd.notna(needed) else word
+
+
+def kept(row: Mapping, value: str) -> str:
+    """Write out how a score compares: by its ratio or, where a score is at the floor, by the difference.
+
+    Parameters
+    ----------
+    row, value : as `holds` takes them
+    """
+    at_floor = pd.isna(row[value])
+    name = f"{value}_difference" if at_floor else value
+    interval = "{:.2f} [{:.2f}, {:.2f}]".format(*(row[f"{name}{end}"] for end in ("", "_low", "_high")))
+    return f"a score higher by {interval}" if at_floor else f"{interval} of the score"
+
+
+def cheaper(paper: str, claimed: str, setting: str, row: Mapping, value: str) -> dict[str, str]:
+    """Give the row of a claim to be cheaper at no loss.
+
+    Parameters
+    ----------
+    paper, claimed, setting : str, as they are to be read
+    row : with `macs_ratio` (times fewer executed MACs) and the columns of `value`
+    value : str, as `holds` takes it
+    """
+    measured = f"{row['macs_ratio']:.2f} times fewer MACs at {kept(row, value)}"
+    return {"paper": paper, "claimed": claimed, "setting": setting, "measured": measured, "holds": holds(row, value)}
+
+
+def joint_loss(row: Mapping) -> dict[str, str]:
+    """Give the row of a claim of DiffNAS about its loss, from notebook 03's table of claims."""
+    return {"paper": "DiffNAS", "claimed": row["claimed"], "setting": row["here"],
+            "measured": f"{estimates.text(row, 'ratio')} of the score", "holds": row["holds"]}
+
+
+def schedule(row: Mapping) -> dict[str, str]:
+    """Give the row of a claim of Flexiffusion in its own setting, by its own measure, from notebook 04's table.
+
+    Where images have prompts, a claim that speaks of CLIP is judged by the prompt score, all others by the score.
+    """
+    measured = (f"{row['times']:.2f} times fewer MACs at {kept(row, 'ratio')}; {row['as many DDIM steps, word']} "
+                f"({row['as many DDIM steps']:.2f}) over as many DDIM steps, {row['DeepCache, word']} "
+                f"({row['DeepCache']:.2f}) over DeepCache")
+    prompted = "prompts_holds" in row
+    if prompted:
+        measured += (f"; prompt score {row['prompt score']:.3f} of {row['prompt score there']:.3f} (kept: "
+                     f"{row['prompts_holds']}; fewest DDIM steps that keep it: "
+                     f"{row['DDIM steps that keep prompts']:.0f})")
+    value = "prompts" if prompted and "CLIP" in row["claimed"] else "ratio"
+    return {"paper": "Flexiffusion", "claimed": row["claimed"], "setting": row["here"], "measured": measured,
+            "holds": holds(row, value)}
+
+
+def pruning(rows: pd.DataFrame) -> dict[str, str]:
+    """Give the row of DiP-GO's claim in its own setting, by the prompt score where there are prompts.
+
+    Parameters
+    ----------
+    rows : of one plan over its controls, from notebook 05's table of bases, indexed by the controls' names, one of
+        which is "the base": the run that was pruned
+    """
+    row, others = rows.loc["the base"], rows.drop("the base")
+    over, prompted = "plan_over_control", "prompts_over_control_holds" in rows
+    measured = f"{row['macs'] / row['plan_macs']:.2f} times fewer MACs at {kept(row, over)}; "
+    measured += "; ".join(f"{other[f'{over}_word']} ({other[over]:.2f}) over {name}"
+                          for name, other in others.iterrows())
+    if prompted:
+        measured += f"; prompt score {-row['prompts_over_control_difference']:+.3f}"
+    return {"paper": "DiP-GO", "claimed": DIPGO, "setting": row["base"], "measured": measured,
+            "holds": holds(row, "prompts_over_control" if prompted else over)}
+
+
+def tally(rows: pd.DataFrame) -> str:
+    """Count how the tests came out, rows without one ("-") left out: "1 yes, 0 undecided, 3 no"."""
+    words = rows["holds"].str.partition(" (")[0]
+    return ", ".join(f"{(words == word).sum()} {word}" for word in ("yes", "undecided", "no"))

@@ -1,0 +1,74 @@
+"""The rows of the papers' claims."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib.study import claims
+
+
+def compared(name, value, holds="no", needs=np.nan, word="worse"):
+    """The columns of a contrast; at the floor there is a difference and no ratio."""
+    ratio = {f"{name}{end}": value + step for end, step in (("", 0), ("_low", -0.1), ("_high", 0.1))}
+    difference = {f"{name}_difference{end}": step for end, step in (("", 0.5), ("_low", 0.25), ("_high", 0.75))}
+    return {**ratio, **difference, f"{name}_word": word, f"{name}_holds": holds, f"{name}_holds_needs": needs}
+
+
+@pytest.mark.parametrize(("holds", "needs", "said"), [
+    ("yes", 90, "yes"), ("no", np.nan, "no"), ("undecided", 10566.4, "undecided (n = 10,566)"),
+    ("undecided", np.nan, "undecided")])
+def test_only_an_undecided_claim_says_how_many_images_would_decide(holds, needs, said):
+    assert claims.holds(compared("ratio", 1.0, holds, needs), "ratio") == said
+
+
+def test_a_cheaper_way_is_judged_by_its_ratio_or_at_the_floor_by_the_difference():
+    row = {"macs_ratio": 2.264, **compared("ratio", 3.6)}
+    found = claims.cheaper("DiffNAS", "half", "20 steps", row, "ratio")
+    assert found == {"paper": "DiffNAS", "claimed": "half", "setting": "20 steps", "holds": "no",
+                     "measured": "2.26 times fewer MACs at 3.60 [3.50, 3.70] of the score"}
+    found = claims.cheaper("DiffNAS", "half", "20 steps", row | compared("ratio", np.nan), "ratio")
+    assert found["measured"] == "2.26 times fewer MACs at a score higher by 0.50 [0.25, 0.75]"
+
+
+def test_a_loss_is_judged_as_notebook_03_did():
+    row = {"claimed": "joint helps", "here": "3 trainings", "ratio": 0.763, "ratio_low": 0.659, "ratio_high": 0.883}
+    assert claims.joint_loss(row | {"holds": "yes"}) == {
+        "paper": "DiffNAS", "claimed": "joint helps", "setting": "3 trainings", "holds": "yes",
+        "measured": "0.763 [0.659, 0.883] of the score"}
+
+
+SCHEDULE = {"here": "PLMS, T = 50", "times": 5.614, **compared("ratio", 1.6), "as many DDIM steps": 1.844,
+            "as many DDIM steps, word": "worse", "DeepCache": 0.79, "DeepCache, word": "undecided"}
+PROMPTED = {"prompt score": 0.903, "prompt score there": 0.947, "DDIM steps that keep prompts": 3.0,
+            **compared("prompts", np.nan, "undecided", 500)}
+
+
+def test_a_claim_about_clip_is_judged_by_prompts_where_there_are_some():
+    plain = claims.schedule(SCHEDULE | {"claimed": "5.1 times, CLIP all but equal"})
+    assert plain["holds"] == "no" and plain["setting"] == "PLMS, T = 50" and plain["paper"] == "Flexiffusion"
+    assert plain["measured"] == ("5.61 times fewer MACs at 1.60 [1.50, 1.70] of the score; worse (1.84) over as many "
+                                 "DDIM steps, undecided (0.79) over DeepCache")
+    prompted = claims.schedule(SCHEDULE | PROMPTED | {"claimed": "5.1 times, CLIP all but equal"})
+    assert prompted["holds"] == "undecided (n = 500)"
+    assert prompted["measured"] == plain["measured"] + ("; prompt score 0.903 of 0.947 (kept: undecided; fewest DDIM "
+                                                        "steps that keep it: 3)")
+    assert claims.schedule(SCHEDULE | PROMPTED | {"claimed": "2.6 times"})["holds"] == "no", "no word of CLIP"
+
+
+def test_pruning_is_judged_over_the_run_that_was_pruned():
+    rows = pd.DataFrame([{"name": name, "base": "PLMS, T = 50", "macs": macs, "plan_macs": 25.0,
+                          **compared("plan_over_control", value, holds, word=word)}
+                         for name, macs, value, holds, word in (("fewer steps", 25.0, 1.2, "no", "worse"),
+                                                                ("the base", 110.0, 1.0, "yes", "as good"))])
+    found = claims.pruning(rows.set_index("name"))
+    assert found == {"paper": "DiP-GO", "claimed": claims.DIPGO, "setting": "PLMS, T = 50", "holds": "yes",
+                     "measured": "4.40 times fewer MACs at 1.00 [0.90, 1.10] of the score; "
+                                 "worse (1.20) over fewer steps"}
+    prompted = rows.assign(**compared("prompts_over_control", np.nan, "no"))
+    found = claims.pruning(prompted.set_index("name"))
+    assert found["holds"] == "no" and found["measured"].endswith("over fewer steps; prompt score -0.500")
+
+
+def test_tests_are_counted_by_how_they_came_out():
+    rows = pd.DataFrame({"holds": ["yes", "no", "undecided (n = 9)", "no", "-"]})
+    assert claims.tally(rows) == "1 yes, 1 undecided, 2 no"
