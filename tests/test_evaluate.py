@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from safetensors.torch import load_file
 from simulation import covered, simulate
 
 from lib.grid.model import Model
 from lib.grid.plan import Plan
-from lib.judging import banks, estimates, evaluate, extractor
+from lib.judging import banks, estimates, evaluate, extractor, trainings
 from lib.judging.banks import Bank
 from lib.judging.estimates import Contrast, Estimate, Score, jackknife, pseudo_values
 from lib.judging.evaluate import Judge, distance
+from lib.judging.trainings import Trainings
 from lib.teachers import data
 
 
@@ -153,6 +155,32 @@ def test_trainings_say_whether_all_pairs_agree():
         assert np.isnan(floor["least"]) and np.isnan(floor["greatest"]), "whichever comes first"
         assert (floor["ratio_word"], floor["agree"]) == ("better", True)
         assert estimates.text(floor, "ratio").endswith("] more") and "nan" not in estimates.text(floor, "ratio")
+
+
+def test_kinds_of_networks_are_scored_training_by_training(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    real, noise = (torch.randn(2000, 3, generator=generator) for _ in range(2))
+    first, second = Judge(real, "first"), Judge(real + 0.1, "second")
+    shifts = {"mine": [0.5, 0.7], "theirs": [0.6]}
+    banks = {name: [Mock(extractors={"first": None, "second": None},
+                         features=lambda plan, title, by, shift=shift: (noise + shift) * (2 if by == "second" else 1))
+                    for shift in some] for name, some in shifts.items()}
+    found = Trainings.of(banks, "plan")
+    near, far, between = noise + 0.5, noise + 0.7, noise + 0.6
+    single = [first.score(features).estimate.value for features in (near, far)]
+    assert found.score("mine", first).estimate.value == pytest.approx(np.sqrt(np.prod(single)))
+    assert found.compare("mine", "theirs", first) == first.trainings([near, far], [between])
+    assert found.compare("theirs", "mine", second) == second.trainings([2 * between], [2 * near, 2 * far])
+    found.save(tmp_path / "features.safetensors")
+    saved = load_file(tmp_path / "features.safetensors")
+    assert {name: tuple(some.shape) for name, some in saved.items()} == {
+        f"{by}/{name}": (len(some), 2000, 3) for by in ("first", "second") for name, some in shifts.items()}
+    assert torch.equal(saved["second/mine"][1], 2 * far)
+
+
+def test_trainings_on_both_sides_decide_nothing():
+    rows = [{"ratio_word": word, "agree": agree} for word in ("better", "as good", "worse") for agree in (True, False)]
+    assert [trainings.word(row) for row in rows] == ["better", "undecided", "as good", "as good", "worse", "undecided"]
 
 
 def test_what_is_needed_decides():

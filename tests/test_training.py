@@ -1,5 +1,6 @@
 """Training: resumes after kill -9 to the same weights, stops at NaN, averages."""
 
+import json
 import os
 import signal
 import subprocess
@@ -151,3 +152,31 @@ def test_it_learns_and_leaves_the_average_of_the_weights(tmp_path):
 def test_a_step_draws_the_same_whenever_it_is_reached():
     draws = [torch.randn(4, generator=step_generator(0, step)) for step in (0, 1, 0)]
     assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])
+
+
+def test_a_watched_loss_is_the_loss_and_looks_once_a_stretch_resumed_or_not(tmp_path):
+    looked, path = [], tmp_path / "seen.json"
+
+    def loss(model, generator, way):
+        if stop and way >= 0.5:
+            raise KeyboardInterrupt
+        return model(torch.ones(1, 1)).square().sum()
+
+    def look(model):
+        looked.append(model.weight.item())
+        return looked[-1]
+
+    def trained(work, watched):
+        torch.manual_seed(0)
+        model = nn.Linear(1, 1)
+        fit(model, watched, tmp_path / work, steps=20)
+        return model.weight.item()
+
+    stop = True
+    with pytest.raises(KeyboardInterrupt):
+        trained("watched", training.watched(loss, look, 5, path))
+    stop = False
+    assert len(looked) == 3, "steps 0, 4 and 8"
+    assert trained("watched", training.watched(loss, look, 5, path)) == trained("plain", loss)
+    assert len(looked) == 5 and json.loads(path.read_text()) == dict(zip("01234", looked))
+    assert len(set(looked)) == 5, "each of another state of the weights"

@@ -117,6 +117,30 @@ def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator, float], 
     return history
 
 
+def watched(loss: Callable[[nn.Module, torch.Generator, float], Tensor], look: Callable[[nn.Module], float],
+            points: int, path: Path) -> Callable[[nn.Module, torch.Generator, float], Tensor]:
+    """Give a loss that also writes down, now and then along the training, what `look` says of the model.
+
+    Parameters
+    ----------
+    loss : callable(model, generator, way) -> scalar Tensor, as `train` takes it
+    look : callable(model) -> float; it must draw nothing from the step's generator, and keep no gradient
+    points : int
+        So many stretches of equal length has the training; `look` is asked at the first step of each.
+    path : Path
+        A JSON file of stretch ("0", "1", ...) to value. A resumed training takes none of them twice.
+    """
+    seen = json.loads(path.read_text()) if path.exists() else {}
+
+    def watching(model: nn.Module, generator: torch.Generator, way: float) -> Tensor:
+        if (stretch := str(int(way * points))) not in seen:
+            seen[stretch] = look(model)
+            path.write_text(json.dumps(seen))
+        return loss(model, generator, way)
+
+    return watching
+
+
 def own_share(rows: Tensor) -> Tensor:
     """Give this process's rows of a batch that all processes of a training have drawn alike."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
