@@ -1,6 +1,7 @@
 """The notebooks' anatomy, and that their defaults are the smoke study."""
 
 import re
+import statistics
 
 import nbformat
 import papermill
@@ -21,10 +22,14 @@ def test_there_is_one_notebook_for_each_dataclass_and_those_of_no_study():
     assert sorted(paths.NOTEBOOKS.glob("*.ipynb")) == NOTEBOOKS + FREE
 
 
+def code(path):
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
 @pytest.mark.parametrize("path", FREE, ids=lambda path: path.stem)
-def test_a_notebook_of_no_study_is_short_and_clean(path):
-    cells = [cell for cell in read(path).cells if cell.cell_type == "code"]
-    assert all(len(cell.source.splitlines()) <= 15 and not cell.outputs for cell in cells)
+def test_a_notebook_of_no_study_is_clean(path):
+    cells = code(path)
+    assert not any(cell.outputs for cell in cells)
     assert not any(re.search(r"(?m)^\s*[!%]|pip install|sys\.path|os\.chdir", cell.source) for cell in cells)
     assert "## Exercises" in read(path).cells[-1].source
 
@@ -47,12 +52,9 @@ class TestEach:
         found = {name: eval(field["default"], {}) for name, field in papermill.inspect_notebook(path).items()}
         assert found == params.load("smoke")[path.stem].model_dump()
 
-    def test_cells_are_short_and_install_nothing(self, path):
-        for cell in read(path).cells:
-            if cell.cell_type == "code":
-                parameters = "parameters" in cell.metadata.get("tags", [])  # a line each, however many there are
-                assert parameters or len(cell.source.splitlines()) <= 25
-                assert not re.search(r"(?m)^\s*[!%]|pip install|sys\.path|os\.chdir", cell.source)
+    def test_installs_nothing(self, path):
+        for cell in code(path):
+            assert not re.search(r"(?m)^\s*[!%]|pip install|sys\.path|os\.chdir", cell.source)
 
     def test_ends_its_stage_and_sets_exercises(self, path):
         cells = read(path).cells
@@ -63,6 +65,16 @@ class TestEach:
         for cell in read(path).cells:
             if cell.cell_type == "code":
                 assert bool(cell.outputs) == ("NBVAL_CHECK_OUTPUT" in cell.source), cell.source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS + FREE, ids=lambda path: path.stem)
+def test_cells_are_short_and_stand_in_prose(path):
+    """A parameter is a line; else cells have 5 lines, 15 at most; never three in a row without a word between."""
+    lengths = [len(cell.source.splitlines()) for cell in code(path) if "parameters" not in cell.metadata.get("tags", [])]
+    assert statistics.median(lengths) <= 5 and max(lengths) <= 15
+    assert max(len(line) for cell in code(path) for line in cell.source.splitlines()) <= 120
+    kinds = "".join(cell.cell_type[0] for cell in read(path).cells)
+    assert "ccc" not in kinds
 
 
 def test_the_table_of_notebooks_lists_all():
