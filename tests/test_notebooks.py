@@ -70,7 +70,8 @@ class TestEach:
 @pytest.mark.parametrize("path", NOTEBOOKS + FREE, ids=lambda path: path.stem)
 def test_cells_are_short_and_stand_in_prose(path):
     """A parameter is a line; else cells have 5 lines, 15 at most; never three in a row without a word between."""
-    lengths = [len(cell.source.splitlines()) for cell in code(path) if "parameters" not in cell.metadata.get("tags", [])]
+    cells = [cell for cell in code(path) if "parameters" not in cell.metadata.get("tags", [])]
+    lengths = [len(cell.source.splitlines()) for cell in cells]
     assert statistics.median(lengths) <= 5 and max(lengths) <= 15
     assert max(len(line) for cell in code(path) for line in cell.source.splitlines()) <= 120
     kinds = "".join(cell.cell_type[0] for cell in read(path).cells)

@@ -45,14 +45,14 @@ def text(tmp_path, monkeypatch, teacher):
         (tmp_path / "mine" / notebook / "figures" / "front.csv").write_text("name,ratio,ratio_low,ratio_high\n")
         (tmp_path / "mine" / notebook / "meta.json").write_text(json.dumps({"commit": "abc"}))
     shown = tmp_path / "mine" / "06_comparison"
-    for folder in ("tables", "samples"):
+    for folder in ("tables", "figures/plans"):
         (shown / folder).mkdir()
     pd.DataFrame({"name": ["mine, 20%", "without a plan"], "family": ["mine", "another"], "macs_ratio": [5.0, 2.0],
                   "honest_factor": [2.0, 1.0], "ratio": [1.25, 1.0], "ratio_low": [1.0, 0.9], "ratio_high": [1.5, 1.1],
                   "times faster": [4.5, np.nan]}).to_csv(shown / "tables" / "everything.csv", index=False)
     (tmp_path / "mine" / "04_schedule_search" / "plans").mkdir()
     teacher.save(tmp_path / "mine" / "04_schedule_search" / "plans" / "mine_20.json")
-    (shown / "samples" / "mine_20.png").write_bytes(b"no real sample")
+    (shown / "figures" / "plans" / "mine_20.png").write_bytes(b"no real sample")
     return page.page("mine", list(params.NOTEBOOKS), "* **A finding.**",
                      {"Every way": "| plan |\n|---|\n| <i>x</i> 1.05 |"})
 

@@ -361,10 +361,13 @@ def test_a_stage_writes_tables_figures_plans_and_flat_numbers(tmp_path, monkeypa
     there.figure(figure, rows, "front")
     assert shown == [(figure, {"figure": "front"})] and not plt.fignum_exists(figure.number), "shown once"
     there.plans({"DDIM, 5 steps": teacher})
+    there.strip(torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1).expand(2, 1, 3, 3), "DDIM, 5 steps")
+    pixels = plt.imread(there.out / "figures" / "plans" / "ddim_5_steps.png")[..., :3]
+    assert pixels.shape == (3, 6, 3) and (pixels[:, :3] == 0).all() and (pixels[:, 3:] == 1).all()
     assert Plan.load(there.out / "plans" / "ddim_5_steps.json") == teacher
     lines = (there.out / "tables" / "front.csv").read_text().splitlines()
     assert lines == ["name,score", '"DDIM, 5 steps",0.333333', '"DDIM, 9 steps",2']
-    assert {path.name for path in (there.out / "figures").iterdir()} == {"front.png", "front.csv"}
+    assert {path.name for path in (there.out / "figures").iterdir()} == {"front.png", "front.csv", "plans"}
     assert there.numbers(rows, "score") == {"score_ddim_5_steps": 1 / 3, "score_ddim_9_steps": 2.0}
 
 

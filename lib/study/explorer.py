@@ -62,7 +62,7 @@ def _card(row: dict, path: Path, folder: Path) -> str:
         words += f", {row['times faster']:.2f} times faster"
     if pd.notna(row["ratio"]):
         words += f"; {text(row, 'ratio')} of the best teacher's score"
-    samples = folder / "06_comparison" / "samples" / f"{key}.png"
+    samples = folder / "06_comparison" / "figures" / "plans" / f"{key}.png"
     images = f"<img class='samples' alt='images' src='{_data(samples.read_bytes())}'>" if samples.exists() else ""
     maps = "".join(f"<img alt='plan' src='{_data(_png(figures.plan_map(plan, one)))}'>"
                    for one in (plan.passes if len(plan.passes) > 1 else (GIVEN,)))

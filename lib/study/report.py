@@ -17,7 +17,8 @@ from lib.study import figures, paths
 from lib.study.page import page
 from lib.study.params import ParamsError, notebooks
 
-KEPT = ("metrics.json", "timings.json", "meta.json", "figures/*.png", "figures/*.csv", "tables/*.csv", "plans/*.json")
+KEPT = ("metrics.json", "timings.json", "meta.json", "figures/*.png", "figures/plans/*.png", "figures/*.csv",
+        "tables/*.csv", "plans/*.json")
 
 PLANNING = ("04_schedule_search", "05_pruner_training", "06_comparison")
 """The notebooks whose results are plans."""

@@ -111,6 +111,10 @@ class Stage:
         display(picture, metadata={"figure": name})
         plt.close(picture)
 
+    def strip(self, images: torch.Tensor, name: str) -> None:
+        """Write images of a plan to figures/plans/<key of its name>.png: the report's front leads there."""
+        plt.imsave(self.folder("figures/plans") / f"{self.key(name)}.png", figures.strip(images.numpy()))
+
     def plans(self, plans: Mapping[str, Plan]) -> None:
         """Write each plan to plans/<key of its name>.json."""
         for name, plan in plans.items():

@@ -119,6 +119,13 @@ def by_label(images: np.ndarray, labels: np.ndarray, columns: int = 12) -> Figur
     return grid(np.stack(list(rows.values())), list(rows))
 
 
+def strip(images: np.ndarray) -> np.ndarray:
+    """Give images (n, C, H, W), float, in [-1, 1], side by side as pixels, (H, n W, 3), in [0, 1]."""
+    count, channels, height, width = images.shape
+    pixels = np.clip((images + 1) / 2, 0, 1).transpose(2, 0, 3, 1).reshape(height, count * width, channels)
+    return np.broadcast_to(pixels, (height, count * width, 3))
+
+
 def plain_logarithm(axis: Axis) -> None:
     """Label a logarithmic axis with plain numbers, more of them where it spans little."""
     low, high = axis.get_view_interval()
