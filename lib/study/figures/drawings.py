@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from lib.grid.blocks import STEM, Blocks
 from lib.grid.plan import COMPUTE, HOLD, LINE, PARABOLA, Plan
@@ -96,6 +97,7 @@ def forecast(places: Sequence[float], values: Sequence[float], computed: Sequenc
             axes.plot([places[i] for i in stretch], np.polyval(curve, [places[i] for i in stretch]), ".-", ms=4, lw=1,
                       color=STATES[state][1], label=STATES[state][0] if after == known[0] else None)
     axes.set(xlabel="step (noise to image)", ylabel="one number of the output")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=6.5, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1), columnspacing=0.8, handlelength=1.2)
     return figure
 
