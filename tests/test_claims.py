@@ -23,22 +23,24 @@ def test_only_an_undecided_claim_says_how_many_images_would_decide(holds, needs,
 
 def test_a_cheaper_way_is_judged_by_its_ratio_or_at_the_floor_by_the_difference():
     row = {"macs_ratio": 2.264, **compared("ratio", 3.6)}
-    found = claims.cheaper("DiffNAS", "half", "20 steps", row, "ratio")
-    assert found == {"paper": "DiffNAS", "claimed": "half", "setting": "20 steps", "holds": "no",
+    found = claims.cheaper("DiffNAS", "half", "20 steps", row, "ratio", "a control")
+    assert found == {"paper": "DiffNAS", "claimed": "half", "setting": "20 steps", "control": "a control",
+                     "holds": "no",
                      "measured": "2.26 times fewer MACs at 3.60 [3.50, 3.70] of the score"}
-    found = claims.cheaper("DiffNAS", "half", "20 steps", row | compared("ratio", np.nan), "ratio")
+    found = claims.cheaper("DiffNAS", "half", "20 steps", row | compared("ratio", np.nan), "ratio", "-")
     assert found["measured"] == "2.26 times fewer MACs at a score higher by 0.50 [0.25, 0.75]"
 
 
 def test_a_loss_is_judged_as_notebook_03_did():
     row = {"claimed": "joint helps", "here": "3 trainings", "ratio": 0.763, "ratio_low": 0.659, "ratio_high": 0.883}
     assert claims.joint_loss(row | {"holds": "yes"}) == {
-        "paper": "DiffNAS", "claimed": "joint helps", "setting": "3 trainings", "holds": "yes",
+        "paper": "DiffNAS", "claimed": "joint helps", "setting": "3 trainings", "holds": "yes", "control": "-",
         "measured": "0.763 [0.659, 0.883] of the score"}
 
 
 SCHEDULE = {"here": "PLMS, T = 50", "times": 5.614, **compared("ratio", 1.6), "as many DDIM steps": 1.844,
-            "as many DDIM steps, word": "worse", "DeepCache": 0.79, "DeepCache, word": "undecided"}
+            "as many DDIM steps, word": "worse", "DeepCache": 0.79, "DeepCache, word": "undecided",
+            "strongest": "searched steps", "over the strongest": 3.2, "over the strongest, word": "worse"}
 PROMPTED = {"prompt score": 0.903, "prompt score there": 0.947, "DDIM steps that keep prompts": 3.0,
             **compared("prompts", np.nan, "undecided", 500)}
 
@@ -46,8 +48,9 @@ PROMPTED = {"prompt score": 0.903, "prompt score there": 0.947, "DDIM steps that
 def test_a_claim_about_clip_is_judged_by_prompts_where_there_are_some():
     plain = claims.schedule(SCHEDULE | {"claimed": "5.1 times, CLIP all but equal"})
     assert plain["holds"] == "no" and plain["setting"] == "PLMS, T = 50" and plain["paper"] == "Flexiffusion"
-    assert plain["measured"] == ("5.61 times fewer MACs at 1.60 [1.50, 1.70] of the score; worse (1.84) over as many "
-                                 "DDIM steps, undecided (0.79) over DeepCache")
+    assert plain["measured"] == "5.61 times fewer MACs at 1.60 [1.50, 1.70] of the score"
+    assert plain["control"] == ("worse (1.84) over as many DDIM steps; undecided (0.79) over DeepCache; worse (3.20) "
+                                "over searched steps")
     prompted = claims.schedule(SCHEDULE | PROMPTED | {"claimed": "5.1 times, CLIP all but equal"})
     assert prompted["holds"] == "undecided (n = 500)"
     assert prompted["measured"] == plain["measured"] + ("; prompt score 0.903 of 0.947 (kept: undecided; fewest DDIM "
@@ -62,11 +65,17 @@ def test_pruning_is_judged_over_the_run_that_was_pruned():
                                                                 ("the base", 110.0, 1.0, "yes", "as good"))])
     found = claims.pruning(rows.set_index("name"))
     assert found == {"paper": "DiP-GO", "claimed": claims.DIPGO, "setting": "PLMS, T = 50", "holds": "yes",
-                     "measured": "4.40 times fewer MACs at 1.00 [0.90, 1.10] of the score; "
-                                 "worse (1.20) over fewer steps"}
+                     "measured": "4.40 times fewer MACs at 1.00 [0.90, 1.10] of the score",
+                     "control": "worse (1.20) over fewer steps"}
     prompted = rows.assign(**compared("prompts_over_control", np.nan, "no"))
     found = claims.pruning(prompted.set_index("name"))
-    assert found["holds"] == "no" and found["measured"].endswith("over fewer steps; prompt score -0.500")
+    assert found["holds"] == "no" and found["measured"].endswith("of the score; prompt score -0.500")
+
+
+def test_a_plan_is_set_beside_its_own_strongest_control():
+    rows = pd.DataFrame({"plan": ["A", "A", "B"], "name": ["x", "y", "z"], "strongest": [False, True, True],
+                         "plan_over_control": [3.0, 2.0, 1.0], "plan_over_control_word": ["worse", "worse", "as good"]})
+    assert claims.strongest(rows, "A") == "worse (2.00) over y"
 
 
 def test_tests_are_counted_by_how_they_came_out():

@@ -69,6 +69,7 @@ def test_a_plan_over_its_controls():
                          "nearness_over_control_word": ["better", "worse", "worse"], "strongest": [False, True, False]})
     assert settings.over_controls(rows) == {
         "as many DDIM steps": 0.9, "as many DDIM steps, word": "undecided", "nearer than as many DDIM steps": "better",
-        "DeepCache": 0.5, "DeepCache, word": "better", "strongest": "DeepCache, branch 0"}
+        "DeepCache": 0.5, "DeepCache, word": "better", "strongest": "DeepCache, branch 0",
+        "over the strongest": 0.5, "over the strongest, word": "better"}
     alone = settings.over_controls(rows.iloc[[0, 2]].assign(strongest=[True, False]))
     assert np.isnan(alone["DeepCache"]) and alone["DeepCache, word"] == "-"

@@ -1,6 +1,7 @@
 """Rows of the papers' claims: what a paper says, in which setting it is tested, what was measured, whether it holds.
 
-A row has the columns paper, claimed, setting, measured and holds, all of them text. What is measured comes from tables
+A row has the columns paper, claimed, setting, measured, control and holds, all of them text: *control* says how the
+plan's score compares with what else the same MACs buy. What is measured comes from tables
 that other notebooks wrote, whose columns `lib.judging.estimates.Contrast.columns` named.
 """
 
@@ -39,23 +40,35 @@ def kept(row: Mapping, value: str) -> str:
     return f"a score higher by {interval}" if at_floor else f"{interval} of the score"
 
 
-def cheaper(paper: str, claimed: str, setting: str, row: Mapping, value: str) -> dict[str, str]:
+def over(word: str, ratio: float, name: str) -> str:
+    """Say how a plan's score compares with a control's: "worse (1.84) over searched steps"."""
+    return f"{word} ({ratio:.2f}) over {name}"
+
+
+def strongest(rows: pd.DataFrame, plan: str) -> str:
+    """Say how a plan compares with its strongest control, from rows of `lib.judging.controls.Table.beside`."""
+    row = rows[(rows["plan"] == plan) & rows["strongest"]].iloc[0]
+    return over(row["plan_over_control_word"], row["plan_over_control"], row["name"])
+
+
+def cheaper(paper: str, claimed: str, setting: str, row: Mapping, value: str, control: str) -> dict[str, str]:
     """Give the row of a claim to be cheaper at no loss.
 
     Parameters
     ----------
-    paper, claimed, setting : str, as they are to be read
+    paper, claimed, setting, control : str, as they are to be read
     row : with `macs_ratio` (times fewer executed MACs) and the columns of `value`
     value : str, as `holds` takes it
     """
     measured = f"{row['macs_ratio']:.2f} times fewer MACs at {kept(row, value)}"
-    return {"paper": paper, "claimed": claimed, "setting": setting, "measured": measured, "holds": holds(row, value)}
+    return {"paper": paper, "claimed": claimed, "setting": setting, "measured": measured, "control": control,
+            "holds": holds(row, value)}
 
 
 def joint_loss(row: Mapping) -> dict[str, str]:
     """Give the row of a claim of DiffNAS about its loss, from notebook 03's table of claims."""
     return {"paper": "DiffNAS", "claimed": row["claimed"], "setting": row["here"],
-            "measured": f"{estimates.text(row, 'ratio')} of the score", "holds": row["holds"]}
+            "measured": f"{estimates.text(row, 'ratio')} of the score", "control": "-", "holds": row["holds"]}
 
 
 def schedule(row: Mapping) -> dict[str, str]:
@@ -63,9 +76,10 @@ def schedule(row: Mapping) -> dict[str, str]:
 
     Where images have prompts, a claim that speaks of CLIP is judged by the prompt score, all others by the score.
     """
-    measured = (f"{row['times']:.2f} times fewer MACs at {kept(row, 'ratio')}; {row['as many DDIM steps, word']} "
-                f"({row['as many DDIM steps']:.2f}) over as many DDIM steps, {row['DeepCache, word']} "
-                f"({row['DeepCache']:.2f}) over DeepCache")
+    measured = f"{row['times']:.2f} times fewer MACs at {kept(row, 'ratio')}"
+    control = "; ".join(over(row[f"{column}, word"], row[column], name) for column, name in (
+        ("as many DDIM steps", "as many DDIM steps"), ("DeepCache", "DeepCache"),
+        ("over the strongest", row["strongest"])))
     prompted = "prompts_holds" in row
     if prompted:
         measured += (f"; prompt score {row['prompt score']:.3f} of {row['prompt score there']:.3f} (kept: "
@@ -73,7 +87,7 @@ def schedule(row: Mapping) -> dict[str, str]:
                      f"{row['DDIM steps that keep prompts']:.0f})")
     value = "prompts" if prompted and "CLIP" in row["claimed"] else "ratio"
     return {"paper": "Flexiffusion", "claimed": row["claimed"], "setting": row["here"], "measured": measured,
-            "holds": holds(row, value)}
+            "control": control, "holds": holds(row, value)}
 
 
 def pruning(rows: pd.DataFrame) -> dict[str, str]:
@@ -85,14 +99,13 @@ def pruning(rows: pd.DataFrame) -> dict[str, str]:
         which is "the base": the run that was pruned
     """
     row, others = rows.loc["the base"], rows.drop("the base")
-    over, prompted = "plan_over_control", "prompts_over_control_holds" in rows
-    measured = f"{row['macs'] / row['plan_macs']:.2f} times fewer MACs at {kept(row, over)}; "
-    measured += "; ".join(f"{other[f'{over}_word']} ({other[over]:.2f}) over {name}"
-                          for name, other in others.iterrows())
+    value, prompted = "plan_over_control", "prompts_over_control_holds" in rows
+    measured = f"{row['macs'] / row['plan_macs']:.2f} times fewer MACs at {kept(row, value)}"
+    control = "; ".join(over(other[f"{value}_word"], other[value], name) for name, other in others.iterrows())
     if prompted:
         measured += f"; prompt score {-row['prompts_over_control_difference']:+.3f}"
     return {"paper": "DiP-GO", "claimed": DIPGO, "setting": row["base"], "measured": measured,
-            "holds": holds(row, "prompts_over_control" if prompted else over)}
+            "control": control, "holds": holds(row, "prompts_over_control" if prompted else value)}
 
 
 def tally(rows: pd.DataFrame) -> str:

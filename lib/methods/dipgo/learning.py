@@ -91,7 +91,7 @@ class Watch:
 
 def learn(pruner: Pruner, net: SuperNet, prices: Prices, noise: Callable[[int, int], Tensor], recipe: Recipe, *,
           work: Path, title: str = "pruner", watch: Watch | None = None) -> list[dict]:
-    """Train a pruner, in place, as the paper does (equations 2 to 4). A killed training goes on, to the same end.
+    """Train a pruner, in place, as the paper does (equation 3). A killed training goes on, to the same end.
 
     A gate is on where computing is likelier than not; the images' difference from the teacher's and, until few enough
     MACs are kept, the price of the gates are minimised by SGD with clipped gradients.
