@@ -9,9 +9,12 @@ import contextlib
 import functools
 import inspect
 import logging
+import os
 import re
 import signal
+import tempfile
 import warnings
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -26,9 +29,11 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from lib.apply import Planned
+from lib.fit import fit
 from lib.grid import blocks
 from lib.grid.pipelines import network_of
 from lib.grid.plan import FlowSchedule, Plan, PlanError
+from lib.methods.fitting import Effort
 from lib.study import paths
 
 NAMES = sorted(name for name in dir(diffusers) if name.endswith("Pipeline") and "Onnx" not in name
@@ -40,7 +45,9 @@ WORDS = {"right": "the full plan gives stock's images (under DDIM, where the sch
          "not built": "no tiny one could be made or called by this file"}
 
 
-LONGEST = 60
+EFFORT = Effort(steps=12, trials=2, population=2, search_images=1, select_images=1, report_images=2, rounds=2)
+"""The least with which a fit goes through all that it does."""
+LONGEST = 90
 """Seconds for a pipeline: what takes longer is not tiny."""
 
 
@@ -257,7 +264,7 @@ def own_steps(pipe, options):
 
 def check(name):
     """A row of the matrix."""
-    row = {"pipeline": name, "network": "", "word": "not built", "said": ""}
+    row = {"pipeline": name, "network": "", "word": "not built", "said": "", "fit": ""}
     try:
         pipe, options = build(name)
         with contextlib.suppress(TypeError):  # of an unknown network: told below, once it is seen to run
@@ -312,7 +319,24 @@ def compared(pipe, options, plain):
     return {"word": "right", "said": ""}
 
 
+def fitted(pipe, options):
+    """What a fit of the least effort says: that it runs, or the sentence with which it is refused."""
+    if getattr(pipe, "vae", True) is None:
+        return "not tried: the tiny one has no decoder"
+    prompts = options.get("class_labels", [options["prompt"]] if options.get("prompt") else [])
+    options = {name: value for name, value in options.items() if name not in ("prompt", "class_labels", "output_type")}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            fit(pipe, "0.7", Path(folder) / "plan.json", prompts=prompts, options=options, effort=EFFORT)
+        except (PlanError, ValueError) as error:
+            return f"refused: {error}"
+        except Exception as error:
+            return f"fails: {type(error).__name__}: {error}".splitlines()[0][:200]
+    return "runs"
+
+
 def main():
+    os.environ["TQDM_DISABLE"] = "1"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="a regular expression of pipelines' names")
     chosen = parser.parse_args()
@@ -326,6 +350,8 @@ def main():
             signal.alarm(LONGEST)
             rows.append(check(name))
             signal.alarm(0)
+            if rows[-1]["word"] == "right":
+                rows[-1]["fit"] = fitted(*build(name))
             print(*rows[-1].values(), sep=" | ", flush=True)
     table = pd.DataFrame(rows)
     print(table["word"].value_counts().to_string())
@@ -341,12 +367,14 @@ def write(table):
              f"diffusers {diffusers.__version__}, {len(table)} pipelines, each tiny, with random weights, on a CPU. "
              "`python tests/matrix.py` makes this page.", ""]
     lines += [f"* **{word}** ({(table['word'] == word).sum()}): {meaning}" for word, meaning in WORDS.items()]
-    lines += ["", f"Networks that take plans: {', '.join(sorted(right['network'].unique()))}.", "",
-              "| pipeline | network | | |", "|---|---|---|---|"]
+    runs = (right["fit"] == "runs").sum()
+    lines += ["", f"`lib.fit` was tried with the least effort on those that are right: it runs on {runs}.",
+              "", f"Networks that take plans: {', '.join(sorted(right['network'].unique()))}.", "",
+              "| pipeline | network | | | `lib.fit` |", "|---|---|---|---|---|"]
     rank = {word: number for number, word in enumerate(WORDS)}
     for row in table.sort_values("word", key=lambda words: words.map(rank), kind="stable").itertuples():
         said = row.said.replace("|", "/").replace("\n", " ")
-        lines.append(f"| {row.pipeline} | {row.network} | {row.word} | {said} |")
+        lines.append(f"| {row.pipeline} | {row.network} | {row.word} | {said} | {row.fit.replace('|', '/')} |")
     (paths.REPORTS / "pipelines.md").write_text("\n".join(lines) + "\n")
 
 

@@ -306,8 +306,11 @@ class Requests:
         watch : as `Planned` takes it
         title : of a progress bar; None for none
         """
+        steps = len(plan.grid)
+        if not isinstance(plan.schedule, FlowSchedule):  # there a pipeline may give its run's own timesteps
+            steps = max(steps, plan.steps)  # some pipelines keep something for each step that they are asked for
         with Planned(self.pipe, plan, watch):
-            return self.plain(bank, numbers, len(plan.grid), title)
+            return self.plain(bank, numbers, steps, title)
 
     def plain(self, bank: str, numbers: Sequence[int], steps: int, title: str | None = None) -> Tensor:
         """Give the images of the pipeline as it is, by its own scheduler in so many steps."""
