@@ -76,6 +76,8 @@ def test_a_plan_is_set_beside_its_own_strongest_control():
     rows = pd.DataFrame({"plan": ["A", "A", "B"], "name": ["x", "y", "z"], "strongest": [False, True, True],
                          "plan_over_control": [3.0, 2.0, 1.0], "plan_over_control_word": ["worse", "worse", "as good"]})
     assert claims.strongest(rows, "A") == "worse (2.00) over y"
+    at_floor = rows.assign(plan_over_control=np.nan)
+    assert claims.strongest(at_floor, "A") == "worse (at the floor) over y"
 
 
 def test_tests_are_counted_by_how_they_came_out():

@@ -9,10 +9,12 @@ import time
 from functools import partial
 
 import numpy as np
+import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from lib.grid import blocks, cost
@@ -56,6 +58,24 @@ def test_it_repeats_and_draws_better_than_random(teacher, tmp_path):
     assert len({found.plan.key for found in one}) == len(one) == 60
     random = run(teacher, tmp_path / "three", method="random")
     assert np.median([found.error for found in one[30:]]) < np.median([found.error for found in random[30:]])
+
+
+def test_a_trial_that_two_workers_were_given_is_left_to_the_other(teacher, tmp_path, monkeypatch):
+    """SQLite may hand what is queued to two at once: asking then ends in an error, or telling finds it told."""
+    ask, number = optuna.Study.ask, itertools.count()
+
+    def given_to_another(study, *arguments):
+        trial = ask(study, *arguments)
+        if study.study_name.startswith("no-name") or (turn := next(number)) % 3:  # those look at the space alone
+            return trial
+        study.tell(trial.number, state=TrialState.FAIL)
+        if turn % 2:
+            raise UpdateFinishedTrialError(f"Trial#{trial.number} has already finished and can not be updated.")
+        return trial
+
+    monkeypatch.setattr(optuna.Study, "ask", given_to_another)
+    found = run(teacher, f"sqlite:///{tmp_path}/search.db", trials=12)
+    assert len({one.plan.key for one in found}) == 12
 
 
 def test_of_more_starts_than_the_population_the_best_are_the_parents(teacher, tmp_path):

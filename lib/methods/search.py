@@ -24,7 +24,7 @@ import numpy as np
 import optuna
 import torch
 from optuna.distributions import BaseDistribution, distribution_to_json
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler
 from optuna.samplers.nsgaii import PolynomialMutation
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
@@ -251,11 +251,11 @@ class _Job:
             trial, plan, cost = self._ask(study, distributions)
             before = len(found)
             if plan.key in found:  # a copy would only crowd the population
-                study.tell(trial, state=TrialState.FAIL)
+                self._drop(study, trial)
                 repeats += 1
             elif self._elsewhere(study, trial.number, plan.key) or plan.key in self.look(study):
                 # In this order: what ends meanwhile is found by one of the two.
-                study.tell(trial, state=TrialState.FAIL)
+                self._drop(study, trial)
                 time.sleep(0.1)
             else:
                 with self._alive(trial.number):
@@ -271,6 +271,11 @@ class _Job:
                 return
             if bar is not None:
                 _show(bar, self.look(study), before)
+
+    @staticmethod
+    def _drop(study: optuna.Study, trial: optuna.Trial) -> None:
+        """Tell a trial as failed, if nobody else has told it meanwhile."""
+        study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
 
     def _elsewhere(self, study: optuna.Study, number: int, key: str) -> bool:
         """Say whether a worker who asked earlier is at the same plan: of two the later gives way."""
@@ -319,7 +324,10 @@ class _Job:
                 fail_stale_trials(study)
         for _ in range(REDRAWS):
             study.sampler = self.sampler(study)
-            trial = study.ask(distributions)
+            try:
+                trial = study.ask(distributions)
+            except UpdateFinishedTrialError:  # SQLite may give what is queued to two: the other has done with it
+                continue
             if isinstance(self.storage, str):
                 self._beat(trial.number)
             _ = trial.relative_params  # where all genes were given: else NSGA-II takes the trial into no population
@@ -327,7 +335,7 @@ class _Job:
             cost = self.macs(plan)
             if self.budget is None or cost <= self.budget:
                 return trial, plan, cost
-            study.tell(trial, state=TrialState.FAIL)
+            self._drop(study, trial)
         raise ValueError(f"none of {REDRAWS} genomes cost at most {self.budget}: raise the budget, or widen the "
                          "space by cheaper choices.")
 

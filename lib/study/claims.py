@@ -41,8 +41,8 @@ def kept(row: Mapping, value: str) -> str:
 
 
 def over(word: str, ratio: float, name: str) -> str:
-    """Say how a plan's score compares with a control's: "worse (1.84) over searched steps"."""
-    return f"{word} ({ratio:.2f}) over {name}"
+    """Say how a plan's score compares with a control's: "worse (1.84) over searched steps"; a ratio may be NaN."""
+    return f"{word} ({'at the floor' if pd.isna(ratio) else f'{ratio:.2f}'}) over {name}"
 
 
 def strongest(rows: pd.DataFrame, plan: str) -> str:
