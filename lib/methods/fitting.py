@@ -269,16 +269,17 @@ class Fitting:
         draw = optuna.create_study(sampler=optuna.samplers.RandomSampler(self.effort.seed))
         space = self.space(range(3, 8))
         plans = [space.decode(draw.ask(dict(space.distributions())).params) for _ in range(DRAWN)]
-        missing = {pattern for plan in plans for pattern in cost.patterns(plan)}
+        held = [cost.patterns(plan) for plan in plans]
+        missing, behind = {pattern for all_of in held for pattern in all_of}, [set(all_of[1:]) for all_of in held]
         few = self.spaced(6)
         chosen = [few.guided()] if self.guided else [few]
         missing -= set(cost.patterns(chosen[0]))
         while missing:
-            best = max(plans, key=lambda plan: len(missing & set(cost.patterns(plan)[1:])))
-            if not missing & set(cost.patterns(best)[1:]):
+            best = max(range(len(plans)), key=lambda number: len(missing & behind[number]))
+            if not missing & behind[best]:
                 break  # what is met in first columns alone, of which nobody can say what belongs to the call
-            chosen.append(best)
-            missing -= set(cost.patterns(best)[1:])
+            chosen.append(plans[best])
+            missing -= behind[best]
         return chosen
 
     def _time(self, plans: Sequence[Plan]) -> Timing:
