@@ -128,9 +128,10 @@ def dividends(table: pd.DataFrame) -> Figure:
                 axes.errorbar(line["calls"], line[value], bars, marker=marker, ms=4, lw=1, ls=style, elinewidth=0.8,
                               capsize=2, color=colour, label=reuse if named else None)
             axes.annotate(f"branch {branch}", (part["calls"].max(), 1), xycoords=("data", "axes fraction"), fontsize=6,
-                          color="0.4", rotation=90, ha="center", va="top")
+                          color="0.4", ha="center", va="bottom")
         axes.axhline(1, color="0.5", lw=0.8)
-        axes.set(xscale="log", yscale="log", xlabel="executed MACs (in full network calls)", title=solvers[order])
+        axes.set(xscale="log", yscale="log", xlabel="executed MACs (in full network calls)")
+        axes.set_title(solvers[order], pad=14)
         plain_logarithm(axes.xaxis)
         plain_logarithm(axes.yaxis)
     what = {"ratio": "score", "nearness": "distance to the best teacher's images"}[value]
