@@ -144,6 +144,17 @@ def test_where_prompts_are_drawn_their_score_stands_in_each_row(table, teacher):
     assert "prompt_score" not in table.row(Control("one", ((few(teacher, 4), 1.0),)), "control")
 
 
+def test_where_no_ratio_is_known_the_difference_is_shown():
+    ends = ("", "_low", "_high")
+    columns = {f"{name}{end}": [1.0, 2.0] for name in ("ratio", "ratio_difference") for end in ends}
+    table = pd.DataFrame({"name": ["a", "b"], "score": [1.0, 2.0], "recall": [np.nan] * 2, **columns})
+    assert controls.shown(table) == ["name", "score", *(f"ratio{end}" for end in ends)]
+    at_floor = table.assign(**{f"ratio{end}": np.nan for end in ends})
+    assert controls.shown(at_floor) == ["name", "score", *(f"ratio_difference{end}" for end in ends)]
+    one = at_floor.assign(ratio=[np.nan, 1.0], ratio_low=[np.nan, 1.0], ratio_high=[np.nan, 1.0])
+    assert controls.shown(one) == controls.shown(table)
+
+
 def test_words_are_counted_and_controls_named_by_them():
     rows = pd.DataFrame({"name": ["a", "b", "c"], "plan_over_control_word": ["better", "worse", "better"]})
     assert controls.words(rows) == {"comparisons_better": 2, "comparisons_as_good": 0, "comparisons_undecided": 0,

@@ -65,6 +65,15 @@ def test_of_each_way_the_curve_takes_the_best_at_each_cost():
     assert list(line.get_xdata()) == [1.0, 4.04]
 
 
+def test_an_axis_that_is_linear_about_0_says_where_and_its_ticks_do_not_touch():
+    axes = figures.front(rows(ratio=[np.nan] * 3, score=[-0.1, 0.1, 30.0])).axes[0]
+    dotted, = (line for line in axes.lines if line.get_linestyle() == ":")
+    linear = dotted.get_ydata()[0]
+    assert linear == pytest.approx(0.2), "the least upper end of an interval"
+    ticks = [float(tick) for tick in axes.yaxis.get_major_locator()()]
+    assert all(tick == 0 or abs(tick) >= linear for tick in ticks) and {0, 1, 10} <= set(ticks)
+
+
 def test_a_row_without_a_ratio_says_its_word():
     table = rows(ratio=[1.0, np.nan, 2.0], plan_over_control=[1.0, np.nan, 2.0]).assign(
         ratio_word="as good", plan_over_control_word="as good", plan="mine")

@@ -5,6 +5,7 @@ DeepCache and random cells at equal executed MACs; where a family has no member 
 it and the score is interpolated on the log.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -23,9 +24,10 @@ FEW_STEPS = {"DDIM, uniform": (1, "uniform"), "DDIM, quadratic": (1, "quadratic"
 
 SHOWN = ["name", "macs_ratio", "honest_factor", "score", "ratio", "ratio_low", "ratio_high", "ddim_ratio", "precision",
          "recall", "prompt_score"]
-OVER = ["plan_over_control", "plan_over_control_word", "second_over_control_word", "prompts_over_control_word",
-        "nearness_over_control_word", "strongest"]
-"""Columns that are shown of `Table.rows`, and besides of `Table.beside`; files have all."""
+BESIDE = ["plan", "name", "score", "prompt_score", "plan_over_control", "plan_over_control_low",
+          "plan_over_control_high", "plan_over_control_word", "second_over_control_word", "prompts_over_control_word",
+          "nearness_over_control_word", "strongest"]
+"""Columns that are shown of `Table.rows`, and of `Table.beside`; files have all."""
 
 
 @dataclass(frozen=True)
@@ -207,8 +209,18 @@ class Table:
 
 
 def shown(table: pd.DataFrame, beside: bool = False) -> list[str]:
-    """Give the columns of `Table.rows`, or of `Table.beside`, that are shown, as far as a table has them."""
-    return [name for name in (["plan", *SHOWN, *OVER] if beside else SHOWN) if name in table]
+    """Give the columns of `Table.rows`, or of `Table.beside`, that are shown, as far as a table has them.
+
+    Where all ratios of a kind are NaN, as the score that they are over is at the floor, differences stand in their
+    place.
+    """
+    names = []
+    for name in BESIDE if beside else SHOWN:
+        if name in table and table[name].isna().all():
+            name = re.sub("^(ratio|plan_over_control)", r"\1_difference", name)
+        if name in table and not table[name].isna().all():
+            names.append(name)
+    return names
 
 
 def summary(beside: pd.DataFrame) -> str:

@@ -10,10 +10,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from lib.grid.plan import COMPUTE, DROP, GIVEN, HOLD, LINE, PARABOLA, Plan
 
@@ -25,7 +26,7 @@ COLOURS = {"teacher": "0.3", "Flexiffusion": PALETTE[0], "DiP-GO": PALETTE[1], "
 """One colour a method in every figure; controls are grey."""
 METHODS = ("Flexiffusion", "DiP-GO", "DiffNAS", "student")
 """In the order of the front's panels."""
-VARIANTS = "*PXdh"
+VARIANTS = "*PXdhp"
 """Markers of a method's variants, in the order in which they come; their names begin with the method's and a comma."""
 CONTROLS = {"DDIM, uniform": ("0.45", "o", "-"), "DDIM, quadratic": ("0.6", "s", ":"),
             "DPM-Solver++, uniform": ("0.0", "D", "-"), "DPM-Solver++, quadratic": ("0.25", "P", ":"),
@@ -139,13 +140,33 @@ def plain_logarithm(axis: Axis) -> None:
 
 
 def scores(axis: Axis, rescale: Callable[..., None], table: pd.DataFrame, name: str) -> None:
-    """Make an axis logarithmic for a column of scores or ratios; linear about 0, where intervals reach below it."""
+    """Make an axis logarithmic for a column of scores or ratios; linear about 0, where intervals reach below it.
+
+    A dotted line stands where it begins to be logarithmic.
+    """
     if (table[f"{name}_low"] > 0).all():
         rescale("log")
         plain_logarithm(axis)
-    else:
-        rescale("symlog", linthresh=max(table[f"{name}_high"].min(), 0.01))
-        axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+        return
+    linear = max(table[f"{name}_high"].min(), 0.01)
+    rescale("symlog", linthresh=linear)
+    low, high = axis.get_view_interval()
+    places = [digit * 10.0**power for power in range(-2, 5) for digit in ((1, 2, 5) if high < 100 * linear else (1,))]
+    axis.set_major_locator(FixedLocator([0, *(place for place in places if linear <= place <= high),
+                                         *(-place for place in places if linear <= place <= -low)]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+    upright = axis is axis.axes.yaxis
+    shared = axis.axes.get_shared_y_axes() if upright else axis.axes.get_shared_x_axes()
+    for axes in shared.get_siblings(axis.axes):
+        (axes.axhline if upright else axes.axvline)(linear, color="0.8", lw=0.8, ls=":", zorder=0)
+
+
+def at_floor(axes: Axes, place: float, word: str) -> None:
+    """Write in place of a ratio, where a score is at the floor, what its difference says: on the side of its word."""
+    x, side = {"better": (0.02, "left"), "worse": (0.98, "right")}.get(word, (0.5, "center"))
+    axes.annotate(f"at the floor: {word}", (x, place), xycoords=("axes fraction", "data"), ha=side, va="center",
+                  fontsize=6)
 
 
 def training_curve(history: pd.DataFrame) -> Figure:
@@ -237,7 +258,7 @@ def forecasts(table: pd.DataFrame, ylabel: str) -> Figure:
                  title={1: "DDIM (order 1)", 2: "DPM-Solver++ (order 2)"}[order])
         plain_logarithm(axes.xaxis)
         scores(axes.yaxis, axes.set_yscale, table, value)
-    panels[0, 0].set(ylabel=ylabel if value == "ratio" else "score (some are at the floor)")
+    panels[0, 0].set(ylabel=ylabel if value == "ratio" else "score (some at the floor; linear below the dotted line)")
     panels[0, 0].legend(fontsize=7)
     return figure
 
@@ -289,7 +310,8 @@ def plan_map(plan: Plan, name: str = GIVEN) -> Figure:
     axes.set_yticks(np.arange(len(plan.blocks)) + 0.5, plan.blocks, fontsize=7)
     axes.set(xlabel="step (noise to image)", ylabel="block")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend = {"null step": "white"} | {STATES[state][0]: STATES[state][1] for state in shown}
+    legend = {"null step": "white"} if np.isnan(drawn).any() else {}
+    legend |= {STATES[state][0]: STATES[state][1] for state in shown}
     axes.legend([plt.Rectangle((0, 0), 1, 1, fc=c, ec="0.6") for c in legend.values()], list(legend),
                 ncols=len(legend), loc="lower right", bbox_to_anchor=(1, 1), fontsize=7)
     return figure
@@ -366,13 +388,14 @@ def front(table: pd.DataFrame, links: Mapping[str, str] = MappingProxyType({})) 
     for axes in panels.flat[len(groups):]:
         axes.remove()
     figure.supylabel({"ratio": "score / the best teacher's score (dashed: 5 % worse)",
-                      "score": "score (some are at the floor)"}[value], fontsize=9)
+                      "score": "score (some at the floor; linear below the dotted line)"}[value], fontsize=9)
     figure.supxlabel("times fewer executed MACs than the teacher; lower axis: the honest factor,\n"
                      "over the fewest steps that are surely at most 5 % worse", fontsize=9)
     _honest(panels, groups, (table["honest_factor"] / table["macs_ratio"]).median())
-    figure.legend(handles=[plt.Line2D([], [], color=CONTROLS[family][0], marker=CONTROLS[family][1], ms=3, lw=1,
-                                      label=f"{family} (in all panels)") for family in EVEN if family in families],
-                  loc="outside upper center", ncols=2, fontsize=7)
+    where = " (in all panels)" * (len(groups) > 1)
+    keys = [plt.Line2D([], [], color=CONTROLS[family][0], marker=CONTROLS[family][1], ms=3, lw=1, label=family + where)
+            for family in EVEN if family in families]
+    figure.legend(handles=keys, loc="outside upper center", ncols=2, fontsize=7)
     return figure
 
 
@@ -427,7 +450,8 @@ def curves(table: pd.DataFrame) -> Figure:
         bars = [rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]]
         axes.errorbar(rows["macs_ratio"], rows[value], bars, color=colour, marker=marker, ms=6, lw=1.2, elinewidth=0.8,
                       capsize=1.5, label=label)
-    ylabel = {"ddim_ratio": "score / that of DDIM's whole run", "score": "score (some are at the floor)"}[value]
+    ylabel = {"ddim_ratio": "score / that of DDIM's whole run",
+              "score": "score (some at the floor; linear below the dotted line)"}[value]
     axes.set(xscale="log", xlabel="times fewer executed MACs", ylabel=ylabel)
     plain_logarithm(axes.xaxis)
     scores(axes.yaxis, axes.set_yscale, table, value)
@@ -489,7 +513,8 @@ def beside_controls(table: pd.DataFrame) -> Figure:
     plans, order = (list(dict.fromkeys(table[column])) for column in ("plan", "name"))
     wide = min(3, len(plans))
     high = -(-len(plans) // wide)
-    figure, panels = plt.subplots(high, wide, figsize=(WIDE, high * (0.2 * len(order) + 1)), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(high, wide, figsize=(WIDE, high * (0.2 * len(order) + 1)), sharex=True, sharey=True,
+                                  squeeze=False)
     for axes in panels.flat[len(plans):]:
         axes.set_axis_off()
     for axes, plan in zip(panels.flat, plans):
@@ -500,13 +525,12 @@ def beside_controls(table: pd.DataFrame) -> Figure:
                       ms=4, capsize=2, elinewidth=1)
         for row, missing in enumerate(value.isna()):
             if missing:
-                axes.annotate(f"at the floor: {rows['plan_over_control_word'].iloc[row]}",
-                              (0.5, order.index(rows["name"].iloc[row])), xycoords=("axes fraction", "data"),
-                              ha="center", va="center", fontsize=6)
+                at_floor(axes, order.index(rows["name"].iloc[row]), rows["plan_over_control_word"].iloc[row])
         axes.axvline(1, color="0.7", lw=1, zorder=0)
         axes.set_xscale("log")
         axes.set_title(plan, fontsize=7)
         axes.tick_params(axis="y", labelsize=7)
+        axes.tick_params(axis="x", labelbottom=True)
         plain_logarithm(axes.xaxis)
     panels[0, 0].set_yticks(range(len(order)), order)
     panels[0, 0].invert_yaxis()
@@ -532,16 +556,17 @@ def ratios(table: pd.DataFrame, label: str, mark: float | None = None) -> Figure
         if "least" in table:
             axes.plot([row.least, row.greatest], [places[-1]] * 2, color="0.88", lw=5, solid_capstyle="butt")
         if np.isnan(row.ratio):
-            axes.annotate(f"at the floor: {row.ratio_word}", (0.5, places[-1]), xycoords=("axes fraction", "data"),
-                          ha="center", va="center", fontsize=6)
+            at_floor(axes, places[-1], row.ratio_word)
         colour = COLOURS.get(row.name.partition(",")[0], "0.3")
         axes.errorbar(row.ratio, places[-1], xerr=[[row.ratio - row.ratio_low], [row.ratio_high - row.ratio]], fmt="o",
                       ms=4, capsize=2, elinewidth=1, color=colour)
     axes.axvline(1, color="0.5", lw=0.8, zorder=0)
     if mark is not None:
-        axes.axvline(mark, color="0.8", lw=0.8, ls="--", zorder=0)
+        axes.axvline(mark, color="0.5", lw=0.8, ls="--", zorder=0)
     axes.set_yticks(places, table["name"], fontsize=7)
     axes.set_ylim(places[-1] + 0.6, -0.6)
     axes.set(xlabel=f"\u2190 better      {label}      worse \u2192", xscale="log")
     plain_logarithm(axes.xaxis)
+    if table["ratio"].isna().all():  # words alone
+        axes.xaxis.set(major_locator=NullLocator(), minor_locator=NullLocator())
     return figure
