@@ -51,6 +51,8 @@ def test_a_claim_about_clip_is_judged_by_prompts_where_there_are_some():
     assert plain["measured"] == "5.61 times fewer MACs at 1.60 [1.50, 1.70] of the score"
     assert plain["control"] == ("worse (1.84) over as many DDIM steps; undecided (0.79) over DeepCache; worse (3.20) "
                                 "over searched steps")
+    alone = claims.schedule(SCHEDULE | {"claimed": "2 times", "DeepCache": np.nan, "DeepCache, word": "-"})
+    assert alone["control"] == "worse (1.84) over as many DDIM steps; worse (3.20) over searched steps"
     prompted = claims.schedule(SCHEDULE | PROMPTED | {"claimed": "5.1 times, CLIP all but equal"})
     assert prompted["holds"] == "undecided (n = 500)"
     assert prompted["measured"] == plain["measured"] + ("; prompt score 0.903 of 0.947 (kept: undecided; fewest DDIM "

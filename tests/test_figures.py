@@ -40,6 +40,7 @@ def test_a_panel_of_the_front_holds_few_families_and_none_is_lost():
     panels = [axes.get_legend_handles_labels()[1] for axes in figure.axes]
     assert panels == [flexiffusion[:6], [*flexiffusion[6:], "DiP-GO", "DiffNAS"],
                       ["searched steps", "shortest path", "DDIM, quadratic", "teacher, longer"]]
+    assert figures._panels(["Flexiffusion", "DiP-GO", "TaylorSeer"]) == [["Flexiffusion", "DiP-GO"], ["TaylorSeer"]]
     assert all(len(axes.containers) == len(panel) + 2 for axes, panel in zip(figure.axes, panels))
     figure.canvas.draw()
 
@@ -112,10 +113,20 @@ def test_a_drawn_forecast_is_the_curve_through_the_last_outputs():
 
 
 def test_segments_and_an_elastic_block_are_drawn_with_their_words(teacher, described):
-    figure = drawings.segments(teacher, 3, ["one", "two", "three"])
-    assert {"one", "two", "three"} <= {text.get_text() for text in figure.axes[0].texts}
-    words = [text.get_text() for text in drawings.elastic_block([1, 3], [8, 16], (3, 1, 8)).axes[0].texts]
+    axes = drawings.segments(teacher, 3, ["one", "two", "three"]).axes[0]
+    places = {text.get_text(): text.xy[0] for text in axes.texts}
+    length = -(-teacher.steps // 3)
+    assert places["one"] == (length - 1) / 2 and places["two"] == length + (length - 1) / 2
+    assert places["three"] == (2 * length + teacher.steps - 1) / 2
+    axes = drawings.elastic_block([1, 3], [8, 16], (3, 1, 8)).axes[0]
+    words = [text.get_text() for text in axes.texts]
     assert words.count("1 x 1") == words.count("3 x 3") == 2 and {"8", "16"} <= set(words)
+    green = {(patch.get_x(), patch.get_y(), patch.get_height()) for patch in axes.patches
+             if patch.get_facecolor()[:3] == figures.COLOURS["DiffNAS"]}
+    (_, low, _), (_, _, width), (_, high, _) = sorted(green)
+    assert low > high, "of the first convolution the larger kernel, of the second the smaller"
+    assert width == max(patch.get_height() for patch in axes.patches) / 2, "and half of the channels"
+
 
 
 def test_a_row_a_label_and_a_row_that_lacks_images_repeats_its_first():

@@ -57,12 +57,19 @@ def plans(path):
 
 
 def studies():
-    """Give malformed params files: (what was done, the content, what must be named); wrong values take turns."""
+    """Give malformed params files: (what was done, the content, what must be named).
+
+    The first parameter of each type in a section takes all wrong values, of the others each one, by turns.
+    """
     text = (paths.PARAMS / "smoke.yaml").read_text()
     content = YAML(typ="safe", pure=True).load(text)
+    seen = set()
     for turn, place in enumerate((section, name) for section, values in content.items() for name in values):
         *wrong, missing, misspelt = spoilt(content, place)
-        yield from (wrong[turn % len(wrong)], missing, misspelt)
+        kind = place[0], type(content[place[0]][place[1]])
+        yield from (wrong if kind not in seen else (wrong[turn % len(wrong)],))
+        yield from (missing, misspelt)
+        seen.add(kind)
     for section in content:
         yield from spoilt(content, (section,))
 

@@ -69,6 +69,19 @@ def test_every_link_leads_somewhere(text):
     assert set(params.NOTEBOOKS) <= set(anchors)
 
 
+@pytest.mark.parametrize("notebook", params.NOTEBOOKS)
+def test_links_of_the_real_notebooks_lead_somewhere_in_both_copies(notebook):
+    """On the page to a part of it or to the web, in Markdown to a file that is there or will be."""
+    runs = list(params.NOTEBOOKS)[:-1]
+    for cell in nbformat.read(paths.NOTEBOOKS / f"{notebook}.ipynb", 4).cells:
+        if cell.cell_type == "markdown":
+            assert not re.findall(r"href=.(?!#|https?://)", page._prose(cell.source, notebook))
+            for link in re.findall(report.LINK, cell.source):
+                written = report._from_reports(link, runs)
+                there = written.removesuffix(".md") in runs or (paths.REPORTS / "mine" / written).resolve().exists()
+                assert written.startswith(("http", "#")) or there, link
+
+
 def test_it_holds_all_that_was_found(text):
     count = len(params.NOTEBOOKS)
     assert text.count(f"data:image/png;base64,{PIXEL}") == count and text.count("<td>7.5<") == count
@@ -105,7 +118,8 @@ def test_notebooks_are_written_with_all_outputs_for_code_hosts(text, tmp_path, m
     target = tmp_path / "reports" / "mine"
     written = (target / "04_schedule_search.md").read_text()
     assert "![front](04_schedule_search/figures/front.png)" in written
-    assert "[the teacher](00_teacher_training.md)" in written and "1 < 2 steps" in written and "$$ L =" in written
+    assert "[the teacher](../../notebooks/00_teacher_training.ipynb)" in written
+    assert "1 < 2 steps" in written and "$$ L =" in written
     assert "8.25" in written and "style" not in written
     shown, = (target / "04_schedule_search" / "shown").iterdir()
     assert shown.read_bytes() == base64.b64decode(PIXEL) and f"04_schedule_search/shown/{shown.name})" in written

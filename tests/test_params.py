@@ -137,6 +137,9 @@ def test_a_study_named_by_hand_gives_its_parameters_or_is_refused(capsys):
     with pytest.raises(ParamsError, match="study letters has no 07_transformer: see `only` in params/letters.yaml"):
         params.Transformer.bind(params.load("smoke")["07_transformer"].model_dump() | {"study": "letters"})
     assert TeacherTraining.bind(values | {"batch_size": 5}).batch_size == 5  # in smoke one plays
+    letters = params.load("smoke_letters")["00_teacher_training"]
+    assert TeacherTraining.bind(values | {"study": "smoke_letters"}) == letters
+    assert TeacherTraining.bind(letters.model_dump() | {"batch_size": 5}).batch_size == 5
 
 
 @pytest.mark.parametrize("study", ["../params/digits", "/etc/passwd", "", "digits.yaml", "./digits"])

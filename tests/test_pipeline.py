@@ -52,9 +52,13 @@ def needed(notebook):
     The runner, paths and the checks of parameters only start things; no result hangs on them. (The parameters' values
     are dependencies of their own.) The wings' own files hold words alone.
     """
-    todo = imports("\n".join(c.source for c in nbformat.read(paths.NOTEBOOKS / f"{notebook}.ipynb", 4).cells
-                             if c.cell_type == "code"))
-    seen = set()
+    return behind(imports("\n".join(c.source for c in nbformat.read(paths.NOTEBOOKS / f"{notebook}.ipynb", 4).cells
+                                    if c.cell_type == "code")))
+
+
+def behind(todo):
+    """These files of lib, and all that they import, through others too."""
+    seen, todo = set(), set(todo)
     while todo:
         name = todo.pop()
         if name not in seen | IDLE:
@@ -71,6 +75,11 @@ def test_a_stage_depends_on_just_what_its_notebook_imports(notebook):
     source = (paths.NOTEBOOKS / f"{notebook}.ipynb").read_text()
     others = re.findall(r'params\.load\(p\.study\)\[\\"(\w+)\\"\]', source)  # of earlier notebooks
     assert done["params"] == [{"params/${item}.yaml": ["common", *map(params.section, [*others, notebook])]}]
+
+
+def test_publishing_depends_on_just_what_it_imports():
+    done = yaml(paths.ROOT / "dvc.yaml")["stages"]["publish"]["do"]
+    assert {dep for dep in done["deps"] if dep.startswith("lib/")} == behind({"lib/study/report.py"})
 
 
 @pytest.mark.parametrize("notebook", STAGES)

@@ -159,7 +159,7 @@ class _Walk:
                                 "where it gives them by itself, make the plan of a run's scheduler.timesteps.")
         if num_inference_steps not in (len(plan.grid), plan.steps):
             raise PlanError(f"the plan is for runs of {len(plan.grid)} steps, of which it takes {plan.steps}: call the "
-                            f"pipeline with num_inference_steps={len(plan.grid)}, not {num_inference_steps}.")
+                            f"pipeline with num_inference_steps={plan.asked_steps}, not {num_inference_steps}.")
         if not self.engine.on:
             raise PlanError(f"{plan.title} is no longer on this network, but its scheduler is still on this pipeline, "
                             "which was made meanwhile: give it a scheduler of its own.")
@@ -306,11 +306,8 @@ class Requests:
         watch : as `Planned` takes it
         title : of a progress bar; None for none
         """
-        steps = len(plan.grid)
-        if not isinstance(plan.schedule, FlowSchedule):  # there a pipeline may give its run's own timesteps
-            steps = max(steps, plan.steps)  # some pipelines keep something for each step that they are asked for
         with Planned(self.pipe, plan, watch):
-            return self.plain(bank, numbers, steps, title)
+            return self.plain(bank, numbers, plan.asked_steps, title)
 
     def plain(self, bank: str, numbers: Sequence[int], steps: int, title: str | None = None) -> Tensor:
         """Give the images of the pipeline as it is, by its own scheduler in so many steps."""

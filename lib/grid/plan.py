@@ -298,6 +298,16 @@ class Plan(_Part):
         """S, the number of executed steps."""
         return len(self.timesteps)
 
+    @property
+    def asked_steps(self) -> int:
+        """The number of steps that a pipeline is asked for.
+
+        The full run's, and no fewer than the plan takes: some pipelines keep something for each. Of flow matching it is
+        the full run's, as some pipelines give its timesteps.
+        """
+        most = len(self.grid)
+        return most if isinstance(self.schedule, FlowSchedule) else max(most, self.steps)
+
     @cached_property
     def sheets(self) -> np.ndarray:
         """`states` as an array, (P, S, N), int8."""

@@ -84,7 +84,8 @@ class WaySearch:
         def error(plan: Plan) -> float:
             return evaluate.imitation(banks.features(Way(model, plan)), banks.features(self.wanted), "rfid, shrunk")
 
-        error.key = f"{banks.of[model].key} {banks.of[self.wanted.model].key} {self.wanted.plan.key}"
+        looked = banks.of[model]
+        error.key = f"{looked.key} {banks.of[self.wanted.model].key} {self.wanted.plan.key} {looked.first} rfid, shrunk"
         return error
 
     def search(self, title: str, model: str, space: Space, price: Callable[[Way], float], *, number: int,

@@ -136,8 +136,8 @@ def winner(found: Iterable[Found], error: Callable[[Plan], float], finalists: in
     ----------
     error : callable(plan), measured on noise that the search has not seen
     """
-    near = sorted((one for one in found if low < one.macs <= high), key=lambda one: one.error)[:finalists]
-    return min((one.plan for one in near), key=error, default=None)
+    within = sorted((plan for plan in found if low < plan.macs <= high), key=lambda plan: plan.error)
+    return min((finalist.plan for finalist in within[:finalists]), key=error, default=None)
 
 
 class _Journal(JournalFileBackend):

@@ -140,7 +140,7 @@ def _page(about: Mapping[str, str], words: list[str], table: pd.DataFrame, made:
     maps = [(f"{name} pass", figures.plan_map(plan, name)) for name in plan.passes]
     facts = "".join(f"<li>{html.escape(name)}: {html.escape(str(value))}</li>" for name, value in about.items())
     use = (f"from lib.apply import Planned\nfrom lib.grid.plan import Plan\n\nwith Planned(pipe, Plan.load("
-           f"&quot;{html.escape(out.name)}&quot;)):\n    pipe(..., num_inference_steps={len(plan.grid)})")
+           f"&quot;{html.escape(out.name)}&quot;)):\n    pipe(..., num_inference_steps={plan.asked_steps})")
     return page.document(html.escape(out.name), (
         f"<h1>A plan for {html.escape(about['pipeline'])}</h1>"
         f"{''.join(f'<p>{html.escape(sentence)}</p>' for sentence in words)}"

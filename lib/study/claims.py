@@ -79,7 +79,7 @@ def schedule(row: Mapping) -> dict[str, str]:
     measured = f"{row['times']:.2f} times fewer MACs at {kept(row, 'ratio')}"
     control = "; ".join(over(row[f"{column}, word"], row[column], name) for column, name in (
         ("as many DDIM steps", "as many DDIM steps"), ("DeepCache", "DeepCache"),
-        ("over the strongest", row["strongest"])))
+        ("over the strongest", row["strongest"])) if row[f"{column}, word"] != "-")  # it met the budget
     prompted = "prompts_holds" in row
     if prompted:
         measured += (f"; prompt score {row['prompt score']:.3f} of {row['prompt score there']:.3f} (kept: "

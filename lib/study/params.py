@@ -68,8 +68,8 @@ class Common(BaseModel):
     def bind(cls, namespace: Mapping[str, Any]) -> Self:
         """Take the parameters out of a notebook's namespace.
 
-        A `smoke` study may be changed at will. Where another study's name alone was written into the parameters cell,
-        its file gives the rest.
+        Studies for trying out (`smoke...`) may be changed at will. Where another study's name alone was written into
+        the parameters cell, its file gives the rest.
 
         Parameters
         ----------
@@ -81,7 +81,7 @@ class Common(BaseModel):
             If one is missing, of another type, out of range, or other than in the file of its study.
         """
         found = cls._checked({name: namespace[name] for name in cls.model_fields if name in namespace}, "notebook")
-        if found.smoke:
+        if found.study == "smoke":
             return found
         notebook = next(name for name, kind in NOTEBOOKS.items() if kind is cls)
         if notebook not in notebooks(found.study):
@@ -90,6 +90,8 @@ class Common(BaseModel):
         if found.model_copy(update={"study": "smoke"}) == load("smoke")[notebook]:
             print(f"The other parameters are taken from params/{found.study}.yaml, not from the cell above.")
             return wanted
+        if found.smoke:
+            return found
         if changed := [name for name, value in wanted if value != getattr(found, name)]:
             raise ParamsError(f"notebook: {', '.join(changed)}: not as in params/{found.study}.yaml. Change that file, "
                               "or write a params file, and so a study, of your own")

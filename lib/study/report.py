@@ -14,6 +14,7 @@ from nbconvert import MarkdownExporter
 from lib.judging.controls import summary
 from lib.judging.estimates import MARGIN, WORDS, text
 from lib.study import figures, paths
+from lib.study.figures import METHODS
 from lib.study.page import page
 from lib.study.params import ParamsError, notebooks
 
@@ -23,14 +24,14 @@ KEPT = ("metrics.json", "timings.json", "meta.json", "figures/*.png", "figures/p
 PLANNING = ("04_schedule_search", "05_pruner_training", "06_comparison")
 """The notebooks whose results are plans."""
 
-METHODS = ("DiffNAS", "Flexiffusion", "DiP-GO", "student")
-"""How the names of what is studied begin; all else is a control."""
-
 CACHES = ("DeepCache", "random cells", "student")
 """What the names of controls hold that are no full steps of the teacher alone."""
 
 REUSED = {"hold": "held", "line": "forecast by a line", "parabola": "forecast by a parabola"}
 """What findings call the ways to reuse a block's output."""
+
+LINK = r"\]\(([^)\s]+)\)"
+"""A link in Markdown."""
 
 FASTER = ["times faster", "low", "high"]
 """A measured ratio of times and its interval, as `lib.grid.cost.speed_ups` names them."""
@@ -89,11 +90,12 @@ def write_notebooks(study: str) -> None:
 
     Figures are the published ones; what was only shown goes to ``<notebook>/shown/``.
     """
-    target, exporter = paths.REPORTS / study, MarkdownExporter()
-    for notebook in notebooks(study):
+    target, exporter, runs = paths.REPORTS / study, MarkdownExporter(), notebooks(study)
+    for notebook in runs:
         executed = nbformat.read(paths.DATA / study / notebook / "notebook.ipynb", 4)
         for cell in executed.cells:
-            cell.source = re.sub(r"\((\d\d_\w+)\.ipynb\)", r"(\1.md)", cell.source)
+            if cell.cell_type == "markdown":
+                cell.source = re.sub(LINK, lambda found: f"]({_from_reports(found[1], runs)})", cell.source)
             for output in cell.get("outputs", []):
                 if name := output.get("metadata", {}).get("figure"):
                     output.data = {"text/markdown": f"![{name.replace('_', ' ')}]({notebook}/figures/{name}.png)"}
@@ -104,6 +106,14 @@ def write_notebooks(study: str) -> None:
         for name, content in resources["outputs"].items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_bytes(content)
+
+
+def _from_reports(link: str, runs: list[str]) -> str:
+    """Give a link of a notebook as it is in a study's reports: to what is written there, else back to the notebooks."""
+    if re.match(r"https?://|#", link):
+        return link
+    stem = link.removesuffix(".ipynb")
+    return f"{stem}.md" if stem in runs else f"../../notebooks/{link}"
 
 
 def findings(study: str) -> str:

@@ -415,12 +415,14 @@ def _panels(families: Sequence[str]) -> list[list[str]]:
         method = family.partition(",")[0]
         placed = "placed" if re.search("steps|coefficients|path|search", family) else "else"
         groups.setdefault(method if method in METHODS else placed, []).append(family)
-    panels: list[list[str]] = [[]]
-    for name, group in sorted(groups.items(), key=lambda item: (*METHODS, "placed", "else").index(item[0])):
-        for few in (group[i:i + MARKS] for i in range(0, len(group), MARKS)):
-            if len(panels[-1]) + len(few) > MARKS or name == "placed":  # controls share no panel with methods
-                panels.append([])
-            panels[-1] += few
+    panels: list[list[str]] = []
+    for names in (METHODS, ("placed", "else")):  # controls share no panel with methods
+        panels.append([])
+        for group in (groups.get(name, []) for name in names):
+            for few in (group[i:i + MARKS] for i in range(0, len(group), MARKS)):
+                if len(panels[-1]) + len(few) > MARKS:
+                    panels.append([])
+                panels[-1] += few
     return [panel for panel in panels if panel] or [[]]
 
 
