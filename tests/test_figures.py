@@ -75,6 +75,26 @@ def test_an_axis_that_is_linear_about_0_says_where_and_its_ticks_do_not_touch():
     assert all(tick == 0 or abs(tick) >= linear for tick in ticks) and {0, 1, 10} <= set(ticks)
 
 
+def test_the_progress_of_a_search_says_where_the_known_schedules_end():
+    found = pd.DataFrame({"trial": range(4), "macs_fraction": 0.5, "error": [3.0, 2.0, 2.5, 1.0], "partial_steps": 0,
+                          "start": [True, True, False, False]})
+    right = schedules.search_progress(found, [0.5], "mine").axes[1]
+    dotted, = (line for line in right.lines if line.get_linestyle() == ":")
+    assert list(dotted.get_xdata()) == [1.5, 1.5]
+
+
+def test_equal_agreements_are_not_drawn_on_each_other():
+    kinds = ["rfid", "rfid, shrunk", "paired", "score"]
+    table = pd.DataFrame([{"space": "mine", "kind": kind, "images": images, "tau": 1.0, "tau_low": 0.8, "tau_high": 1.0,
+                           "plans": 5} for kind in kinds for images in (20, 50)])
+    figure = schedules.rank_agreement(table, 100)
+    lines = figure.axes[0].lines[:len(kinds)]
+    assert [line.get_label() for line in lines] == [*kinds[:3], "raw"]
+    assert len({float(line.get_xdata()[0]) for line in lines}) == len({line.get_linestyle() for line in lines}) == 4
+    assert all(abs(line.get_xdata()[1] / 50 - 1) < 0.05 for line in lines)
+    figure.canvas.draw()
+
+
 def test_a_row_without_a_ratio_says_its_word():
     table = rows(ratio=[1.0, np.nan, 2.0], plan_over_control=[1.0, np.nan, 2.0]).assign(
         ratio_word="as good", plan_over_control_word="as good", plan="mine")

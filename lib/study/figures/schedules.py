@@ -14,6 +14,8 @@ from lib.study.figures import COLOURS, CONTROLS, OTHER, PALETTE, REUSE_LOOKS, WI
 def search_progress(found: pd.DataFrame, budgets: Sequence[float], title: str) -> Figure:
     """Draw all plans of one search by cost and error, and the best error so far under each budget.
 
+    A dotted line stands behind the last of the schedules that the search began with.
+
     Parameters
     ----------
     found : columns trial, macs_fraction, error, partial_steps, start (bool), in the order of evaluation
@@ -33,8 +35,9 @@ def search_progress(found: pd.DataFrame, budgets: Sequence[float], title: str) -
     for budget, tone in zip(budgets, np.linspace(0, 0.6, len(budgets))):
         best = found["error"].where(found["macs_fraction"] <= budget).cummin()
         right.step(found["trial"], best.ffill(), where="post", color=str(tone), label=f"\u2264 {100 * budget:.3g}%")
+    right.axvline(begun["trial"].max() + 0.5, color="0.5", lw=0.8, ls=":", label="left of it: known before")
     right.set(xlabel="candidates tried", ylabel="best rFID so far within\na budget of MACs", yscale="log")
-    right.legend(fontsize=6, ncols=len(budgets), loc="lower right", bbox_to_anchor=(1, 1))
+    right.legend(fontsize=6, ncols=len(budgets) + 1, loc="lower right", bbox_to_anchor=(1, 1))
     for axes in (left, right):
         plain_logarithm(axes.yaxis)
     return figure
@@ -86,6 +89,8 @@ def learning(history: pd.DataFrame) -> Figure:
 def rank_agreement(agreement: pd.DataFrame, many: int) -> Figure:
     """Draw Kendall's tau with the final score against the images behind the cheap measure, one panel a space.
 
+    Kinds stand a little beside each other, so that equal ones are seen; "score" is named "raw", which it is.
+
     Parameters
     ----------
     agreement : columns space, kind, images, tau, tau_low, tau_high, plans
@@ -95,15 +100,18 @@ def rank_agreement(agreement: pd.DataFrame, many: int) -> Figure:
     figure, panels = plt.subplots(1, len(spaces), figsize=(WIDE, 2.6), sharey=True, squeeze=False)
     for axes, space in zip(panels[0], spaces):
         rows = agreement[agreement["space"] == space]
-        for (kind, line), colour in zip(rows.groupby("kind", sort=False), (*PALETTE[:3], "0.5")):
-            axes.plot(line["images"], line["tau"], marker="o", ms=3, lw=1, color=colour, label=kind)
-            axes.fill_between(line["images"], line["tau_low"], line["tau_high"], color=colour, alpha=0.12, lw=0)
+        looks = zip(cycle(("-", "--", "-.", ":")), (*PALETTE[:3], "0.5"), (0.955, 0.985, 1.015, 1.045))
+        for (kind, line), (dash, colour, aside) in zip(rows.groupby("kind", sort=False), looks):
+            images = aside * line["images"]
+            axes.plot(images, line["tau"], marker="o", ms=3, lw=1.2, ls=dash, color=colour,
+                      label="raw" if kind == "score" else kind)
+            axes.fill_between(images, line["tau_low"], line["tau_high"], color=colour, alpha=0.12, lw=0)
         axes.axvline(many / 10, color="0.7", lw=0.8, ls="--")
         axes.axhline(0.7, color="0.85", lw=0.8, ls="--")
         axes.set(xscale="log", xlabel="images", title=f"{space}, {rows['plans'].iloc[0]} candidates")
         plain_logarithm(axes.xaxis)
     panels[0, 0].set(ylabel="Kendall's tau")
-    panels[0, -1].legend(fontsize=7, loc="lower right")
+    figure.legend(*panels[0, -1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return figure
 
 
