@@ -8,7 +8,7 @@ import pytest
 
 from lib.grid.plan import COMPUTE, HOLD, LINE, PARABOLA, Plan
 from lib.study import figures
-from lib.study.figures import drawings, schedules
+from lib.study.figures import drawings, schedules, students
 
 
 def rows(**columns):
@@ -157,3 +157,36 @@ def test_a_row_a_label_and_a_row_that_lacks_images_repeats_its_first():
     np.testing.assert_allclose(drawn, [[0.25, 0.25], [0.0, 0.5]])
     with pytest.raises(ValueError):
         figures.by_label(images, np.full(5, 11))
+
+
+def test_each_level_shows_the_loss_that_its_local_choice_may_have():
+    losses = {"down0": 0.02, "mid": 0.3}
+    tables = {level: pd.DataFrame({"macs": [1e6, 2e6], "loss": [5 * loss, loss]}) for level, loss in losses.items()}
+    picks = pd.DataFrame([{"name": name, "level": level, "macs": 1e6, "loss": loss * times}
+                          for name, times in (("reference", 1), ("local 50%", 2)) for level, loss in losses.items()])
+    figure = students.trade(tables, picks, 3.0)
+    for axes, loss in zip(figure.axes, losses.values()):
+        limit, = (line for line in axes.lines if line.get_linestyle() == "--")
+        assert list(limit.get_ydata()) == pytest.approx([3 * loss] * 2)
+    figure.canvas.draw()
+
+
+def test_gradients_that_agree_nearly_alike_are_drawn_apart():
+    columns = ["agreement, noise loss", "agreement, output distillation", "agreement, block losses"]
+    table = pd.DataFrame({"level": ["down0", "mid"], "shortest way": [2, 5], "longest way": [8, 5],
+                          **{column: [0.9, 0.91] for column in columns}})
+    figure = students.gradient_ways(table)
+    _, alike = figure.axes
+    assert len({tuple(line.get_xdata()) for line in alike.lines}) == len(columns)
+    assert alike.get_ylim()[0] > 0.8
+    figure.canvas.draw()
+
+
+def test_held_out_losses_have_a_label_at_every_tick():
+    history = pd.DataFrame([{"name": "linear", "training": seed, "way": way, "loss": loss + 0.01 * seed}
+                            for seed in (0, 1) for way, loss in ((0, 0.28), (0.5, 0.12), (1, 0.08))])
+    figure = students.held_out(history)
+    figure.canvas.draw()
+    axes, = figure.axes
+    assert not len(axes.yaxis.get_minorticklocs())
+    assert {"0.08", "0.1", "0.2"} <= {label.get_text() for label in axes.get_yticklabels()}

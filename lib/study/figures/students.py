@@ -9,6 +9,7 @@ import seaborn as sns
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import LogLocator, NullLocator
 
 from lib.study.figures import COLOURS, NARROW, PALETTE, WIDE, plain_logarithm
 
@@ -59,7 +60,8 @@ def forms_map(table: pd.DataFrame) -> Figure:
         axes.text(first + count / 2, len(values) + 0.2, f"width x {share:g}", ha="center", fontsize=7)
         axes.axvline(first, color="white", lw=2)
     axes.set_xlabel("kernels of the two convolutions")
-    figure.colorbar(mesh, ax=axes, label="least relative error", pad=0.01)
+    bar = figure.colorbar(mesh, ax=axes, label="least relative error", pad=0.01)
+    plain_logarithm(bar.ax.yaxis)
     return figure
 
 
@@ -89,20 +91,23 @@ def architectures(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def trade(tables: Mapping[str, pd.DataFrame], picks: pd.DataFrame) -> Figure:
-    """Draw each level's candidates, price against loss, and what was picked.
+def trade(tables: Mapping[str, pd.DataFrame], picks: pd.DataFrame, tolerance: float) -> Figure:
+    """Draw each level's candidates, price against loss, what was picked, and how much loss the local choice may have.
 
     Parameters
     ----------
     tables : by level: columns macs, loss
-    picks : columns name, level, macs, loss
+    picks : columns name ("reference" among them), level, macs, loss
+    tolerance : s, in times the reference's loss: a dashed line
     """
     wide = 4
     high = -(-(len(tables) + 1) // wide)  # one is for the legend
     figure, panels = plt.subplots(high, wide, figsize=(WIDE, 1.7 * high + 0.3), squeeze=False)
     for axes in panels.flat[len(tables):]:
         axes.set_axis_off()
+    limits = tolerance * picks[picks["name"] == "reference"].set_index("level")["loss"]
     for axes, (level, table) in zip(panels.flat, tables.items()):
+        axes.axhline(limits[level], color=COLOURS["DiffNAS"], lw=0.8, ls="--", label=f"{tolerance:.2f} x reference")
         axes.plot(table["macs"] / 1e6, table["loss"], ".", ms=2, color="0.8", rasterized=True, label="candidates")
         for size, row in enumerate(picks[picks["level"] == level].itertuples(), start=2):  # rings, where some agree
             colour, marker = next(CHOICES[kind] for kind in CHOICES if row.name.startswith(kind))
@@ -140,24 +145,26 @@ def gradient_ways(table: pd.DataFrame) -> Figure:
     ----------
     table : columns level, shortest way, longest way (blocks), and "agreement, LOSS" (cosine) of several losses
     """
-    figure, (ways, alike) = plt.subplots(1, 2, figsize=(WIDE, 2.3))
+    figure, (ways, alike) = plt.subplots(1, 2, figsize=(WIDE, 2.5))
     x = np.arange(len(table))
     ways.vlines(x, table["shortest way"], table["longest way"], color="0.8", lw=5)
+    ways.plot(x, table["longest way"], "s", ms=6, color="0.6", label="longest way")
     ways.plot(x, table["shortest way"], "o", ms=4, color="0.3", label="shortest way")
-    ways.plot(x, table["longest way"], "s", ms=4, color="0.6", label="longest way")
     ways.set(ylabel="blocks up to the noise loss")
     columns = [column for column in table if column.startswith("agreement, ")]
-    for column, colour, marker in zip(columns, ("0.45", PALETTE[0], COLOURS["DiffNAS"]), "osD"):
-        alike.plot(x, table[column], marker, ms=5, color=colour, label=column.removeprefix("agreement, "))
-    alike.set(ylabel="agreement of batches (cosine)", ylim=(min(0, alike.get_ylim()[0]), 1.04))
+    for aside, column, colour, marker in zip((-0.2, 0, 0.2), columns, ("0.45", PALETTE[0], COLOURS["DiffNAS"]), "osD"):
+        alike.plot(x + aside, table[column], marker, ms=4, color=colour, label=column.removeprefix("agreement, "))
+    alike.set_ylabel("agreement of batches (cosine)", fontsize=8)
     for axes in (ways, alike):
         axes.set_xticks(x, table["level"], fontsize=7)
-        axes.legend(fontsize=6)
+        axes.legend(fontsize=6, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, columnspacing=1)
     return figure
 
 
 def held_out(history: pd.DataFrame) -> Figure:
     """Draw the held-out loss over the way through a training: the mean of the trainings, and all between them.
+
+    A dot stands where the loss was taken.
 
     Parameters
     ----------
@@ -168,8 +175,12 @@ def held_out(history: pd.DataFrame) -> Figure:
     for name, colour in zip(names, sns.color_palette("colorblind", len(names))):
         rows = history[history["name"] == name].groupby("way")["loss"]
         axes.fill_between(100 * rows.min().index, rows.min(), rows.max(), color=colour, alpha=0.2, lw=0)
-        axes.plot(100 * rows.mean().index, rows.mean(), color=colour, lw=1.2, label=name)
+        axes.plot(100 * rows.mean().index, rows.mean(), marker=".", ms=4, color=colour, lw=1.2, label=name)
     axes.set(xlabel="training (%)", ylabel="held-out loss (MSE of epsilon)", yscale="log")
     plain_logarithm(axes.yaxis)
+    low, high = axes.get_ylim()
+    if 1.6 * low < high < 8 * low:
+        axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
