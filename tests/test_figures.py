@@ -8,7 +8,7 @@ import pytest
 
 from lib.grid.plan import COMPUTE, HOLD, LINE, PARABOLA, Plan
 from lib.study import figures
-from lib.study.figures import drawings, schedules
+from lib.study.figures import drawings, pruning, schedules
 
 
 def rows(**columns):
@@ -137,3 +137,16 @@ def test_a_row_a_label_and_a_row_that_lacks_images_repeats_its_first():
     np.testing.assert_allclose(drawn, [[0.25, 0.25], [0.0, 0.5]])
     with pytest.raises(ValueError):
         figures.by_label(images, np.full(5, 11))
+
+
+def test_maps_of_gates_have_a_legend_and_maps_of_scores_a_colour_bar():
+    gates, scores = np.eye(3, dtype=bool), np.linspace(0, 1, 9).reshape(3, 3)
+    legend = pruning.maps({"a": gates, "b": ~gates}, list("xyz"), "gate")
+    assert len(legend.axes) == 2
+    words, patches = legend.axes[0].get_legend().texts, legend.axes[0].get_legend().get_patches()
+    assert [word.get_text() for word in words] == ["gate 0: holds", "gate 1: computes"]
+    assert [patch.get_facecolor()[:3] for patch in patches] == [pruning.GATES(end)[:3] for end in (0.0, 1.0)]
+    bar = pruning.maps({"a": gates, "b": scores}, list("xyz"), "score, gate")
+    assert len(bar.axes) == 3 and bar.axes[0].get_legend() is None
+    for figure in (legend, bar):
+        figure.canvas.draw()
