@@ -8,7 +8,7 @@ import pytest
 
 from lib.grid.plan import COMPUTE, HOLD, LINE, PARABOLA, Plan
 from lib.study import figures
-from lib.study.figures import drawings, schedules, students
+from lib.study.figures import drawings, pruning, schedules, students
 
 
 def rows(**columns):
@@ -190,3 +190,16 @@ def test_held_out_losses_have_a_label_at_every_tick():
     axes, = figure.axes
     assert not len(axes.yaxis.get_minorticklocs())
     assert {"0.08", "0.1", "0.2"} <= {label.get_text() for label in axes.get_yticklabels()}
+
+
+def test_maps_of_gates_have_a_legend_and_maps_of_scores_a_colour_bar():
+    gates, scores = np.eye(3, dtype=bool), np.linspace(0, 1, 9).reshape(3, 3)
+    legend = pruning.maps({"a": gates, "b": ~gates}, list("xyz"), "gate")
+    assert len(legend.axes) == 2
+    words, patches = legend.axes[0].get_legend().texts, legend.axes[0].get_legend().get_patches()
+    assert [word.get_text() for word in words] == ["gate 0: holds", "gate 1: computes"]
+    assert [patch.get_facecolor()[:3] for patch in patches] == [pruning.GATES(end)[:3] for end in (0.0, 1.0)]
+    bar = pruning.maps({"a": gates, "b": scores}, list("xyz"), "score, gate")
+    assert len(bar.axes) == 3 and bar.axes[0].get_legend() is None
+    for figure in (legend, bar):
+        figure.canvas.draw()

@@ -201,8 +201,8 @@ def test_another_studys_parameter_re_runs_nothing(project, change):
     ("methods/compose", {"06_comparison"}), ("methods/peers", {"03_joint_loss_ablation", "07_transformer"}),
     ("judging/analysis", {"01_teacher_analysis", "04_schedule_search", "07_transformer"}),
     ("study/run", set()), ("study/params", set()),
-    ("grid/plan", set(STAGES)),
-    ("judging/controls", set(STAGES) - {"00_teacher_training", "02_block_search", "03_joint_loss_ablation"})])
+    ("grid/plan", {*STAGES, "publish"}), ("study/explorer", {"publish"}),
+    ("judging/controls", {*STAGES, "publish"} - {"00_teacher_training", "02_block_search", "03_joint_loss_ablation"})])
 def test_a_module_re_runs_the_stages_that_import_it(project, change, module, expected):
     change(f"lib/{module}.py", '"""', '"""Changed: ')
     assert changed(project) == expected

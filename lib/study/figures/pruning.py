@@ -12,9 +12,9 @@ from matplotlib.ticker import MaxNLocator
 from lib.grid.plan import COMPUTE, HOLD
 from lib.study.figures import NARROW, PALETTE, STATES, WIDE, edges
 
-TONES = {"DiP-GO": PALETTE[1], "columns": "0.45", "annealed": PALETTE[3], "annealed columns": "0.7",
-         "untrained": PALETTE[4]}
-"""One colour a pruner."""
+TONES = {"DiP-GO": PALETTE[1], "columns": "0.45", "annealed": PALETTE[4], "annealed columns": "0.7",
+         "untrained": "0.6"}
+"""One colour a pruner; what is untrained is dotted."""
 GATES = LinearSegmentedColormap.from_list("gates", [STATES[HOLD][1], STATES[COMPUTE][1]])
 """From a gate of 0, which holds, to one of 1, which computes, in the colours of plans."""
 
@@ -27,7 +27,7 @@ def training(history: pd.DataFrame) -> Figure:
     history : columns pruner, update, consistency, sparsity, kept
     """
     figure, panels = plt.subplots(1, 3, figsize=(WIDE, 2.4))
-    labels = {"consistency": "consistency loss", "sparsity": "weighted share of open gates", "kept": "kept MACs (%)"}
+    labels = {"consistency": "consistency loss", "sparsity": "sparsity term", "kept": "kept MACs (%)"}
     for axes, (column, label) in zip(panels, labels.items()):
         for name, rows in history.groupby("pruner", sort=False):
             scale = 100 if column == "kept" else 1
@@ -41,11 +41,13 @@ def training(history: pd.DataFrame) -> Figure:
 def maps(panels: Mapping[str, np.ndarray], rows: list[str], label: str) -> Figure:
     """Draw several maps of one value a cell in [0, 1] above each other, steps across: from what holds to what computes.
 
+    Where all values are 0 or 1, a legend says what these are; else a colour bar does.
+
     Parameters
     ----------
     panels : title to (T, groups), float or bool
     rows : the groups' names
-    label : of the colour bar
+    label : what the values are, such as "gate"
     """
     figure, drawn = plt.subplots(len(panels), 1, figsize=(WIDE, len(panels) * (0.11 * len(rows) + 0.35) + 0.4),
                                  sharex=True, squeeze=False)
@@ -56,7 +58,12 @@ def maps(panels: Mapping[str, np.ndarray], rows: list[str], label: str) -> Figur
         axes.set_title(title, fontsize=7, loc="left", pad=2)
     drawn[-1, 0].set(xlabel="step (noise to image)")
     drawn[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(mesh, ax=drawn[:, 0], label=label, pad=0.01, aspect=12 * len(panels))
+    if all(np.isin(values, (0, 1)).all() for values in panels.values()):
+        patches = [plt.Rectangle((0, 0), 1, 1, fc=STATES[state][1], ec="0.6") for state in (HOLD, COMPUTE)]
+        drawn[0, 0].legend(patches, [f"{label} {i}: {STATES[state][0]}" for i, state in enumerate((HOLD, COMPUTE))],
+                           ncols=2, fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+    else:
+        figure.colorbar(mesh, ax=drawn[:, 0], label=label, pad=0.01, aspect=12 * len(panels))
     return figure
 
 
@@ -69,7 +76,8 @@ def freedom(table: pd.DataFrame) -> Figure:
     """
     figure, axes = plt.subplots(figsize=(NARROW, 2.3))
     for name, rows in table[~table["pruner"].str.contains("columns")].groupby("pruner", sort=False):  # those have none
-        axes.plot(100 * rows["keep"], 100 * rows["outside_macs"], marker="o", ms=3, lw=1, color=TONES[name], label=name)
+        axes.plot(100 * rows["keep"], 100 * rows["outside_macs"], marker="o", ms=3, lw=1, color=TONES[name], label=name,
+                  ls=":" if name == "untrained" else "-")
     axes.set(xlabel="kept MACs (%)", ylabel="reused MACs outside\nwhole columns (%)")
     axes.legend(fontsize=6)
     return figure
