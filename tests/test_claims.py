@@ -26,7 +26,7 @@ def test_a_cheaper_way_is_judged_by_its_ratio_or_at_the_floor_by_the_difference(
     found = claims.cheaper("DiffNAS", "half", "20 steps", row, "ratio", "a control")
     assert found == {"paper": "DiffNAS", "claimed": "half", "setting": "20 steps", "control": "a control",
                      "holds": "no",
-                     "measured": "2.26 times fewer MACs at 3.60 [3.50, 3.70] of the score"}
+                     "measured": "2.26 times fewer MACs at 3.60 [3.50, 3.70] times the score"}
     found = claims.cheaper("DiffNAS", "half", "20 steps", row | compared("ratio", np.nan), "ratio", "-")
     assert found["measured"] == "2.26 times fewer MACs at a score higher by 0.50 [0.25, 0.75]"
 
@@ -35,7 +35,9 @@ def test_a_loss_is_judged_as_notebook_03_did():
     row = {"claimed": "joint helps", "here": "3 trainings", "ratio": 0.763, "ratio_low": 0.659, "ratio_high": 0.883}
     assert claims.joint_loss(row | {"holds": "yes"}) == {
         "paper": "DiffNAS", "claimed": "joint helps", "setting": "3 trainings", "holds": "yes", "control": "-",
-        "measured": "0.763 [0.659, 0.883] of the score"}
+        "measured": "0.763 [0.659, 0.883] times the score"}
+    at_floor = claims.joint_loss(row | compared("ratio", np.nan) | {"holds": "no"})
+    assert at_floor["measured"] == "a score higher by 0.50 [0.25, 0.75]"
 
 
 SCHEDULE = {"here": "PLMS, T = 50", "times": 5.614, **compared("ratio", 1.6), "as many DDIM steps": 1.844,
@@ -48,7 +50,7 @@ PROMPTED = {"prompt score": 0.903, "prompt score there": 0.947, "DDIM steps that
 def test_a_claim_about_clip_is_judged_by_prompts_where_there_are_some():
     plain = claims.schedule(SCHEDULE | {"claimed": "5.1 times, CLIP all but equal"})
     assert plain["holds"] == "no" and plain["setting"] == "PLMS, T = 50" and plain["paper"] == "Flexiffusion"
-    assert plain["measured"] == "5.61 times fewer MACs at 1.60 [1.50, 1.70] of the score"
+    assert plain["measured"] == "5.61 times fewer MACs at 1.60 [1.50, 1.70] times the score"
     assert plain["control"] == ("worse (1.84) over as many DDIM steps; undecided (0.79) over DeepCache; worse (3.20) "
                                 "over searched steps")
     alone = claims.schedule(SCHEDULE | {"claimed": "2 times", "DeepCache": np.nan, "DeepCache, word": "-"})
@@ -67,11 +69,11 @@ def test_pruning_is_judged_over_the_run_that_was_pruned():
                                                                 ("the base", 110.0, 1.0, "yes", "as good"))])
     found = claims.pruning(rows.set_index("name"))
     assert found == {"paper": "DiP-GO", "claimed": claims.DIPGO, "setting": "PLMS, T = 50", "holds": "yes",
-                     "measured": "4.40 times fewer MACs at 1.00 [0.90, 1.10] of the score",
+                     "measured": "4.40 times fewer MACs at 1.00 [0.90, 1.10] times the score",
                      "control": "worse (1.20) over fewer steps"}
     prompted = rows.assign(**compared("prompts_over_control", np.nan, "no"))
     found = claims.pruning(prompted.set_index("name"))
-    assert found["holds"] == "no" and found["measured"].endswith("of the score; prompt score -0.500")
+    assert found["holds"] == "no" and found["measured"].endswith("times the score; prompt score -0.500")
 
 
 def test_a_plan_is_set_beside_its_own_strongest_control():

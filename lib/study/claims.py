@@ -37,7 +37,7 @@ def kept(row: Mapping, value: str) -> str:
     at_floor = pd.isna(row[value])
     name = f"{value}_difference" if at_floor else value
     interval = "{:.2f} [{:.2f}, {:.2f}]".format(*(row[f"{name}{end}"] for end in ("", "_low", "_high")))
-    return f"a score higher by {interval}" if at_floor else f"{interval} of the score"
+    return f"a score higher by {interval}" if at_floor else f"{interval} times the score"
 
 
 def over(word: str, ratio: float, name: str) -> str:
@@ -67,8 +67,10 @@ def cheaper(paper: str, claimed: str, setting: str, row: Mapping, value: str, co
 
 def joint_loss(row: Mapping) -> dict[str, str]:
     """Give the row of a claim of DiffNAS about its loss, from notebook 03's table of claims."""
-    return {"paper": "DiffNAS", "claimed": row["claimed"], "setting": row["here"],
-            "measured": f"{estimates.text(row, 'ratio')} of the score", "control": "-", "holds": row["holds"]}
+    at_floor = pd.isna(row["ratio"])
+    measured = kept(row, "ratio") if at_floor else f"{estimates.text(row, 'ratio')} times the score"
+    return {"paper": "DiffNAS", "claimed": row["claimed"], "setting": row["here"], "measured": measured,
+            "control": "-", "holds": row["holds"]}
 
 
 def schedule(row: Mapping) -> dict[str, str]:
