@@ -1,5 +1,6 @@
 """The notebooks' anatomy, and that their defaults are the smoke study."""
 
+import ast
 import re
 import statistics
 
@@ -55,6 +56,16 @@ class TestEach:
     def test_installs_nothing(self, path):
         for cell in code(path):
             assert not re.search(r"(?m)^\s*[!%]|pip install|sys\.path|os\.chdir", cell.source)
+
+    def test_gives_no_parameters_name_to_another_thing(self, path):
+        """Else the cell that binds them could not be run again."""
+        first, *cells = code(path)
+        names = {line.partition(" = ")[0] for line in first.source.splitlines()}
+        for statement in (part for cell in cells for part in ast.parse(cell.source).body):
+            if isinstance(statement, ast.Assign | ast.AugAssign | ast.For | ast.With):
+                targets = [statement.target] if hasattr(statement, "target") else getattr(statement, "targets", [])
+                stored = {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+                assert not stored & names, ast.unparse(statement)[:80]
 
     def test_ends_its_stage_and_sets_exercises(self, path):
         cells = read(path).cells

@@ -51,7 +51,7 @@ class Common(BaseModel):
     held_out: float = Field(gt=0, lt=1)  # fraction of the images that no training sees
     seed: int = Field(ge=0, lt=2**31)
     report_seed: int = Field(ge=0, lt=2**31)  # of the noise behind every final score; nothing is chosen on it
-    judge: Annotated[str, AfterValidator(_judge)]  # the second judge's task, or torch-fidelity:NAME
+    second_task: Annotated[str, AfterValidator(_judge)]  # the second judge's task, or torch-fidelity:NAME
     device: Literal["cpu", "cuda"]
     threads: Positive  # CPU threads, fewer if others are busy; another number changes the last bits of results
     precision: Literal["fp32", "bf16"]  # of the network, in training and sampling
