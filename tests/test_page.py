@@ -75,7 +75,7 @@ def test_links_of_the_real_notebooks_lead_somewhere_in_both_copies(notebook):
     runs = list(params.NOTEBOOKS)[:-1]
     for cell in nbformat.read(paths.NOTEBOOKS / f"{notebook}.ipynb", 4).cells:
         if cell.cell_type == "markdown":
-            assert not re.findall(r"href=.(?!#|https?://)", page._prose(cell.source, notebook))
+            assert not re.findall(r"href=.(?!#|https?://)", page._grounded(page._prose(cell.source, notebook)))
             for link in re.findall(report.LINK, cell.source):
                 written = report._from_reports(link, runs)
                 there = written.removesuffix(".md") in runs or (paths.REPORTS / "mine" / written).resolve().exists()

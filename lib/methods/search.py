@@ -136,8 +136,8 @@ def winner(found: Iterable[Found], error: Callable[[Plan], float], finalists: in
     ----------
     error : callable(plan), measured on noise that the search has not seen
     """
-    within = sorted((plan for plan in found if low < plan.macs <= high), key=lambda plan: plan.error)
-    return min((finalist.plan for finalist in within[:finalists]), key=error, default=None)
+    within = sorted((entry for entry in found if low < entry.macs <= high), key=lambda entry: entry.error)
+    return min((entry.plan for entry in within[:finalists]), key=error, default=None)
 
 
 class _Journal(JournalFileBackend):

@@ -13,7 +13,6 @@ from nbconvert.filters import markdown2html
 
 from lib.study import paths
 from lib.study.explorer import explorer
-from lib.study.params import NOTEBOOKS
 
 STYLE = """
 :root { color-scheme: light; }
@@ -71,8 +70,7 @@ def page(study: str, notebooks: Sequence[str], summary: str, tables: dict[str, s
         front = (f"{_prose(summary)}{explorer(study)}<p>Score over the best teacher's against executed MACs: down is "
                  "better, right is cheaper. Bars: 95 % intervals. <b>Click a point</b> for its plan, its images and "
                  f"its file. Numbers: <a href='#{_anchor(numbers)}'>{numbers}</a>.</p>")
-    away = "|".join(name for name in NOTEBOOKS if name not in parts) or "none"
-    body = re.sub(rf"<a href=.#({away})[^>]*>(.*?)</a>", r"\2", "".join(parts.values()))
+    body = _grounded("".join(parts.values()))
     return document(f"Lean Diffusion: {study}", (
         f"<h1>Lean Diffusion: the study <i>{study}</i></h1>"
         f"<p>Made by the pipeline from what its notebooks found; all code stands there. {html.escape(about)}.</p>"
@@ -137,7 +135,6 @@ def _prose(text: str, notebook: str = "") -> str:
     made = re.sub(r"<a class=.anchor-link.*?</a>", "", markdown2html(text))
     made = re.sub(r"FORMULA(\d+)END", lambda found: formulas[int(found[1])], made)
     made = re.sub(r"href=.(\d\d_\w+)\.ipynb.", r"href='#\1'", made).replace("<table>", "<div class='wide'><table>")
-    made = re.sub(r"<a href=.(?!#|https?://)[^>]*>(.*?)</a>", r"\1", made)  # the page stands alone
     made = made.replace("</table>", "</table></div>")
 
     def heading(found: re.Match) -> str:
@@ -146,6 +143,17 @@ def _prose(text: str, notebook: str = "") -> str:
         return f"<h{level} id='{anchor}'>{words}</h{level}>"
 
     return re.sub(r"<h(\d)[^>]*>(.*?)</h\d>", heading, made)
+
+
+def _grounded(body: str) -> str:
+    """Keep the links that lead to a part of the body or to the web; of others, which a lone page lacks, the words."""
+    anchors = set(re.findall(r"\bid='([^']+)'", body))
+
+    def link(found: re.Match) -> str:
+        leads = found[1].startswith(("http://", "https://")) or found[1].removeprefix("#") in anchors
+        return found[0] if leads else found[2]
+
+    return re.sub(r"<a href=['\"]([^'\"]*)['\"][^>]*>(.*?)</a>", link, body)
 
 
 def _title(body: str) -> str:

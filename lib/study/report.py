@@ -54,6 +54,15 @@ def publish(study: str) -> Path:
     return target
 
 
+def write(study: str) -> Path:
+    """Publish a study, and write its page, its README and its notebooks there; give the page."""
+    publish(study)
+    written = write_page(study)
+    write_readme(study)
+    write_notebooks(study)
+    return written
+
+
 def write_page(study: str) -> Path:
     """Write what a study found as one page, beside its published numbers."""
     target, runs = paths.REPORTS / study / "index.html", notebooks(study)
@@ -316,10 +325,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "publish":
         try:
-            publish(arguments.study)
-            print(f"published: {write_page(arguments.study)}")
-            write_readme(arguments.study)
-            write_notebooks(arguments.study)
+            print(f"published: {write(arguments.study)}")
             write_caching()
         except (ParamsError, FileNotFoundError) as error:
             raise SystemExit(f"error: {error}") from None

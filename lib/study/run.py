@@ -130,10 +130,7 @@ def study(name: str) -> None:
     if not whole:
         from lib.study import report  # torch, which running a notebook does not need here
 
-        report.publish(name)
-        report.write_page(name)
-        report.write_readme(name)
-        report.write_notebooks(name)
+        report.write(name)
     print(f"\nDone. Figures and tables: {paths.REPORTS / name}\nExecuted notebooks:       {paths.DATA / name}")
 
 

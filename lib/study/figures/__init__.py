@@ -48,6 +48,8 @@ OTHER = ("0.6", "v", "--")
 """Grey, marker and line of each control, and of one that has none of its own."""
 EVEN = ("DDIM, uniform", "DPM-Solver++, uniform")
 """What every panel of the front is read against."""
+SCORES = "score (some at the floor; linear below the dotted line)"
+"""The label of an axis of `scores` that reaches 0."""
 MARKS = 6
 """Most families of a panel of the front, besides `EVEN`."""
 KINDS = {"null": "white", "partial": sns.color_palette("pastel")[0], "full": PALETTE[0]}
@@ -258,7 +260,7 @@ def forecasts(table: pd.DataFrame, ylabel: str) -> Figure:
                  title={1: "DDIM (order 1)", 2: "DPM-Solver++ (order 2)"}[order])
         plain_logarithm(axes.xaxis)
         scores(axes.yaxis, axes.set_yscale, table, value)
-    panels[0, 0].set(ylabel=ylabel if value == "ratio" else "score (some at the floor; linear below the dotted line)")
+    panels[0, 0].set(ylabel=ylabel if value == "ratio" else SCORES)
     panels[0, 0].legend(fontsize=7)
     return figure
 
@@ -388,7 +390,7 @@ def front(table: pd.DataFrame, links: Mapping[str, str] = MappingProxyType({})) 
     for axes in panels.flat[len(groups):]:
         axes.remove()
     figure.supylabel({"ratio": "score / the best teacher's score (dashed: 5 % worse)",
-                      "score": "score (some at the floor; linear below the dotted line)"}[value], fontsize=9)
+                      "score": SCORES}[value], fontsize=9)
     figure.supxlabel("times fewer executed MACs than the teacher; lower axis: the honest factor,\n"
                      "over the fewest steps that are surely at most 5 % worse", fontsize=9)
     _honest(panels, groups, (table["honest_factor"] / table["macs_ratio"]).median())
@@ -453,7 +455,7 @@ def curves(table: pd.DataFrame) -> Figure:
         axes.errorbar(rows["macs_ratio"], rows[value], bars, color=colour, marker=marker, ms=6, lw=1.2, elinewidth=0.8,
                       capsize=1.5, label=label)
     ylabel = {"ddim_ratio": "score / that of DDIM's whole run",
-              "score": "score (some at the floor; linear below the dotted line)"}[value]
+              "score": SCORES}[value]
     axes.set(xscale="log", xlabel="times fewer executed MACs", ylabel=ylabel)
     plain_logarithm(axes.xaxis)
     scores(axes.yaxis, axes.set_yscale, table, value)
