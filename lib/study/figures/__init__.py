@@ -48,7 +48,7 @@ OTHER = ("0.6", "v", "--")
 """Grey, marker and line of each control, and of one that has none of its own."""
 EVEN = ("DDIM, uniform", "DPM-Solver++, uniform")
 """What every panel of the front is read against."""
-SCORES = "score (some at the floor; linear below the dotted line)"
+SCORES = "score (some at the floor;\nlinear below the dotted line)"
 """The label of an axis of `scores` that reaches 0."""
 MARKS = 6
 """Most families of a panel of the front, besides `EVEN`."""
@@ -137,7 +137,7 @@ def plain_logarithm(axis: Axis) -> None:
     if high < 1.6 * low:
         axis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
         return
-    spans = {200: (1,), 8: (1, 2, 5), 3: (1, 1.5, 2, 3, 5, 7), 0: (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)}
+    spans = {200: (1,), 50: (1, 3), 8: (1, 2, 5), 3: (1, 1.5, 2, 3, 5, 7), 0: (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)}
     axis.set_major_locator(LogLocator(10, subs=next(subs for span, subs in spans.items() if high > span * low)))
 
 
@@ -571,6 +571,9 @@ def ratios(table: pd.DataFrame, label: str, mark: float | None = None) -> Figure
     axes.set_ylim(places[-1] + 0.6, -0.6)
     axes.set(xlabel=f"\u2190 better      {label}      worse \u2192", xscale="log")
     plain_logarithm(axes.xaxis)
+    if table["ratio"].isna().any():  # room for their words on both sides of 1
+        low, high = axes.get_xlim()
+        axes.set_xlim(min(low, 0.5), max(high, 2))
     if table["ratio"].isna().all():  # words alone
         axes.xaxis.set(major_locator=NullLocator(), minor_locator=NullLocator())
     return figure

@@ -31,7 +31,7 @@ def search_progress(found: pd.DataFrame, budgets: Sequence[float], title: str) -
     for budget in budgets:
         left.axvline(100 * budget, color="0.7", lw=0.8, ls="--", zorder=0)
     left.set(xlabel="executed MACs (% of the teacher's)", ylabel="rFID", yscale="log")
-    left.legend(fontsize=6, frameon=True)
+    left.legend(fontsize=6, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), columnspacing=1, handletextpad=0.2)
     for budget, tone in zip(budgets, np.linspace(0, 0.6, len(budgets))):
         best = found["error"].where(found["macs_fraction"] <= budget).cummin()
         right.step(found["trial"], best.ffill(), where="post", color=str(tone), label=f"\u2264 {100 * budget:.3g}%")
