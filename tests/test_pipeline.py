@@ -449,9 +449,11 @@ def test_a_study_of_some_notebooks_runs_these_and_is_published(monkeypatch, tmp_
     monkeypatch.setattr(report, "write_page", lambda name: told.append(f"page {name}"))
     monkeypatch.setattr(report, "write_readme", lambda name: told.append(f"readme {name}"))
     monkeypatch.setattr(report, "write_notebooks", lambda name: told.append(f"notebooks {name}"))
+    monkeypatch.setattr(report, "write_caching", lambda: told.append("caching"))
+    monkeypatch.setattr(report, "fill_readme", lambda: told.append("README"))
     run.study("digits")
     assert told == [["repro", "00_teacher_training@digits", "05_pruner_training@digits"], "published digits",
-                    "page digits", "readme digits", "notebooks digits"]
+                    "page digits", "readme digits", "notebooks digits", "caching", "README"]
 
 
 def test_a_studys_teacher_is_shipped_and_nobody_elses_folder_is_written_to(tmp_path, monkeypatch, unet, schedule):

@@ -55,11 +55,18 @@ def publish(study: str) -> Path:
 
 
 def write(study: str) -> Path:
-    """Publish a study, and write its page, its README and its notebooks there; give the page."""
+    """Publish a study, and write its page, its README and its notebooks there, and what all studies share.
+
+    Returns
+    -------
+    page : Path
+    """
     publish(study)
     written = write_page(study)
     write_readme(study)
     write_notebooks(study)
+    write_caching()
+    fill_readme()
     return written
 
 
@@ -309,6 +316,12 @@ def filled(readme: str) -> str:
                   lambda found: f"{found[1]}{TABLES[found[2]](found[3])}\n{found[4]}", readme, flags=re.DOTALL)
 
 
+def fill_readme() -> None:
+    """Fill the project's README with the tables that it names, as the reports have them now."""
+    readme = paths.ROOT / "README.md"
+    readme.write_text(filled(readme.read_text()))
+
+
 def _intervals(table: pd.DataFrame, column: str) -> pd.Series:
     return pd.Series([text(row, column) for row in table.to_dict("records")], table.index)
 
@@ -326,12 +339,10 @@ def main() -> None:
     if arguments.command == "publish":
         try:
             print(f"published: {write(arguments.study)}")
-            write_caching()
         except (ParamsError, FileNotFoundError) as error:
             raise SystemExit(f"error: {error}") from None
     else:
-        readme = paths.ROOT / "README.md"
-        readme.write_text(filled(readme.read_text()))
+        fill_readme()
 
 
 if __name__ == "__main__":
