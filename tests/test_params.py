@@ -80,7 +80,7 @@ def test_numbers_like_1e_4_are_numbers(write):
      "second_task: Value error, must be denoising, rotation, or torch-fidelity:NAME"),
     ("report_seed: 1\n", "\n", "report_seed is missing"),
     ("latency_repeats: 5", "latency_repeats: 4", "latency_repeats: Input should be greater than or equal to 5"),
-    ("precision: bf16", "precision: fp16", "precision: Input should be 'fp32' or 'bf16'"),
+    ("precision: auto", "precision: fp16", "precision: Input should be 'fp32', 'bf16' or 'auto'"),
     ("resolution: 16", "resolution: 15", "resolution: Input should be a multiple of 8"),
     ("partials: 2", "partials: 0", "partials: Input should be greater than or equal to 1"),
     ("widths: [16, 32, 32]", "widths: 16", "widths: Input should be a valid list"),
@@ -113,6 +113,14 @@ def test_a_cpu_machine_asked_for_cuda_says_so(write, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ParamsError, match="device is cuda, but this machine has no CUDA device. Set device: cpu"):
         write(SMOKE.replace("device: cpu", "device: cuda"))
+
+
+@pytest.mark.parametrize(("able", "precision"), [({"avx512_bf16": True, "amx_bf16": False}, "bf16"),
+                                                 ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "fp32"), ({}, "fp32")])
+def test_precision_is_what_the_processor_is_quick_at(write, monkeypatch, able, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert write(SMOKE)["00_teacher_training"].precision == precision
+    assert write(SMOKE.replace("precision: auto", "precision: bf16"))["00_teacher_training"].precision == "bf16"
 
 
 def test_a_notebook_binds_its_own_names_and_no_others():

@@ -7,7 +7,16 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -54,10 +63,17 @@ class Common(BaseModel):
     second_task: Annotated[str, AfterValidator(_judge)]  # the second judge's task, or torch-fidelity:NAME
     device: Literal["cpu", "cuda"]
     threads: Positive  # CPU threads, fewer if others are busy; another number changes the last bits of results
-    precision: Literal["fp32", "bf16"]  # of the network, in training and sampling
+    precision: Literal["fp32", "bf16", "auto"]  # of the network, in training and sampling; auto becomes one of the two
     teacher_steps: int = Field(ge=2, le=1000)  # T
     guidance: float = Field(ge=1)  # scale of classifier-free guidance; 1 is none
     score_images: int = Field(ge=100)  # n of every final score
+
+    @field_validator("precision")
+    @classmethod
+    def _quicker(cls, precision: str, others: ValidationInfo) -> str:
+        if precision != "auto":
+            return precision
+        return "bf16" if others.data.get("device") == "cuda" or _reckons_in_bf16() else "fp32"
 
     @property
     def smoke(self) -> bool:
@@ -464,8 +480,16 @@ def _read(study: str) -> tuple[list[str], dict]:
     return [notebook for name, notebook in every.items() if name in only], content
 
 
+def _reckons_in_bf16() -> bool:
+    """Say whether the processor has instructions for bf16; without them it takes some ten times as long as in fp32."""
+    import torch  # parameters know nothing of torch but this and the next
+
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 def _require_cuda(source: str) -> None:
-    import torch  # parameters know nothing of torch but this
+    import torch
 
     if not torch.cuda.is_available():
         raise ParamsError(f"{source}: device is cuda, but this machine has no CUDA device. Set device: cpu, or run "
