@@ -10,6 +10,7 @@ from lib.grid import cost, sampling
 from lib.grid.model import Model
 from lib.grid.plan import NoiseSchedule, Plan, trailing
 from lib.methods import dipgo
+from lib.methods.dipgo import learning
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +31,15 @@ def test_gates_of_0_and_1_are_the_engines_cells(unet, schedule, teacher, noise, 
     plan = Plan.random(keep, 3, base, reuse)
     model, noise = copy.deepcopy(unet).double(), noise.double()
     with torch.no_grad():
-        soft = dipgo.SuperNet(Model(model, schedule), base, reuse=reuse).images(noise, gates_of(plan.computes).double())
+        gates = gates_of(plan.computes).double()
+        net = dipgo.SuperNet(Model(model, schedule), base, reuse=reuse)
+        soft = net.images(noise, gates)
+        mixed = net.images(noise, torch.stack([gates, *[torch.ones_like(gates)] * (len(noise) - 1)], dim=-1))
     wanted = sampling.sample(Model(model, schedule), plan, noise)
     assert (soft - wanted).abs().max() <= 1e-8 * wanted.abs().max()
+    full = sampling.sample(Model(model, schedule), base, noise)
+    wanted = torch.cat([wanted[:1], full[1:]])  # each image may have gates of its own
+    assert len(noise) > 1 and (mixed - wanted).abs().max() <= 1e-8 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("reuse", [0, 2, 3])
@@ -79,13 +86,13 @@ def test_a_gates_gradient_is_the_finite_difference(unet, schedule, short, noise,
         unet.float()
 
 
-def test_nested_checkpoints_change_no_gradient(unet, schedule, teacher, noise):
+def test_checkpoints_change_no_gradient(unet, schedule, teacher, noise):
     found = []
-    for nested in (False, True):
+    for checkpoints in ("none", "steps", "nested"):
         gates = torch.full((teacher.steps, len(teacher.blocks)), 0.7, requires_grad=True)
-        dipgo.SuperNet(Model(unet, schedule), teacher).images(noise, gates, nested).square().mean().backward()
+        dipgo.SuperNet(Model(unet, schedule), teacher).images(noise, gates, checkpoints).square().mean().backward()
         found.append(gates.grad)
-    torch.testing.assert_close(*found)
+    torch.testing.assert_close(found[1:], found[:1] * 2)
     assert found[0][0].abs().max() == 0 < found[0][1:].abs().max()
 
 
@@ -153,7 +160,12 @@ def test_consistency_is_0_for_the_same_images_and_grows(kind, noise):
     assert values[0] == pytest.approx(0, abs=1e-5) and values[0] < values[1] < values[2]
 
 
-def run(unet, schedule, short, prices, work, kill=99, bad=99, start=None, learn=dipgo.learn, watch=None, **changes):
+@pytest.fixture(autouse=True)
+def _saves_at_each_update(monkeypatch):
+    monkeypatch.setattr(learning, "SAVE_EVERY", -1)
+
+
+def run(unet, schedule, short, prices, work, kill=99, bad=99, start=None, watch=None, **changes):
     recipe = dipgo.Recipe(**{"updates": 12, "batch": 2, "learning_rate": 20.0} | changes)
     pruner = dipgo.Pruner("table", short.steps, len(set(prices.groups)), start=start)
 
@@ -162,8 +174,47 @@ def run(unet, schedule, short, prices, work, kill=99, bad=99, start=None, learn=
             raise KeyboardInterrupt
         return sampling.noise("search", 0, first, count, (1, 16, 16)) * (float("nan") if first >= bad else 1)
 
-    return pruner, learn(pruner, dipgo.SuperNet(Model(unet, schedule), short), prices, bank, recipe, work=work,
-                         watch=watch)
+    histories = dipgo.train({"one": dipgo.Training(pruner, prices, recipe, watch)},
+                            dipgo.SuperNet(Model(unet, schedule), short), bank, work=work)
+    return pruner, histories["one"]
+
+
+@pytest.mark.parametrize("reuse", [0, 2])
+def test_pruners_trained_in_one_batch_are_those_trained_alone(unet, schedule, short, described, prices, tmp_path,
+                                                              reuse):
+    """Rules, gates, rates, noise and lengths differ; one training is watched and ends first."""
+    def trainings(names):
+        by_levels = dipgo.Prices(described, prices.costs, dipgo.grouping(described, "levels"), reuse)
+        by_layers = dipgo.Prices(described, prices.costs, prices.groups, reuse)
+        made = {"paper": (by_levels, "queries", {"learning_rate": 3.0}),
+                "same noise": (by_levels, "table", {"fresh": False, "loss": "l2", "learning_rate": 20.0}),
+                "annealed": (by_layers, "table", {"annealed": True, "learning_rate": 0.3, "batch": 1, "updates": 5}),
+                "watched": (by_layers, "table", {"learning_rate": 30.0})}
+        looks = iter([2.0, 1.0, 3.0])
+        watch = dipgo.Watch(lambda pruner: next(looks), every=1, patience=1)
+        return {name: dipgo.Training(dipgo.Pruner(kind, short.steps, own.gates, width=8), own,
+                                     dipgo.Recipe(**{"updates": 4, "batch": 2} | changes),
+                                     watch if name == "watched" else None)
+                for name, (own, kind, changes) in made.items() if name in names}
+
+    def bank(first, count):
+        return sampling.noise("search", 0, first, count, (1, 16, 16)).double()
+
+    model = copy.deepcopy(unet).double()
+    net = dipgo.SuperNet(Model(model, schedule), short, reuse=reuse)
+    names = ("paper", "same noise", "annealed", "watched")
+    together = trainings(names)
+    histories = dipgo.train(together, net, bank, work=tmp_path / "together")
+    assert [len(histories[name]) for name in names] == [4, 4, 5, 3]
+    for name in names:
+        alone = trainings([name])
+        history = dipgo.train(alone, net, bank, work=tmp_path / name)[name]
+        assert [row["gates"] for row in histories[name]] == [row["gates"] for row in history]
+        assert [row["consistency"] for row in histories[name]] == pytest.approx([row["consistency"] for row in history])
+        begun = trainings([name])[name].pruner.state_dict()
+        for part, tensor in alone[name].pruner.state_dict().items():
+            torch.testing.assert_close(together[name].pruner.state_dict()[part], tensor, rtol=1e-4, atol=1e-5)
+        assert any((tensor != begun[part]).any() for part, tensor in alone[name].pruner.state_dict().items())
 
 
 def test_a_killed_training_goes_on_to_the_same_gates(unet, schedule, short, prices, tmp_path):
@@ -210,8 +261,8 @@ def test_a_gradient_that_is_no_number_stops_and_keeps_what_was_good(unet, schedu
 
 
 def test_annealed_gates_follow_a_falling_budget(unet, schedule, short, prices, tmp_path):
-    recipe = dipgo.Recipe(12, 2, 0.1, stop=0.3)
-    pruner, history = run(unet, schedule, short, prices, tmp_path, learning_rate=0.1, stop=0.3, learn=dipgo.anneal,
+    recipe = dipgo.Recipe(12, 2, 0.1, annealed=True, stop=0.3)
+    pruner, history = run(unet, schedule, short, prices, tmp_path, learning_rate=0.1, stop=0.3, annealed=True,
                           start=dipgo.evenly(short.steps))
     kept, budgets = [row["kept"] for row in history], [recipe.budget(update) for update in range(12)]
     assert budgets == sorted(budgets, reverse=True) and budgets[-1] == pytest.approx(0.3) and budgets[0] < 0.5
@@ -220,7 +271,7 @@ def test_annealed_gates_follow_a_falling_budget(unet, schedule, short, prices, t
     moved = (pruner.bias - begun.bias)[1:].detach().square().mean().sqrt()
     assert 0.1 < moved < 1.2, "each of twelve steps is at most 0.1 long"
     with pytest.raises(ValueError, match="annealed gates need a table of logits, not queries"):
-        dipgo.anneal(dipgo.Pruner("queries", 5, 14), None, prices, None, recipe, work=tmp_path)
+        dipgo.Training(dipgo.Pruner("queries", 5, 14), prices, recipe)
 
 
 def test_evenly_spaced_steps():
@@ -269,11 +320,32 @@ def test_what_lies_outside_whole_columns(described, teacher, prices):
 
 
 def test_nested_checkpoints_hold_little_more_for_many_steps(unet, schedule, described):
-    def peak(steps, nested):
+    def peak(steps, checkpoints):
         full = Plan.full(trailing(steps, 1000), NoiseSchedule.of(schedule), described.names)
         net, gates = dipgo.SuperNet(Model(unet, schedule), full), torch.ones(steps, len(described), requires_grad=True)
         start = sampling.noise("search", 0, 0, 1, (1, 16, 16))
-        return cost.peak_memory(lambda: net.images(start, gates, nested).mean().backward())
+        return (cost.peak_memory(lambda: net.images(start, gates, checkpoints).mean().backward()),
+                net.kept(start, gates.detach()[..., None]))
 
-    assert peak(50, True) < 1.6 * peak(10, True)
-    assert peak(50, False) > 2.5 * peak(10, False)
+    few, many = {kind: peak(10, kind) for kind in ("steps", "nested")}, peak(50, "nested")
+    assert many[0] < 1.6 * few["nested"][0]
+    all_kept = peak(20, "none")
+    assert all_kept[1] == pytest.approx(all_kept[0], rel=0.3)
+    assert all_kept[1] == pytest.approx(2 * few["steps"][1], rel=0.01)
+    assert few["steps"][0] < 0.6 * all_kept[0]
+
+
+def test_a_training_takes_checkpoints_where_memory_is_short(unet, schedule, short, prices, tmp_path, monkeypatch):
+    taken = []
+    images = dipgo.SuperNet.images
+
+    def spied(net, noise, gates, checkpoints):
+        taken.append(checkpoints)
+        return images(net, noise, gates, checkpoints)
+
+    monkeypatch.setattr(dipgo.SuperNet, "images", spied)
+    free = [run(unet, schedule, short, prices, tmp_path / "much", updates=2)]
+    monkeypatch.setattr(learning, "_free", lambda device: 100_000)
+    free.append(run(unet, schedule, short, prices, tmp_path / "little", updates=2))
+    assert taken == ["none"] * 4 + ["none", "nested"] * 2
+    assert torch.equal(free[0][0].bias, free[1][0].bias)

@@ -2,15 +2,16 @@
 
 import json
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -18,8 +19,11 @@ from lib.judging.pairs import ssim
 from lib.methods.dipgo.prices import Prices
 from lib.methods.dipgo.pruners import Pruner, likely, straight_through
 from lib.methods.dipgo.pruning import by_threshold
-from lib.methods.dipgo.supernet import SuperNet
+from lib.methods.dipgo.supernet import Checkpoints, SuperNet
 from lib.teachers.training import learning_rate
+
+SAVE_EVERY = 20
+"""Seconds between two states to resume from."""
 
 
 def consistency(images: Tensor, teacher: Tensor, kind: str) -> Tensor:
@@ -40,12 +44,18 @@ def consistency(images: Tensor, teacher: Tensor, kind: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train a pruner.
+    """How to train a pruner: as the paper does (equation 3), or by annealing, ours.
+
+    In the paper a gate is on where computing is likelier than not; the images' difference from the teacher's and, until
+    few enough MACs are kept, the price of the gates are minimised by SGD with clipped gradients. Annealed, on are the
+    likeliest gates that a budget allows, which falls to `stop`; the sparsity has no loss; gradients count per MAC that
+    a gate frees, and the learning rate is the root mean square of a step of the logits.
 
     Attributes
     ----------
     updates, batch : int; updates x batch trajectories in all
     learning_rate : float, of SGD with a cosine
+    annealed : bool
     alpha : float, weight of the sparsity
     stop : float, tau: below this kept fraction of the MACs the sparsity no longer counts
     loss : str, kind of `consistency`
@@ -56,6 +66,7 @@ class Recipe:
     updates: int
     batch: int
     learning_rate: float
+    annealed: bool = False
     alpha: float = 1.0
     stop: float = 0.2
     loss: str = "ssim"
@@ -89,118 +100,194 @@ class Watch:
         return len(looks) - int(np.argmin(looks)) > self.patience if looks else False
 
 
-def learn(pruner: Pruner, net: SuperNet, prices: Prices, noise: Callable[[int, int], Tensor], recipe: Recipe, *,
-          work: Path, title: str = "pruner", watch: Watch | None = None) -> list[dict]:
-    """Train a pruner, in place, as the paper does (equation 3). A killed training goes on, to the same end.
+@dataclass(frozen=True)
+class Training:
+    """What a training changes, in place, and how.
 
-    A gate is on where computing is likelier than not; the images' difference from the teacher's and, until few enough
-    MACs are kept, the price of the gates are minimised by SGD with clipped gradients.
+    Attributes
+    ----------
+    pruner : Pruner
+    prices : Prices, of its gates
+    recipe : Recipe
+    watch : Watch, by whose best look the pruner is left; None trains to the end
+
+    Raises
+    ------
+    ValueError
+        If gates are annealed and the pruner is no table of logits.
+    """
+
+    pruner: Pruner
+    prices: Prices
+    recipe: Recipe
+    watch: Watch | None = None
+
+    def __post_init__(self):
+        if self.recipe.annealed and self.pruner.kind != "table":
+            raise ValueError(f"annealed gates need a table of logits, not {self.pruner.kind}")
+
+
+def train(trainings: Mapping[str, Training], net: SuperNet, noise: Callable[[int, int], Tensor], *, work: Path
+          ) -> dict[str, list[dict]]:
+    """Train pruners, each as if alone, to rounding: in one batch, which takes far less time than one after another.
+
+    A killed call goes on, to the same end. What fits twice into the free memory is kept for the gradient, else nested
+    checkpoints make it again.
 
     Parameters
     ----------
+    trainings : what to train, by name
+    net : SuperNet, of all of them
     noise : callable(first, count) -> Tensor, (count, C, H, W)
         Images of a bank of noise.
     work : Path
         Folder for the state to resume from.
-    watch : Watch, by whose best look the pruner is left; None trains to the end
 
     Returns
     -------
-    history : list of {"update", "consistency", "sparsity", "kept", "gates"}
+    histories : by name, a list of {"update", "consistency", "sparsity", "kept", "gates"}
         `gates` as one string of 0 and 1 a step; where there was a look, "look" too.
 
     Raises
     ------
     FloatingPointError
-        If a gradient is no number; the pruner saved last is kept.
+        If a gradient is no number; the state saved last is kept.
     """
-    def descend(differs: Tensor, sparsity: Tensor, gamma: Tensor, kept: float) -> None:
-        (differs if kept <= recipe.stop else differs + recipe.alpha * sparsity).backward()
-        nn.utils.clip_grad_norm_(pruner.parameters(), 1.0)
-
-    return _train(pruner, net, prices, noise, recipe, lambda update: likely, descend, work, title, watch)
-
-
-def anneal(pruner: Pruner, net: SuperNet, prices: Prices, noise: Callable[[int, int], Tensor], recipe: Recipe, *,
-           work: Path, title: str = "pruner", watch: Watch | None = None) -> list[dict]:
-    """Train a pruner by annealing, ours; takes and gives what `learn` does.
-
-    On are the likeliest gates that a budget allows, which falls to `recipe.stop`; the sparsity has no loss; gradients
-    count per MAC that a gate frees, and the learning rate is the root mean square of a step of the logits.
-
-    Raises
-    ------
-    ValueError
-        If the pruner is no table of logits.
-    """
-    if pruner.kind != "table":
-        raise ValueError(f"annealed gates need a table of logits, not {pruner.kind}")
-
-    def descend(differs: Tensor, sparsity: Tensor, gamma: Tensor, kept: float) -> None:
-        differs.backward()
-        pruner.bias.grad[1:] /= gamma[1:, :, None].clamp(min=1e-3)
-        pruner.bias.grad /= pruner.bias.grad[1:].square().mean().sqrt().clamp(min=1e-12)
-
-    return _train(pruner, net, prices, noise, recipe,
-                  lambda update: partial(by_threshold, prices=prices, keep=recipe.budget(update)), descend, work, title,
-                  watch)
-
-
-def _train(pruner: Pruner, net: SuperNet, prices: Prices, noise: Callable[[int, int], Tensor], recipe: Recipe,
-           on: Callable[[int], Callable[[np.ndarray], np.ndarray]],
-           descend: Callable[[Tensor, Tensor, Tensor, float], None], work: Path, title: str, watch: Watch | None
-           ) -> list[dict]:
-    """Train with one rule for which gates are on at an update, and one for the gradients."""
-    optimiser = torch.optim.SGD(pruner.parameters(), lr=recipe.learning_rate, weight_decay=1e-4)
-    history: list[dict] = []
     work.mkdir(parents=True, exist_ok=True)
-    state, best = work / "pruner.safetensors", work / "best.safetensors"
+    state, saved = work / "pruners.safetensors", time.monotonic()
+    runs = {name: _Run(name, training) for name, training in trainings.items()}
     if state.exists():
-        with safe_open(state, "pt") as saved:
-            history = json.loads(saved.metadata()["history"])
-            pruner.load_state_dict({name: saved.get_tensor(name) for name in saved.keys()})  # noqa: SIM118
-    groups, ones = torch.from_numpy(prices.groups), torch.ones(net.plan.steps, len(net.blocks))
-    total = float(prices.weights(recipe.weights, np.ones(pruner.shape, bool))[1:].sum())
-    bar = tqdm(range(len(history), recipe.updates), initial=len(history), total=recipe.updates, desc=title,
+        with safe_open(state, "pt") as file:
+            told = json.loads(file.metadata()["histories"])
+            for name, run in runs.items():
+                run.resume(told[name], {part: file.get_tensor(part) for part in file.keys()})  # noqa: SIM118
+    checkpoints: Checkpoints | None = None
+    begun = max(len(run.history) for run in runs.values())
+    bar = tqdm(initial=begun, total=max(run.recipe.updates for run in runs.values()), desc=", ".join(runs)[:60],
                unit="update")
-    looks = [row["look"] for row in history if "look" in row]
-    for update in bar:
-        if watch and watch.over(looks):
-            break
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(update, recipe.updates, recipe.learning_rate, warmup=0)
-        start = noise(update * recipe.batch if recipe.fresh else 0, recipe.batch)
-        gates = straight_through(pruner(), on(update))
-        hard = gates.detach().numpy() > 0.5
-        hard[0] = True
+    while going := [run for run in runs.values() if not run.over]:
+        starts = {run.images: noise(*run.images) for run in going}
         with torch.no_grad():
-            target = net.images(start, ones, nested=False)
-        differs = consistency(net.images(start, gates[:, groups]), target, recipe.loss)
-        gamma = torch.from_numpy(prices.weights(recipe.weights, hard)).float()
-        sparsity = (gamma[1:] * gates[1:]).sum() / total
-        kept = prices.kept(hard)
-        optimiser.zero_grad()
-        descend(differs, sparsity, gamma, kept)
-        if not all(p.grad.isfinite().all() for p in pruner.parameters()):
-            raise FloatingPointError(f"{title}: the gradient of update {update} is no number. Lower the learning rate, "
-                                     "or use precision: fp32. What came before is kept.")
-        optimiser.step()
-        history.append({"update": update, "consistency": differs.item(), "sparsity": sparsity.item(), "kept": kept,
-                        "gates": ["".join("01"[int(on)] for on in row) for row in hard]})
-        bar.set_postfix(kept=f"{kept:.0%}", consistency=f"{differs.item():.3f}", refresh=False)
-        if watch and (update + 1) % watch.every == 0:
-            looks.append(watch.look(pruner))
-            history[-1]["look"] = looks[-1]
-            if looks[-1] == min(looks):
-                _save(pruner, best)
-        _save(pruner, state, history=json.dumps(history))
-    if looks:
-        pruner.load_state_dict(load_file(best))
-    return history
+            ones = torch.ones(net.plan.steps, len(net.blocks))
+            parts = [len(start) for start in starts.values()]
+            targets = dict(zip(starts, net.images(torch.cat([*starts.values()]), ones, "none").split(parts)))
+        gates = [run.gates() for run in going]
+        each = torch.cat([of_blocks[..., None].expand(-1, -1, run.recipe.batch)
+                          for run, of_blocks in zip(going, gates)], dim=-1)
+        start = torch.cat([starts[run.images] for run in going])
+        checkpoints = checkpoints or ("none" if net.kept(start, each.detach()) < _free(start.device) / 2 else "nested")
+        images = net.images(start, each, checkpoints)
+        images = images.split([run.recipe.batch for run in going])
+        losses = [run.loss(made, targets[run.images]) for run, made in zip(going, images)]
+        torch.stack(losses).sum().backward()  # no loss depends on another's pruner
+        for run in going:
+            run.step()
+        if time.monotonic() - saved > SAVE_EVERY or all(run.over for run in going):
+            _save(runs, state)
+            saved = time.monotonic()
+        bar.update()
+        bar.set_postfix_str("kept " + ", ".join(f"{run.history[-1]['kept']:.0%}" for run in going), refresh=False)
+    bar.close()
+    for run in runs.values():
+        run.end()
+    return {name: run.history for name, run in runs.items()}
 
 
-def _save(pruner: Pruner, path: Path, **about: str) -> None:
-    """Write a pruner's weights, so that a kill leaves the old ones or the new."""
+class _Run:
+    """A training under way."""
+
+    def __init__(self, name: str, training: Training):
+        self.name, self.training, self.recipe = name, training, training.recipe
+        self.pruner, self.prices = training.pruner, training.prices
+        self.optimiser = torch.optim.SGD(self.pruner.parameters(), lr=self.recipe.learning_rate, weight_decay=1e-4)
+        self.total = float(self.prices.weights(self.recipe.weights, np.ones(self.pruner.shape, bool))[1:].sum())
+        self.history: list[dict] = []
+        self.best: dict[str, Tensor] = {}
+
+    @property
+    def looks(self) -> list[float]:
+        return [row["look"] for row in self.history if "look" in row]
+
+    @property
+    def over(self) -> bool:
+        watch = self.training.watch
+        return len(self.history) >= self.recipe.updates or bool(watch and watch.over(self.looks))
+
+    @property
+    def images(self) -> tuple[int, int]:
+        """The first of the next update's images, and their number."""
+        return len(self.history) * self.recipe.batch if self.recipe.fresh else 0, self.recipe.batch
+
+    def gates(self) -> Tensor:
+        """Give the gates of the next update, a block each, (T, N)."""
+        def affordable(scores: np.ndarray) -> np.ndarray:
+            return by_threshold(scores, self.prices, self.recipe.budget(len(self.history)))
+
+        self._gates = straight_through(self.pruner(), affordable if self.recipe.annealed else likely)
+        return self._gates[:, torch.from_numpy(self.prices.groups)]
+
+    def loss(self, images: Tensor, target: Tensor) -> Tensor:
+        """Give the loss of the images that the gates made, and note it."""
+        hard = self._gates.detach().numpy() > 0.5
+        hard[0] = True
+        self._gamma = torch.from_numpy(self.prices.weights(self.recipe.weights, hard)).float()
+        sparsity = (self._gamma[1:] * self._gates[1:]).sum() / self.total
+        differs, kept = consistency(images, target, self.recipe.loss), self.prices.kept(hard)
+        self._row = {"update": len(self.history), "consistency": differs.item(), "sparsity": sparsity.item(),
+                     "kept": kept, "gates": ["".join("01"[int(on)] for on in row) for row in hard]}
+        self.optimiser.zero_grad()
+        return differs if self.recipe.annealed or kept <= self.recipe.stop else differs + self.recipe.alpha * sparsity
+
+    def step(self) -> None:
+        """Make the update whose gradients are there, and a look where one is due."""
+        if not all(p.grad.isfinite().all() for p in self.pruner.parameters()):
+            raise FloatingPointError(f"{self.name}: the gradient of update {len(self.history)} is no number. Lower the "
+                                     "learning rate, or use precision: fp32. What came before is kept.")
+        if self.recipe.annealed:
+            grad = self.pruner.bias.grad
+            grad[1:] /= self._gamma[1:, :, None].clamp(min=1e-3)
+            grad /= grad[1:].square().mean().sqrt().clamp(min=1e-12)
+        else:
+            nn.utils.clip_grad_norm_(self.pruner.parameters(), 1.0)
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(len(self.history), self.recipe.updates, self.recipe.learning_rate, warmup=0)
+        self.optimiser.step()
+        self.history.append(self._row)
+        watch = self.training.watch
+        if watch and len(self.history) % watch.every == 0:
+            self._row["look"] = watch.look(self.pruner)
+            if self._row["look"] == min(self.looks):
+                self.best = {part: tensor.clone() for part, tensor in self.pruner.state_dict().items()}
+
+    def end(self) -> None:
+        """Leave the pruner as at its best look."""
+        if self.best:
+            self.pruner.load_state_dict(self.best)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give what to save, under names of this training's."""
+        return ({f"{self.name}/now/{part}": tensor for part, tensor in self.pruner.state_dict().items()}
+                | {f"{self.name}/best/{part}": tensor for part, tensor in self.best.items()})
+
+    def resume(self, history: list[dict], tensors: Mapping[str, Tensor]) -> None:
+        """Take up what was saved."""
+        def of(kind: str) -> dict[str, Tensor]:
+            start = f"{self.name}/{kind}/"
+            return {part.removeprefix(start): tensor for part, tensor in tensors.items() if part.startswith(start)}
+
+        self.history, self.best = history, of("best")
+        self.pruner.load_state_dict(of("now"))
+
+
+def _free(device: torch.device) -> int:
+    """Give the bytes of memory that are free."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def _save(runs: Mapping[str, _Run], path: Path) -> None:
+    """Write the state of all runs, so that a kill leaves the old one or the new."""
     unfinished = path.with_suffix(".partial")
-    save_file(pruner.state_dict(), unfinished, metadata=about)
+    tensors = {part: tensor for run in runs.values() for part, tensor in run.tensors().items()}
+    histories = json.dumps({name: run.history for name, run in runs.items()})
+    save_file(tensors, unfinished, metadata={"histories": histories})
     unfinished.replace(path)

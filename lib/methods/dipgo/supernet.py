@@ -1,6 +1,8 @@
 """A frozen model under soft gates: every cell computes, and is mixed with what it would hold or forecast."""
 
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,8 @@ from lib.grid import sampling, solvers
 from lib.grid.model import Conditions, Model
 from lib.grid.plan import HOLD, Plan, PlanError
 from lib.grid.solvers import State
+
+Checkpoints = Literal["none", "steps", "nested"]
 
 
 class SuperNet:
@@ -49,7 +53,7 @@ class SuperNet:
         solver, memory = before[:known], before[known:]
         width = 2 * self.depth if self.depth > 1 else 1
         after: list[State] = []
-        residual, here = self.blocks.cache == "residual", self._places[step].to(x_t.device)
+        residual, here = self.blocks.cache == "residual", self._places[step:step + 1].to(x_t.device)
 
         def mix(module: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor]) -> Tensor | tuple[Tensor]:
             place = len(after)  # blocks run in the order in which they are described
@@ -58,10 +62,10 @@ class SuperNet:
             if memory:
                 own, gate = memory[place * width:(place + 1) * width], gates[step, place]
                 values, places = own[:self.depth], own[self.depth:]
-                values_after = _moved(now, values, gate.to(now.dtype))
+                values_after = _moved(now, values, _beside(gate, now))
                 after.append((*values_after, *_moved(here, places, gate.to(here.dtype))))
                 mixed = values_after[0] if self.depth == 1 else torch.lerp(_forecast(here, values, places), now,
-                                                                           gate.to(now.dtype))
+                                                                           _beside(gate, now))
             else:
                 mixed = now
                 after.append((now,) * self.depth + (here,) * (width - self.depth))
@@ -87,24 +91,18 @@ class SuperNet:
         """Give how many tensors the solver's state has before a step."""
         return min(step, 1) + min(step, self._solver.b.shape[1])
 
-    def _walk(self, first: int, last: int, gates: Tensor, conditions: Conditions, *state: Tensor) -> State:
-        for step in range(first, last):
-            state = checkpoint(self._step, step, gates, conditions, *state, use_reentrant=False,
-                               preserve_rng_state=False)
-        return state
-
-    def images(self, noise: Tensor, gates: Tensor, nested: bool = True, conditions: Conditions | None = None
-               ) -> Tensor:
+    def images(self, noise: Tensor, gates: Tensor, checkpoints: Checkpoints = "nested",
+               conditions: Conditions | None = None) -> Tensor:
         """Sample under soft gates; differentiable in the gates.
 
         Parameters
         ----------
         noise : Tensor, (n, C, H, W)
-        gates : Tensor, (T, N), in [0, 1]; row 0 is not read
-        nested : bool
-            Keep the N outputs of some sqrt(2 T) steps only, and make the steps between again where the gradient needs
-            them: a checkpoint at each step alone would keep all T x N. The stretches between get shorter as the kept
-            steps fill the memory, so that no stretch needs more than another.
+        gates : Tensor, (T, N), or (T, N, n) where each image has gates of its own, in [0, 1]; row 0 is not read
+        checkpoints : what is kept for the gradient, and what is made again
+            "none": all is kept. "steps": what one step hands the next, T x N outputs; the inside of a step is made
+            again. "nested": the N outputs of some sqrt(2 T) steps only; the steps between are made again, twice. The
+            stretches between get shorter as the kept steps fill the memory, so that no stretch needs more than another.
         conditions : Conditions of the images, guided in one batch (`apart` False); None for those that the model draws
 
         Returns
@@ -112,18 +110,51 @@ class SuperNet:
         images : Tensor, (n, C', H', W')
         """
         noise, gates = noise.to(self.model.device), gates.to(self.model.device)
+        gates = gates[..., None] if gates.dim() == 2 else gates
         conditions = conditions or self.model.asked(noise)
-        state = self._step(0, gates, conditions, noise)
-        first, stretch = 1, math.ceil(math.sqrt(2 * self.plan.steps + 0.25) - 0.5) if nested else self.plan.steps
-        while first < self.plan.steps:
-            last = min(first + stretch, self.plan.steps)
-            if nested:
-                state = checkpoint(self._walk, first, last, gates, conditions, *state, use_reentrant=False,
-                                   preserve_rng_state=False)
-            else:
-                state = self._walk(first, last, gates, conditions, *state)
+
+        def again(function: Callable[..., State], *arguments: object) -> State:
+            return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+        def walk(first: int, last: int, *state: Tensor) -> State:
+            for step in range(first, last):
+                state = (self._step(step, gates, conditions, *state) if checkpoints == "none" else
+                         again(self._step, step, gates, conditions, *state))
+            return state
+
+        state, steps = self._step(0, gates, conditions, noise), self.plan.steps
+        if checkpoints != "nested":
+            return self.model.decode(walk(1, steps, *state)[0])
+        first, stretch = 1, math.ceil(math.sqrt(2 * steps + 0.25) - 0.5)
+        while first < steps:
+            last = min(first + stretch, steps)
+            state = again(walk, first, last, *state)
             first, stretch = last, max(1, stretch - 1)
         return self.model.decode(state[0])
+
+    def kept(self, noise: Tensor, gates: Tensor) -> int:
+        """Measure how many bytes a gradient needs without checkpoints, by the third step; what `images` takes."""
+        noise, gates, sizes = noise.to(self.model.device), gates.to(self.model.device).requires_grad_(), {}
+        conditions, state = self.model.asked(noise), (noise,)
+        weights = {weight.untyped_storage().data_ptr() for weight in self.model.network.parameters()}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        for step in range(min(3, self.plan.steps)):
+            sizes.clear()
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                state = self._step(step, gates, conditions, *state)
+        return sum(sizes.values()) * self.plan.steps
+
+
+def _beside(numbers: Tensor, values: Tensor) -> Tensor:
+    """Shape numbers, one an image or one for all, to multiply values of the images (one pass after another)."""
+    passes = len(values) // len(numbers) if len(numbers) > 1 else 1
+    return numbers.to(values.dtype).repeat(passes).view(-1, *(1,) * (values.dim() - 1))
 
 
 def _moved(now: Tensor, known: State, gate: Tensor) -> State:
@@ -139,10 +170,11 @@ def _forecast(here: Tensor, values: State, places: State) -> Tensor:
     total, terms = values[0], list(values)
     reach = torch.ones_like(here)
     for order in range(1, len(values)):
-        apart = [places[i] - places[i + order] for i in range(len(values) - order)]
-        there = [bool(a != 0) and bool(places[i + order - 1] != places[i + order]) for i, a in enumerate(apart)]
-        terms = [(terms[i] - terms[i + 1]) / a.to(total.dtype) if known else torch.zeros_like(total)
-                 for i, (a, known) in enumerate(zip(apart, there))]
+        for i in range(len(values) - order):
+            apart = places[i] - places[i + order]
+            there = (apart != 0) & (places[i + order - 1] != places[i + order])
+            slope = (terms[i] - terms[i + 1]) / _beside(apart.where(there, 1), total)
+            terms[i] = slope.where(_beside(there, total).bool(), 0)
         reach = reach * (here - places[order - 1])
-        total = total + reach.to(total.dtype) * terms[0]
+        total = total + _beside(reach, total) * terms[0]
     return total
