@@ -329,11 +329,12 @@ class PrunerTraining(Common):
     keeps: list[Fraction] = Field(min_length=1)  # kept fractions of the teacher's MACs at which plans are scored
     family: list[Fraction] = Field(min_length=1)  # kept fractions at which plans are saved
     search_images: int = Field(ge=10)  # images a candidate of the searches
+    search_share: float = Field(gt=0)  # network calls of a search, over those of a training
     population: int = Field(ge=2)  # of the genetic searches
     learned_updates: Positive  # optimiser steps of each learning of timesteps, a control
     learned_images: Positive  # images that are imitated there
     select_images: int = Field(ge=70)  # images on which variants are compared
-    ablations: list[Literal["loss", "alpha", "weights", "noise", "rate", "pruner", "gates",
+    ablations: list[Literal["loss", "alpha", "weights", "noise", "rate", "pruner", "gates", "annealing",
                             "backup"]]  # parts to vary
     rates: list[Annotated[float, Field(gt=0)]]  # other learning rates, for the part rate
     base_steps: int = Field(ge=2, le=1000)  # of the short DPM-Solver++ base
