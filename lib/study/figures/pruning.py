@@ -24,14 +24,14 @@ def training(history: pd.DataFrame) -> Figure:
 
     Parameters
     ----------
-    history : columns pruner, update, consistency, sparsity, kept
+    history : columns pruner, update, consistency, sparsity, kept; pruners beside those of `TONES` take further colours
     """
     figure, panels = plt.subplots(1, 3, figsize=(WIDE, 2.4))
     labels = {"consistency": "consistency loss", "sparsity": "sparsity term", "kept": "kept MACs (%)"}
     for axes, (column, label) in zip(panels, labels.items()):
         for name, rows in history.groupby("pruner", sort=False):
             scale = 100 if column == "kept" else 1
-            axes.plot(rows["update"], scale * rows[column], lw=1.1, color=TONES[name], label=name)
+            axes.plot(rows["update"], scale * rows[column], lw=1.1, color=TONES.get(name), label=name)
         axes.set(xlabel="update", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     panels[1].legend(fontsize=6, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
@@ -76,7 +76,7 @@ def freedom(table: pd.DataFrame) -> Figure:
     """
     figure, axes = plt.subplots(figsize=(NARROW, 2.3))
     for name, rows in table[~table["pruner"].str.contains("columns")].groupby("pruner", sort=False):  # those have none
-        axes.plot(100 * rows["keep"], 100 * rows["outside_macs"], marker="o", ms=3, lw=1, color=TONES[name], label=name,
+        axes.plot(100 * rows["keep"], 100 * rows["outside_macs"], marker="o", ms=3, lw=1, color=TONES.get(name), label=name,
                   ls=":" if name == "untrained" else "-")
     axes.set(xlabel="kept MACs (%)", ylabel="reused MACs outside\nwhole columns (%)")
     axes.legend(fontsize=6)
