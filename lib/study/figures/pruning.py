@@ -76,7 +76,7 @@ def freedom(table: pd.DataFrame) -> Figure:
     """
     figure, axes = plt.subplots(figsize=(NARROW, 2.3))
     for name, rows in table[~table["pruner"].str.contains("columns")].groupby("pruner", sort=False):  # those have none
-        axes.plot(100 * rows["keep"], 100 * rows["outside_macs"], marker="o", ms=3, lw=1, color=TONES.get(name), label=name,
+        axes.plot(100 * rows["keep"], 100 * rows["outside_macs"], marker="o", ms=3, lw=1, color=TONES[name], label=name,
                   ls=":" if name == "untrained" else "-")
     axes.set(xlabel="kept MACs (%)", ylabel="reused MACs outside\nwhole columns (%)")
     axes.legend(fontsize=6)
