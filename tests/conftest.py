@@ -42,7 +42,7 @@ def described(unet):
 def teacher(described, schedule):
     """The full plan of ten DDIM steps."""
     fits = NoiseSchedule.of(schedule)
-    return Plan.full(trailing(10, fits.train_timesteps), fits, described.names)
+    return Plan.full(trailing(10, fits.train_timesteps), fits, described)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from lib.grid.plan import LINE, NoiseSchedule, Plan, trailing
 
 def full_plan(pipe, steps=tiny.STEPS, order=1):
     described, fits = blocks.describe(tiny.network(pipe)), NoiseSchedule.of(pipe.scheduler)
-    return Plan.full(trailing(steps, fits.train_timesteps), fits, described.names, order, cache=described.cache)
+    return Plan.full(trailing(steps, fits.train_timesteps), fits, described, order)
 
 
 def random_plan(full, seed):

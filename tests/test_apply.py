@@ -24,7 +24,7 @@ def pipeline(request):
 def full(pipeline):
     pipe, model, _ = pipeline
     described, fits = blocks.describe(model), NoiseSchedule.of(pipe.scheduler)
-    return Plan.full(trailing(STEPS, fits.train_timesteps), fits, described.names, cache=described.cache)
+    return Plan.full(trailing(STEPS, fits.train_timesteps), fits, described)
 
 
 def test_a_full_plan_gives_the_pipelines_own_images(pipeline, full):
@@ -89,7 +89,7 @@ def test_passes_in_calls_of_their_own_have_caches_of_their_own_if_they_are_named
     torch.manual_seed(0)
     pipe = DDIMPipeline(tiny.plain_unet(), ddim())
     described, fits = blocks.describe(pipe.unet), NoiseSchedule.of(pipe.scheduler)
-    full = Plan.full(trailing(STEPS, fits.train_timesteps), fits, described.names)
+    full = Plan.full(trailing(STEPS, fits.train_timesteps), fits, described)
     plan, noises = Plan.deepcache(3, described.branch(0), full), torch.randn(2, 1, 4, 8, 8)
 
     def apart(x_t):
@@ -124,7 +124,7 @@ def test_passes_in_calls_of_their_own_have_caches_of_their_own_if_they_are_named
 def test_a_stock_pipelines_guidance_is_the_plans(interval, every, reuse, null_holds):
     pipe, options = tiny.made(tiny.stable_diffusion)
     described, fits = blocks.describe(pipe.unet), NoiseSchedule.of(pipe.scheduler)
-    full = Plan.full(trailing(STEPS, fits.train_timesteps), fits, described.names, order=2)
+    full = Plan.full(trailing(STEPS, fits.train_timesteps), fits, described, order=2)
     plan = Plan.deepcache(2, described.branch(0), full, 2).guided(interval, every=every, reuse=reuse,
                                                                   null_holds=null_holds)
     latents = torch.randn(2, 4, 8, 8, generator=torch.manual_seed(3))
@@ -145,7 +145,7 @@ def test_a_stock_pipelines_guidance_is_the_plans(interval, every, reuse, null_ho
 def test_the_walk_adds_noise_as_the_pipelines_scheduler_does():
     pipe, _ = tiny.made(tiny.dit)
     described, fits = blocks.describe(pipe.transformer), NoiseSchedule.of(pipe.scheduler)
-    full = Plan.full(trailing(STEPS, fits.train_timesteps), fits, described.names, cache="residual")
+    full = Plan.full(trailing(STEPS, fits.train_timesteps), fits, described, cache="residual")
     with pytest.raises(PlanError, match="DiTPipeline makes batches in which nobody can say which rows are of which"):
         Planned(pipe, full.guided())
     with Planned(pipe, full) as planned:
@@ -159,7 +159,7 @@ def test_stable_diffusions_own_scheduler_takes_a_plan():
     pipe.scheduler = PNDMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, steps_offset=1,
                                    beta_schedule="scaled_linear", skip_prk_steps=True)
     fits = NoiseSchedule.of(pipe.scheduler)
-    plan = Plan.full(trailing(STEPS, fits.train_timesteps), fits, blocks.describe(pipe.unet).names, order=2)
+    plan = Plan.full(trailing(STEPS, fits.train_timesteps), fits, blocks.describe(pipe.unet), order=2)
     with Planned(pipe, plan):
         images = pipe(**options, num_inference_steps=STEPS, generator=torch.manual_seed(1)).images
     assert np.isfinite(images).all() and images.shape[0] == 1

@@ -304,7 +304,7 @@ def test_other_peoples_pipelines_are_loaded(tmp_path, schedule, noise):
     DDPMPipeline(model, DDPMScheduler(clip_sample=False)).save_pretrained(tmp_path / "ddpm")
     loaded = networks.load(tmp_path / "ddpm")
     described = blocks.describe(loaded.network)
-    teacher = Plan.full(trailing(8, 1000), loaded.noise_schedule, described.names)
+    teacher = Plan.full(trailing(8, 1000), loaded.noise_schedule, described)
     noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     assert analysis.similarity(loaded, teacher, noise).shape[1] == len(described)
     costs = cost.count_model(loaded)

@@ -60,7 +60,7 @@ def test_the_hooks_are_taken_off(unet, schedule, teacher, noise):
 
 @pytest.fixture(scope="module")
 def short(teacher, schedule, described):
-    return Plan.full(trailing(5, 1000), NoiseSchedule.of(schedule), described.names, order=2)
+    return Plan.full(trailing(5, 1000), NoiseSchedule.of(schedule), described, order=2)
 
 
 @pytest.mark.parametrize("reuse", [0, 2, 3])
@@ -146,7 +146,7 @@ def test_a_weight_is_what_switching_the_gate_off_frees(prices, described):
 @pytest.mark.parametrize("method", list(dipgo.PRUNE))
 @pytest.mark.parametrize("keep", [0.1, 0.3, 0.5, 0.7])
 def test_a_plan_costs_what_was_asked(prices, unet, schedule, described, method, keep):
-    teacher = Plan.full(trailing(50, 1000), NoiseSchedule.of(schedule), described.names)
+    teacher = Plan.full(trailing(50, 1000), NoiseSchedule.of(schedule), described)
     for seed in range(3):
         scores = np.random.default_rng(seed).random((50, len(described)))
         plan = dipgo.prune(scores, prices, keep, teacher, method)
@@ -321,7 +321,7 @@ def test_what_lies_outside_whole_columns(described, teacher, prices):
 
 def test_nested_checkpoints_hold_little_more_for_many_steps(unet, schedule, described):
     def peak(steps, checkpoints):
-        full = Plan.full(trailing(steps, 1000), NoiseSchedule.of(schedule), described.names)
+        full = Plan.full(trailing(steps, 1000), NoiseSchedule.of(schedule), described)
         net, gates = dipgo.SuperNet(Model(unet, schedule), full), torch.ones(steps, len(described), requires_grad=True)
         start = sampling.noise("search", 0, 0, 1, (1, 16, 16))
         return (cost.peak_memory(lambda: net.images(start, gates, checkpoints).mean().backward()),

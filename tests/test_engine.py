@@ -53,7 +53,7 @@ def test_a_reused_column_is_a_dropped_step_under_order_1(unet, schedule, teacher
 @pytest.mark.parametrize(("order", "prediction"), [(2, "epsilon"), (1, "v_prediction")])
 def test_and_is_not_under_a_multistep_solver_or_another_prediction(unet, noise, described, order, prediction):
     schedule = DDIMScheduler.from_config(networks.noise_schedule().config, prediction_type=prediction)
-    teacher = Plan.full(trailing(10, 1000), NoiseSchedule.of(schedule), described.names, order)
+    teacher = Plan.full(trailing(10, 1000), NoiseSchedule.of(schedule), described, order)
     dropped = Plan.full(teacher.timesteps[::2], teacher.schedule, teacher.blocks, order)
     reused = teacher.with_cells(whole_columns(teacher, [True, False] * 5))
     gap = (sample(unet, schedule, reused, noise) - sample(unet, schedule, dropped, noise)).abs().max()
@@ -167,7 +167,7 @@ def test_attention_levels_and_two_layers_run_under_plans_too(schedule, noise):
                         down_block_types=("AttnDownBlock2D", "DownBlock2D"),
                         up_block_types=("UpBlock2D", "AttnUpBlock2D")).eval()
     described = blocks.describe(model)
-    teacher = Plan.full(trailing(6, 1000), NoiseSchedule.of(schedule), described.names)
+    teacher = Plan.full(trailing(6, 1000), NoiseSchedule.of(schedule), described)
     for seed in range(4):
         plan = Plan.random(0.4, seed, teacher)
         torch.testing.assert_close(sample(model, schedule, plan, noise), reference.sample(model, plan, noise),

@@ -1,14 +1,17 @@
 """Scores: torch-fidelity's numbers, and intervals that mean what they say."""
 
 import copy
+from dataclasses import replace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch_fidelity
 from safetensors.torch import load_file
 from simulation import covered, simulate
+from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from lib.grid.model import Model
 from lib.grid.plan import Plan
@@ -18,6 +21,8 @@ from lib.judging.estimates import Contrast, Estimate, Score, jackknife, pseudo_v
 from lib.judging.evaluate import Judge, distance
 from lib.judging.trainings import Trainings
 from lib.teachers import data
+from lib.teachers.latents import Coder
+from lib.teachers.text import Text
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +300,64 @@ def test_any_of_torch_fidelitys_extractors_may_be_the_second_judge(classifier, d
         patch.setattr(extractor, "create_feature_extractor", Mock(side_effect=OSError("no network")))
         with pytest.raises(ValueError, match="weights of inception-v3-compat cannot be had .no network"):
             extractor.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A tiny CLIP model in a folder, with tiny.text_parts' words: a digit."""
+    folder, parts = tmp_path_factory.mktemp("clip"), tiny.text_parts()
+    torch.manual_seed(0)
+    text = parts["text_encoder"].config.to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 24, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
+    parts["tokenizer"].save_pretrained(folder)
+    return folder
+
+
+def test_a_clip_model_may_be_the_second_judge_and_its_features_are_transformers(classifier, clip, digits, tmp_path):
+    extractor.save(tmp_path, classifier, f"clip:{clip}")
+    _, judge = extractor.load(tmp_path)
+    assert judge.name.startswith("clip-") and judge.name == extractor.load(tmp_path)[1].name
+    stock = CLIPModel.from_pretrained(clip).eval()
+    pixels = data.to_uint8(digits.images[:6])
+    with torch.no_grad():
+        prepared = CLIPImageProcessor(size={"shortest_edge": 24}, crop_size=24)(
+            [image.expand(3, -1, -1) for image in pixels], return_tensors="pt")
+        seen = stock.get_image_features(**prepared).pooler_output
+        words = AutoTokenizer.from_pretrained(clip)
+        tokens = words(["a digit", "digit"], padding=True, return_tensors="pt")
+        said = stock.get_text_features(**tokens).pooler_output
+    features = extractor.embed(judge, pixels)
+    torch.testing.assert_close(features, seen / seen.norm(dim=1, keepdim=True), atol=2e-2, rtol=0)  # 8 bits, resized
+    torch.testing.assert_close(judge.read(["a digit", "digit"]), said / said.norm(dim=1, keepdim=True))
+    assert judge.read(["a digit " * 50]).shape == (1, 12), "what is too long is cut"
+    with pytest.raises(ValueError, match="no CLIP model can be had from .*nowhere"):
+        extractor.check_judge(f"clip:{tmp_path / 'nowhere'}", digits)
+
+
+def test_prompts_without_attributes_are_judged_by_clip(classifier, clip, digits, tmp_path):
+    parts = tiny.text_parts()
+    text = Text(parts["text_encoder"], parts["tokenizer"])
+    model = Model(parts["unet"], parts["scheduler"], Coder(parts["vae"]), text, ("a digit", "digit a"), guidance=2.0)
+    judge = extractor.Clip(str(clip)).eval()
+    usual = {"count": 40, "seed": 0, "precision": "fp32", "work": tmp_path}
+    bank = Bank("report", model, (classifier, judge), **usual)
+    measure = evaluate.prompts_of(bank, digits_with(digits, model.prompts))
+    features = torch.nn.functional.normalize(torch.randn(40, 12, generator=torch.Generator().manual_seed(0)), dim=1)
+    by_hand = [1 - max(0.0, float(one @ said)) for one, said in zip(features, judge.read(model.said(bank.noise())))]
+    assert measure.extractor == judge.name
+    assert measure.score(features).estimate.value == pytest.approx(np.mean(by_hand))
+    perfect = measure.score(judge.read(model.said(bank.noise())))
+    assert perfect.estimate.value == pytest.approx(0, abs=1e-6)
+    half_a_point = measure.over(features, features)
+    assert half_a_point.word == "as good" and half_a_point.margin == pytest.approx(0.005)
+    without = Bank("report", model, (classifier,), **usual)
+    assert evaluate.prompts_of(without, digits_with(digits, model.prompts)) is None
+
+
+def digits_with(digits, prompts):
+    return replace(digits, prompts=tuple(prompts[row % len(prompts)] for row in range(len(digits.images))))
 
 
 def test_extractors_learn_their_tasks_and_a_judge_that_cannot_be_is_refused(digits, tmp_path):

@@ -72,7 +72,7 @@ def family(request):
 def full(family, schedule):
     _, described, _ = family
     fits = NoiseSchedule.of(schedule)
-    return Plan.full(trailing(8, fits.train_timesteps), fits, described.names, cache=described.cache)
+    return Plan.full(trailing(8, fits.train_timesteps), fits, described)
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -197,7 +197,7 @@ def test_a_class_conditional_network_draws_its_labels_from_the_noise(schedule):
     assert len(shares) == 10 and (shares - 0.1).abs().max() < 0.03
     assert torch.equal(model.asked(noise[7:9]).given["class_labels"], labels[7:9])
     described = blocks.describe(model.network)
-    full = Plan.full(trailing(5, 1000), model.noise_schedule, described.names, cache=described.cache)
+    full = Plan.full(trailing(5, 1000), model.noise_schedule, described)
     plan, few = Plan.deepcache(2, described.branch(1), full), noise[:4]
     said = Conditions({"class_labels": labels[:4]})
     assert torch.equal(sampling.sample(model, plan, few), sampling.sample(model, plan, few, said))

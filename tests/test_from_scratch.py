@@ -45,7 +45,7 @@ def library():
     """The library's two halves of the same: full plans by timesteps and order, and what draws images under a plan."""
     model = networks.load(paths.ROOT / "data" / "shipped" / "digits")
     described, fits = blocks.describe(model.network), NoiseSchedule.of(model.schedule)
-    return (lambda steps, order: Plan.full(steps, fits, described.names, order),
+    return (lambda steps, order: Plan.full(steps, fits, described, order),
             lambda plan, noise: sample(model, plan, noise))
 
 

@@ -421,7 +421,7 @@ def test_flow_matching_walks_too(start):
     model = pixel_unet()[0].eval().requires_grad_(False).double()
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(STEPS)
-    full = Plan.full(scheduler.timesteps.tolist(), NoiseSchedule.of(scheduler), blocks.describe(model).names,
+    full = Plan.full(scheduler.timesteps.tolist(), NoiseSchedule.of(scheduler), blocks.describe(model),
                      solver="euler")
     x_t = start
     with torch.inference_mode():

@@ -225,8 +225,8 @@ def test_numbers_of_numpy_are_saved(tmp_path):
     pipe, _ = tiny.made(tiny.ddim_pixels)
     full, described = full_plan(pipe), blocks.describe(pipe.unet)
     made = [Plan.deepcache(np.int64(3), described.branch(np.int64(0)), full, np.int64(2), note=np.float32(0.5)),
-            Plan.full(np.array([999, 500, 3]), full.schedule, described.names, np.int64(2)),
-            Plan.full(np.array([999.0, 500.5]), full.schedule, described.names, seed=np.int64(3)),
+            Plan.full(np.array([999, 500, 3]), full.schedule, described, np.int64(2)),
+            Plan.full(np.array([999.0, 500.5]), full.schedule, described, seed=np.int64(3)),
             Plan.few_steps(np.int64(4), "quadratic", full, np.int64(2)),
             Plan.random(np.float64(0.5), np.int64(1), full),
             Plan.from_gates(np.ones((10, len(described)), np.float32), full, scores=np.ones(3)),

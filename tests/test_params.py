@@ -77,7 +77,7 @@ def test_numbers_like_1e_4_are_numbers(write):
     ("held_out: 0.25", "held_out: 1.5", "held_out: Input should be less than 1"),
     ("data: digits", "data: digit", "data: .*must be digits, letters or letters:COUNT, a file or folder that exists"),
     ("second_task: denoising", "second_task: clip",
-     "second_task: Value error, must be denoising, rotation, or torch-fidelity:NAME"),
+     "second_task: Value error, must be denoising, rotation, torch-fidelity:NAME"),
     ("report_seed: 1\n", "\n", "report_seed is missing"),
     ("latency_repeats: 5", "latency_repeats: 4", "latency_repeats: Input should be greater than or equal to 5"),
     ("precision: auto", "precision: fp16", "precision: Input should be 'fp32', 'bf16' or 'auto'"),

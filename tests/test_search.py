@@ -428,7 +428,7 @@ def test_every_genome_of_the_free_space_is_a_plan(data):
     unet = networks.unet((1, 16, 16), [8, 8, 16], 1, 4)
     described = blocks.describe(unet)
     fits = NoiseSchedule.of(networks.noise_schedule())
-    teacher = Plan.full(trailing(10, 1000), fits, described.names)
+    teacher = Plan.full(trailing(10, 1000), fits, described)
     space = FreeSpace(teacher, described, (2, 40), (0, 1), partials=data.draw(st.integers(0, 3)))
     genome = {}
     for name, gene in space.distributions().items():

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from lib.grid.blocks import Life, default_net, lives, wiring
+from lib.grid.blocks import Blocks, Life, default_net, lives, wiring
 
 VERSION = 2
 
@@ -402,10 +402,17 @@ class Plan(_Part):
     # ---- constructors ---------------------------------------------------------------------------------------------
 
     @classmethod
-    def full(cls, timesteps: Sequence[float], schedule: NoiseSchedule, blocks: Sequence[str], order: int = 1,
+    def full(cls, timesteps: Sequence[float], schedule: NoiseSchedule, blocks: Blocks | Sequence[str], order: int = 1,
              grid: Sequence[float] | None = None, cache: str = "output", *, solver: str = "dpmsolver++",
              passes: Sequence[str] = (GIVEN,), **provenance) -> Self:
-        """Compute every cell at the given timesteps: the teacher, or any list of fewer steps."""
+        """Compute every cell at the given timesteps: the teacher, or any list of fewer steps.
+
+        Parameters
+        ----------
+        blocks : of the network (which say what they cache), or their names alone, and `cache`
+        """
+        if isinstance(blocks, Blocks):
+            blocks, cache = blocks.names, blocks.cache
         return cls(solver=solver, order=order, timesteps=tuple(timesteps),
                    grid=tuple(timesteps if grid is None else grid),
                    schedule=schedule, blocks=tuple(blocks), cache=cache, passes=tuple(passes),

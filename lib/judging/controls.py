@@ -16,7 +16,7 @@ from torch import Tensor
 from lib.grid.blocks import Blocks
 from lib.grid.plan import Plan
 from lib.judging.estimates import WORDS, Contrast, columns
-from lib.judging.evaluate import Judge, Measure, Nearness, Prompts, paired
+from lib.judging.evaluate import Judge, Likeness, Measure, Nearness, Prompts, paired
 
 FEW_STEPS = {"DDIM, uniform": (1, "uniform"), "DDIM, quadratic": (1, "quadratic"),
              "DPM-Solver++, uniform": (2, "uniform"), "DPM-Solver++, quadratic": (2, "quadratic")}
@@ -114,7 +114,7 @@ class Table:
     macs : callable(plan) -> executed MACs
     judge : Judge
     second : Judge, trained on another task, whose word stands beside the first's
-    prompts : Prompts of the report's bank; None where nothing is asked for
+    prompts : what `prompts_of` gives of the report's bank; None where nothing is asked for
     reference : Plan
         The teacher at T steps under its best solver; ratios are to its score and MACs.
     ddim : Plan
@@ -130,15 +130,15 @@ class Table:
     reference: Plan
     ddim: Plan
     fewest: Plan
-    prompts: Prompts | None = None
+    prompts: Prompts | Likeness | None = None
 
     def row(self, control: Control, kind: str) -> dict:
         """Score one way to spend MACs: a plan, or two whose scores are interpolated on the log (the rest linearly).
 
         `paired` is the squared distance of the features to the reference's from the same noise. Columns of the second
-        judge begin with second_. prompt_score is the share of images that show what was asked for, and prompts_
-        compares the share that does not with the reference's. `macs_ratio` is over the reference's MACs,
-        `honest_factor` over those of the fewest steps that are as good.
+        judge begin with second_. prompt_score is the share of images that show what was asked for (or CLIP's likeness
+        of images and prompts), and prompts_ compares what it lacks with the reference's. `macs_ratio` is over the
+        reference's MACs, `honest_factor` over those of the fewest steps that are as good.
         """
         macs = sum(weight * self.macs(plan) for plan, weight in control.plans)
         score, second = (judge.blend(self._seen(control, judge)) for judge in (self.judge, self.second))

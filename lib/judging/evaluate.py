@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import permutations
-from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -183,23 +182,6 @@ class Prompts(Measure):
     classifier: extractor.Extractor
     asked: Tensor
 
-    @classmethod
-    def of(cls, bank: Bank, data: DataSet) -> Self | None:
-        """Give the measure of a bank whose model is asked for a data set's prompts or labels; None where for neither.
-
-        The bank's first extractor reads them. Prompts that say no attributes count as none, and so do labels that it
-        was not taught.
-        """
-        model, noise, reader = bank.model, bank.noise(), bank.extractors[bank.first]
-        if model.text is not None and data.attributes:
-            known = dict(zip(data.prompts, data.answers.tolist()))
-            asked = torch.tensor([known[one] for one in model.said(noise)])
-        elif model.classes and getattr(reader, "made_of", {}).get("outputs", [None])[0] == model.classes:
-            asked = model.labels(noise)[:, None]
-        else:
-            return None
-        return cls(reader, asked)
-
     @property
     def extractor(self) -> str:
         """The classifier's name."""
@@ -210,6 +192,49 @@ class Prompts(Measure):
         """Give the share that misses any of what is asked for, of features (n, D)."""
         asked = self.asked
         return cache(lambda features: missed(self.classifier.told(features)[:, :asked.shape[1]], asked))
+
+
+@dataclass(frozen=True)
+class Likeness(Measure):
+    """Says how little images look like their prompts to CLIP: 1 less the *CLIP score* (Hessel et al. 2021, over 100).
+
+    Two are compared by their difference, and half a point of a hundred is none.
+
+    Attributes
+    ----------
+    extractor : str, the CLIP model's name
+    asked : Tensor, (n, D), its features of each of the bank's prompts
+    """
+
+    extractor: str
+    asked: Tensor
+
+    @cached_property
+    def score(self) -> Callable[[Tensor], Score]:
+        """Give the mean of what is lacking, of features (n, D)."""
+        def score(features: Tensor) -> Score:
+            values = jackknife(lambda part: float(part.mean()), 1 - (features.double() * self.asked).sum(1).clamp(0))
+            return Score(float(values[0]), pseudo_values(values), unit=0.1, ratios=False)
+
+        return cache(score)
+
+
+def prompts_of(bank: Bank, data: DataSet) -> Prompts | Likeness | None:
+    """Give the measure of what a bank's model is asked for by a data set's prompts or labels; None where by neither.
+
+    The bank's first extractor reads attributes and labels, those that it was taught; else a CLIP model of the bank
+    compares prompts with images.
+    """
+    model, noise, reader = bank.model, bank.noise(), bank.extractors[bank.first]
+    clip = next((one for one in bank.extractors.values() if isinstance(one, extractor.Clip)), None)
+    if model.text is not None and data.attributes:
+        known = dict(zip(data.prompts, data.answers.tolist()))
+        return Prompts(reader, torch.tensor([known[one] for one in model.said(noise)]))
+    if model.text is not None and data.prompts and clip:
+        return Likeness(clip.name, clip.read(model.said(noise)))
+    if model.classes and getattr(reader, "made_of", {}).get("outputs", [None])[0] == model.classes:
+        return Prompts(reader, model.labels(noise)[:, None])
+    return None
 
 
 @dataclass(frozen=True)

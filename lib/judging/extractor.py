@@ -4,14 +4,15 @@ Inception's weights cannot be assumed to be at hand, and Inception has never see
 classifier gives the features, and a second network, which learned without any label to take noise out of images, says
 whether the first is to be believed. Each is registered with torch-fidelity under a name that holds a hash of its
 weights; that name stands beside every number, and only Inception's distance is ever called FID. Where weights can be
-had, any of torch-fidelity's own extractors may be the second judge.
+had, any of torch-fidelity's own extractors, or a CLIP model, may be the second judge.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -22,8 +23,11 @@ from torch_fidelity import register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
+from transformers import AutoTokenizer, CLIPModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from lib.teachers.data import DataSet, to_uint8
+from lib.teachers.files import HUB
 from lib.teachers.training import own_share, train
 
 LAYER = "embedding"
@@ -36,8 +40,9 @@ TASKS = {"classes": "classifier", "rotation": "turns", "denoising": "denoiser"}
 """What an extractor may learn, and how the names of such extractors begin."""
 FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """The variable by which torch is told to load nothing but weights."""
-BORROWED = "torch-fidelity:"
-"""So begins a judge that is one of torch-fidelity's own extractors, such as torch-fidelity:dinov2-vit-s-14."""
+FIDELITY, CLIP = "torch-fidelity:", "clip:"
+"""So begin second judges that are not trained here: one of torch-fidelity's own extractors, such as
+torch-fidelity:dinov2-vit-s-14, or a CLIP model, such as clip:hub:openai/clip-vit-base-patch16."""
 
 
 class Extractor(nn.Module):
@@ -85,10 +90,15 @@ class Extractor(nn.Module):
     @property
     def name(self) -> str:
         """Its name in torch-fidelity and beside every number."""
-        digest = hashlib.sha256()
-        for key, tensor in sorted(self.state_dict().items()):
-            digest.update(key.encode() + tensor.cpu().contiguous().numpy().tobytes())
-        return f"{TASKS[self.made_of['task']]}-{digest.hexdigest()[:8]}"
+        return f"{TASKS[self.made_of['task']]}-{_digest(self)}"
+
+
+def _digest(module: nn.Module) -> str:
+    """Hash a module's weights."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(module.state_dict().items()):
+        digest.update(key.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 @contextmanager
@@ -132,6 +142,69 @@ class Borrowed(nn.Module):
         """Map images (n, C, H, W) in [-1, 1] to features (n, D)."""
         pixels = to_uint8(images).expand(-1, max(self.colours, images.shape[1]), -1, -1)
         return self.net(pixels)[0].float().flatten(1),
+
+
+class Clip(nn.Module):
+    """A CLIP model (Radford et al. 2021): features of images and of prompts, of length 1.
+
+    Parameters
+    ----------
+    source : folder of a CLIPModel that transformers saved, hub:OWNER/NAME or hub:OWNER/NAME@REVISION
+
+    Raises
+    ------
+    ValueError
+        If it cannot be had.
+    """
+
+    def __init__(self, source: str):
+        super().__init__()
+        name, _, revision = source.removeprefix(HUB).partition("@") if source.startswith(HUB) else (source, "", "")
+        where = {"pretrained_model_name_or_path": name, "revision": revision or None}
+        try:
+            self.model = CLIPModel.from_pretrained(**where, use_safetensors=True).float()
+            self.words = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"judge: no CLIP model can be had from {source} ({error}). Fetch it where there is a "
+                             "network, or take the judge denoising or rotation.") from None
+        self.side = self.model.config.vision_config.image_size
+        self.register_buffer("mean", torch.tensor(OPENAI_CLIP_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(OPENAI_CLIP_STD).view(3, 1, 1), persistent=False)
+
+    @cached_property
+    def name(self) -> str:
+        """Its name beside every number."""
+        return f"clip-{_digest(self)}"
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        """Map images (n, C, H, W) in [-1, 1] to features (n, D)."""
+        pixels = F.interpolate(images / 2 + 0.5, (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 1)
+        seen = self.model.vision_model(pixel_values=(pixels.expand(-1, 3, -1, -1) - self.mean) / self.std)
+        return F.normalize(self.model.visual_projection(seen.pooler_output), dim=1),
+
+    @torch.inference_mode()
+    def read(self, prompts: Sequence[str]) -> Tensor:
+        """Give the features of prompts, (n, D), on the CPU; what is too long is cut, as is usual."""
+        read = []
+        for begin in range(0, len(prompts), 256):
+            tokens = self.words(list(prompts[begin:begin + 256]), padding=True, truncation=True, return_tensors="pt",
+                                max_length=self.model.config.text_config.max_position_embeddings)
+            said = self.model.text_model(**tokens.to(self.mean.device))
+            read.append(F.normalize(self.model.text_projection(said.pooler_output), dim=1).cpu())
+        return torch.cat(read)
+
+
+def borrowed(task: str) -> Borrowed | Clip | None:
+    """Give the second judge that is not trained here; None where it is trained.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be had.
+    """
+    if task.startswith(CLIP):
+        return Clip(task.removeprefix(CLIP))
+    return Borrowed(task.removeprefix(FIDELITY)) if task.startswith(FIDELITY) else None
 
 
 def fit(data: DataSet, task: str, *, steps: int, seed: int, device: str, precision: str, work: Path) -> Extractor:
@@ -184,8 +257,7 @@ def check_judge(judge: str, data: DataSet) -> None:
     """
     if judge == "rotation" and not data.labels.any():
         raise ValueError("judge: the first judge learns rotation already, as the data have no labels: take denoising")
-    if judge.startswith(BORROWED):
-        Borrowed(judge.removeprefix(BORROWED))
+    borrowed(judge)
 
 
 def read(classifier: Extractor, images: Tensor) -> Tensor:
@@ -194,24 +266,24 @@ def read(classifier: Extractor, images: Tensor) -> Tensor:
 
 
 def save(folder: Path, first: Extractor, second: Extractor | str) -> None:
-    """Write weights and shape of both judges' extractors; of a borrowed one (``torch-fidelity:NAME``) its name."""
+    """Write weights and shape of both judges' extractors; of a borrowed one its task."""
     folder.mkdir(parents=True, exist_ok=True)
     for place, one in (("first", first), ("second", second)):
         if isinstance(one, Extractor):
             save_file({name: tensor.contiguous() for name, tensor in one.state_dict().items()},
                       folder / f"{place}.safetensors")
-        about = one.made_of if isinstance(one, Extractor) else {"borrowed": one.removeprefix(BORROWED)}
+        about = one.made_of if isinstance(one, Extractor) else {"borrowed": one}
         (folder / f"{place}.json").write_text(json.dumps(about))
 
 
-def load(folder: Path, device: str = "cpu") -> tuple[Extractor, Extractor | Borrowed]:
+def load(folder: Path, device: str = "cpu") -> tuple[Extractor, Extractor | Borrowed | Clip]:
     """Read what `save` wrote, the first judge's extractor and the second's, and register them with torch-fidelity."""
     found = []
     for place in ("first", "second"):
         if not (folder / f"{place}.json").exists():
             raise FileNotFoundError(f"no extractor in {folder}. Notebook 00_teacher_training makes it.")
         about = json.loads((folder / f"{place}.json").read_text())
-        one = Borrowed(about["borrowed"]) if "borrowed" in about else Extractor(**about)
+        one = borrowed(about["borrowed"]) if "borrowed" in about else Extractor(**about)
         if isinstance(one, Extractor):
             one.load_state_dict(load_file(folder / f"{place}.safetensors"))
             _register(one)
@@ -250,7 +322,7 @@ def _register(extractor: Extractor) -> None:
 
 
 @torch.inference_mode()
-def embed(extractor: Extractor | Borrowed, images: Tensor) -> Tensor:
+def embed(extractor: Extractor | Borrowed | Clip, images: Tensor) -> Tensor:
     """Give the features of images, as stored pixels would give them.
 
     Parameters

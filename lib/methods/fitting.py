@@ -195,8 +195,7 @@ class Fitting:
         _, network = network_of(pipe)
         described, fits = blocks.describe(network), NoiseSchedule.of(pipe.scheduler)
         flow = {"abscissa": "timestep"} if isinstance(fits, FlowSchedule) else {}  # pure noise has no log-SNR
-        return Plan.full(own or trailing(steps, fits.train_timesteps), fits, described.names, 2,
-                         cache=described.cache).replace(**flow)
+        return Plan.full(own or trailing(steps, fits.train_timesteps), fits, described, 2).replace(**flow)
 
     def _own_steps(self) -> list[float]:
         """Give the timesteps that a pipeline of flow matching takes by itself; of betas none."""

@@ -51,8 +51,7 @@ class Board:
         self.model = networks.load(paths.DATA / "shipped" / name, "cpu", self.data.prompts, self.values.guidance)
         self.blocks = blocks.describe(self.model.network)
         self.fits = NoiseSchedule.of(self.model.schedule)
-        self.teacher = Plan.full(trailing(self.values.teacher_steps, self.fits.train_timesteps), self.fits,
-                                 self.blocks.names, cache=self.blocks.cache)
+        self.teacher = Plan.full(trailing(self.values.teacher_steps, self.fits.train_timesteps), self.fits, self.blocks)
         self.macs = cost.count_model(self.model).executed
         self.file = paths.writable(paths.REPORTS / "leaderboard") / f"{name}.csv"
 
@@ -89,7 +88,7 @@ class Board:
         ladder = [Plan.few_steps(steps, "uniform", self.teacher, 2) for steps in self.ladder]
         fewest = controls.fewest(judge, bank.features, ladder, best)
         return controls.Table(partial(bank.features, title="images"), bank.features, self.macs, judge, second, best,
-                              ddim, fewest, evaluate.Prompts.of(bank, self.data))
+                              ddim, fewest, evaluate.prompts_of(bank, self.data))
 
     def add(self, plans: Mapping[str, Plan]) -> pd.DataFrame:
         """Score and time plans, and put them among the rows, cheapest last; one that is there already is made anew."""

@@ -44,8 +44,9 @@ def _checkpoint(source: str) -> str:
 
 
 def _judge(task: str) -> str:
-    if task not in ("denoising", "rotation") and not task.startswith("torch-fidelity:"):
-        raise ValueError("must be denoising, rotation, or torch-fidelity:NAME, such as torch-fidelity:dinov2-vit-s-14")
+    if task not in ("denoising", "rotation") and not task.startswith(("torch-fidelity:", "clip:")):
+        raise ValueError("must be denoising, rotation, torch-fidelity:NAME, such as torch-fidelity:dinov2-vit-s-14, or "
+                         "clip:SOURCE, such as clip:hub:openai/clip-vit-base-patch16")
     return task
 
 
@@ -60,7 +61,7 @@ class Common(BaseModel):
     held_out: float = Field(gt=0, lt=1)  # fraction of the images that no training sees
     seed: int = Field(ge=0, lt=2**31)
     report_seed: int = Field(ge=0, lt=2**31)  # of the noise behind every final score; nothing is chosen on it
-    second_task: Annotated[str, AfterValidator(_judge)]  # the second judge's task, or torch-fidelity:NAME
+    second_task: Annotated[str, AfterValidator(_judge)]  # the second judge's task, torch-fidelity:NAME or clip:SOURCE
     device: Literal["cpu", "cuda"]
     threads: Positive  # CPU threads, fewer if others are busy; another number changes the last bits of results
     precision: Literal["fp32", "bf16", "auto"]  # of the network, in training and sampling; auto becomes one of the two

@@ -7,7 +7,8 @@ import pandas as pd
 
 from lib.grid.plan import Plan
 from lib.judging.banks import Bank
-from lib.judging.evaluate import Measure, Prompts
+from lib.judging.estimates import Contrast
+from lib.judging.evaluate import Measure
 
 CLAIMS = (
     ("DDIM", 2.0, "later version: at least 2 times, FID less than 5 % worse (LDM at 250 DDIM steps, DDPM at 100)"),
@@ -49,7 +50,7 @@ def steps_that_keep(measure: Measure, bank: Bank, target: Plan, ladder: Iterable
     """
     for steps in [steps for steps in ladder if steps <= target.steps]:
         plan = Plan.few_steps(steps, "uniform", target)
-        if measure.over(bank.features(plan, title=f"DDIM, {steps}"), bank.features(target)).holds == "yes":
+        if _over(measure, bank, plan, target).holds == "yes":
             return steps
     return np.nan
 
@@ -62,15 +63,21 @@ def kept(measure: Measure, bank: Bank, plan: Plan, target: Plan, name: str, what
     name : of the columns of the `Contrast`
     what : is kept; it ends the name of the column of DDIM's steps
     """
-    contrast = measure.over(bank.features(plan), bank.features(target))
+    contrast = _over(measure, bank, plan, target)
     return contrast.columns(name) | {f"DDIM steps that keep {what}": steps_that_keep(measure, bank, target)}
 
 
-def kept_prompts(prompts: Prompts, bank: Bank, plan: Plan, target: Plan) -> dict:
+def kept_prompts(prompts: Measure, bank: Bank, plan: Plan, target: Plan) -> dict:
     """Give the prompt scores of a plan and of the run that it was cut from, and `kept` of the prompts."""
-    score, score_there = (1 - prompts.score(bank.features(part)).estimate.value for part in (plan, target))
+    score, score_there = (1 - prompts.score(bank.features(part, by=prompts.extractor)).estimate.value
+                          for part in (plan, target))
     return {"prompt score": score, "prompt score there": score_there,
             **kept(prompts, bank, plan, target, "prompts", "prompts")}
+
+
+def _over(measure: Measure, bank: Bank, plan: Plan, target: Plan) -> Contrast:
+    """Compare a plan's images with the target's, by what the measure's extractor sees of them."""
+    return measure.over(*(bank.features(part, by=measure.extractor) for part in (plan, target)))
 
 
 def over_controls(rows: pd.DataFrame) -> dict:

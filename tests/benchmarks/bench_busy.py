@@ -18,7 +18,7 @@ torch.set_num_threads(int(sys.argv[1]))
 torch.manual_seed(0)
 unet, schedule = networks.unet((1, 16, 16), [16, 32, 32], 1, 2).eval(), networks.noise_schedule()
 fits = NoiseSchedule.of(schedule)
-plan = Plan.full(trailing(5, fits.train_timesteps), fits, blocks.describe(unet).names)
+plan = Plan.full(trailing(5, fits.train_timesteps), fits, blocks.describe(unet))
 noise = torch.randn(64, 1, 16, 16)
 sampling.sample(Model(unet, schedule), plan, noise)
 for _ in range(3):

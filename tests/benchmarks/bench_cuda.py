@@ -47,8 +47,7 @@ class Case:
     def __post_init__(self):
         self.schedule, self.described = networks.noise_schedule(), blocks.describe(self.model)
         fits = NoiseSchedule.of(self.schedule)
-        self.full = Plan.full(trailing(STEPS, fits.train_timesteps), fits, self.described.names,
-                              cache=self.described.cache)
+        self.full = Plan.full(trailing(STEPS, fits.train_timesteps), fits, self.described)
         self.costs = cost.count(self.model)
         self.given = {name: rows.to(self.model.dtype) if rows.is_floating_point() else rows for name, rows
                       in blocks.example_conditions(self.model, len(self.noise), DEVICE).items()}

@@ -28,7 +28,7 @@ def setting(request):
     unet = networks.unet((1, p.resolution, p.resolution), p.widths, p.layers, p.norm_groups).eval()
     schedule = networks.noise_schedule()
     fits, described = NoiseSchedule.of(schedule), blocks.describe(unet)
-    teacher = Plan.full(trailing(p.teacher_steps, fits.train_timesteps), fits, described.names)
+    teacher = Plan.full(trailing(p.teacher_steps, fits.train_timesteps), fits, described)
     noise = sampling.noise("analysis", 0, 0, BATCH, (1, p.resolution, p.resolution))
     return unet, schedule, described, teacher, noise, request.param
 

@@ -27,7 +27,7 @@ def test_two_workers_against_one(tmp_path):
     schedule = networks.noise_schedule()
     classifier = extractor.Extractor("classes", 1, 16, [10]).eval().requires_grad_(False)
     fits, described = NoiseSchedule.of(schedule), blocks.describe(unet)
-    teacher = Plan.full(trailing(searching.teacher_steps, fits.train_timesteps), fits, described.names)
+    teacher = Plan.full(trailing(searching.teacher_steps, fits.train_timesteps), fits, described)
     space = SegmentSpace(teacher, described, tuple(searching.segment_counts), tuple(searching.branches))
     macs = cost.count(unet).executed
     rate = {}
