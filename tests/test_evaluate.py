@@ -11,7 +11,7 @@ import torch
 import torch_fidelity
 from safetensors.torch import load_file
 from simulation import covered, simulate
-from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from lib.grid.model import Model
 from lib.grid.plan import Plan
@@ -305,13 +305,8 @@ def test_any_of_torch_fidelitys_extractors_may_be_the_second_judge(classifier, d
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """A tiny CLIP model in a folder, with tiny.text_parts' words: a digit."""
-    folder, parts = tmp_path_factory.mktemp("clip"), tiny.text_parts()
-    torch.manual_seed(0)
-    text = parts["text_encoder"].config.to_dict()
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "image_size": 24, "patch_size": 8}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
-    parts["tokenizer"].save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("clip")
+    tiny.clip(folder)
     return folder
 
 

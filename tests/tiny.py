@@ -36,7 +36,7 @@ from diffusers import (
 )
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from PIL import Image
-from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import BertTokenizer, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 STEPS = 10
 NOISE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -116,6 +116,17 @@ def text_parts(**more):
                                         bos_token_id=0, eos_token_id=1, pad_token_id=1))
     return {"vae": vae(), "text_encoder": text, "tokenizer": tokens, "unet": text_unet(), "scheduler": ddim(),
             "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False} | more
+
+
+def clip(folder):
+    """Save a CLIP model that reads `text_parts`' words."""
+    parts = text_parts()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 24, "patch_size": 8}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=parts["text_encoder"].config.to_dict(), vision_config=vision,
+                         projection_dim=12)).save_pretrained(folder)
+    parts["tokenizer"].save_pretrained(folder)
 
 
 PROMPT = {"prompt": "a digit", "output_type": "np"}

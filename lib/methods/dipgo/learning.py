@@ -166,19 +166,15 @@ def train(trainings: Mapping[str, Training], net: SuperNet, noise: Callable[[int
     bar = tqdm(initial=begun, total=max(run.recipe.updates for run in runs.values()), desc=", ".join(runs)[:60],
                unit="update")
     while going := [run for run in runs.values() if not run.over]:
-        starts = {run.images: noise(*run.images) for run in going}
-        with torch.no_grad():
-            ones = torch.ones(net.plan.steps, len(net.blocks))
-            parts = [len(start) for start in starts.values()]
-            targets = dict(zip(starts, net.images(torch.cat([*starts.values()]), ones, "none").split(parts)))
-        gates = [run.gates() for run in going]
-        each = torch.cat([of_blocks[..., None].expand(-1, -1, run.recipe.batch)
-                          for run, of_blocks in zip(going, gates)], dim=-1)
-        start = torch.cat([starts[run.images] for run in going])
-        checkpoints = checkpoints or ("none" if net.kept(start, each.detach()) < _free(start.device) / 2 else "nested")
-        images = net.images(start, each, checkpoints)
-        images = images.split([run.recipe.batch for run in going])
-        losses = [run.loss(made, targets[run.images]) for run, made in zip(going, images)]
+        starts = {run.images: noise(*run.images) for run in going}  # the teacher's images, where all gates are on
+        gates = [torch.ones(net.plan.steps, len(net.blocks), len(start)) for start in starts.values()]
+        gates += [run.gates()[..., None].expand(-1, -1, run.recipe.batch) for run in going]
+        start, gates = torch.cat([*starts.values(), *(starts[run.images] for run in going)]), torch.cat(gates, dim=-1)
+        checkpoints = checkpoints or ("none" if net.kept(start, gates.detach()) < _free(start.device) / 2 else "nested")
+        parts = [len(some) for some in starts.values()] + [run.recipe.batch for run in going]
+        images = net.images(start, gates, checkpoints).split(parts)
+        targets = dict(zip(starts, (teachers.detach() for teachers in images)))
+        losses = [run.loss(made, targets[run.images]) for run, made in zip(going, images[len(starts):])]
         torch.stack(losses).sum().backward()  # no loss depends on another's pruner
         for run in going:
             run.step()
