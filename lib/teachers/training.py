@@ -105,7 +105,8 @@ def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator, float], 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.step(model.parameters())
-        if (step + 1) % every == 0 or step + 1 == steps:
+        left = steps - step - 1
+        if not left or ((step + 1) % every == 0 and left >= every):  # no last mean of fewer steps
             history.append({"step": step + 1, "loss": sum(recent) / len(recent), "lr": rate})
             bar.set_postfix(loss=f"{history[-1]['loss']:.4f}", lr=f"{rate:.1e}", refresh=False)
             recent = []

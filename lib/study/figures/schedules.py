@@ -28,10 +28,10 @@ def search_progress(found: pd.DataFrame, budgets: Sequence[float], title: str) -
         left.scatter(100 * found["macs_fraction"][rows], found["error"][rows], s=10, color=colour, label=name)
     begun = found[found["start"]]
     left.scatter(100 * begun["macs_fraction"], begun["error"], s=40, fc="none", ec="0.5", lw=0.6, label="known before")
-    for budget in budgets:
-        left.axvline(100 * budget, color="0.7", lw=0.8, ls="--", zorder=0)
+    for number, budget in enumerate(budgets):
+        left.axvline(100 * budget, color="0.7", lw=0.8, ls="--", zorder=0, label=None if number else "budget")
     left.set(xlabel="executed MACs (% of the teacher's)", ylabel="rFID", yscale="log")
-    left.legend(fontsize=6, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), columnspacing=1, handletextpad=0.2)
+    left.legend(fontsize=6, ncols=4, loc="lower right", bbox_to_anchor=(1, 1), columnspacing=1, handletextpad=0.2)
     for budget, tone in zip(budgets, np.linspace(0, 0.6, len(budgets))):
         best = found["error"].where(found["macs_fraction"] <= budget).cummin()
         right.step(found["trial"], best.ffill(), where="post", color=str(tone), label=f"\u2264 {100 * budget:.3g}%")
