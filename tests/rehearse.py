@@ -24,7 +24,7 @@ def coloured():
     return tiny.DDPMPipeline(tiny.plain_unet(in_channels=3, out_channels=3), tiny.ddpm()[0].scheduler), {}
 
 
-STAND_INS = {"ddpm_cifar10": coloured, "dit_xl": tiny.dit, "sd15": tiny.stable_diffusion}
+STAND_INS = {"ddpm_cifar10": coloured, "dit_xl": tiny.dit, "sd15": tiny.stable_diffusion, "sdxl": tiny.double_text}
 """Of each study a pipeline of its checkpoint's class."""
 KEPT = ("only", "guidance", "second_task", "claim_solvers", "claim_guidance")
 """What is not made small."""

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import tiny
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
 from lib.apply import Planned
 from lib.grid import blocks, cost, sampling
@@ -68,6 +69,32 @@ def test_a_stock_pipeline_draws_the_same_images_with_and_without_a_plan(painter,
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     with pytest.raises(Exception, match="UNK"):  # stock: tokenizers' own words
         pipe("a pink serif A on blue", **options)
+
+
+def test_sdxl_is_read_by_both_of_its_text_encoders(tmp_path):
+    torch.manual_seed(0)
+    stock, _ = tiny.double_text()
+    stock.save_pretrained(tmp_path / "stock")
+    prompts = ("a digit", "digit")
+    networks.save(tmp_path / "ours", networks.load(tmp_path / "stock", prompts=prompts, guidance=3.0))
+    model = networks.load(tmp_path / "ours", prompts=prompts, guidance=3.0)
+    pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "ours", use_safetensors=True, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    states, none, sums, no_sums = pipe.encode_prompt(list(prompts), num_images_per_prompt=1)
+    for wanted, pooled, said in ((states, sums, prompts), (none, no_sums, ("", ""))):
+        found = model.text(said)
+        torch.testing.assert_close(found["encoder_hidden_states"], wanted)
+        torch.testing.assert_close(found["added_cond_kwargs"]["text_embeds"], pooled)
+    assert none.abs().max() == 0 < states.abs().max()
+    assert cost.count_model(model).text > 0
+    noise = sampling.noise("report", 0, 0, 3, model.shape)
+    full = Plan.full(trailing(6, 1000), model.noise_schedule, blocks.describe(model.network), 2)
+    for plan in (full, Plan.deepcache(2, blocks.describe(model.network).branch(0), full)):
+        with Planned(pipe, plan):
+            theirs = pipe(model.said(noise), num_inference_steps=6, guidance_scale=3.0, latents=noise, height=16,
+                          width=16, output_type="np").images
+        ours = (sampling.sample(model, plan, noise) / 2 + 0.5).clamp(0, 1)
+        torch.testing.assert_close(ours, torch.from_numpy(theirs).permute(0, 3, 1, 2), rtol=1e-3, atol=1e-3)
 
 
 def test_weights_may_be_rounded_in_the_files_and_come_back_whole(painter, tmp_path):

@@ -36,7 +36,15 @@ from diffusers import (
 )
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from PIL import Image
-from transformers import BertTokenizer, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    BertTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 STEPS = 10
 NOISE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -181,6 +189,17 @@ def stable_diffusion_xl():
     texts, pooled = torch.randn(2, 1, 5, 16, generator=draw), torch.randn(2, 1, 12, generator=draw)
     return pipe, {"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1], "pooled_prompt_embeds": pooled[0],
                   "negative_pooled_prompt_embeds": pooled[1], "output_type": "np", "height": 16, "width": 16}
+
+
+def double_text():
+    """SDXL with both of its text encoders."""
+    words = text_parts()["tokenizer"]
+    config = CLIPTextConfig(vocab_size=len(words), hidden_size=8, intermediate_size=8, num_attention_heads=2,
+                            num_hidden_layers=2, max_position_embeddings=8, projection_dim=12, bos_token_id=0,
+                            eos_token_id=1, pad_token_id=1)
+    network = stable_diffusion_xl()[0].unet
+    return StableDiffusionXLPipeline(vae(), CLIPTextModel(config), CLIPTextModelWithProjection(config), words, words,
+                                     network, ddim(), add_watermarker=False), PROMPT | {"height": 16, "width": 16}
 
 
 def three_levels():

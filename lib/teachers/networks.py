@@ -24,15 +24,15 @@ from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from transformers import AutoTokenizer, CLIPTextModel
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
-from lib.grid.blocks import example_conditions
+from lib.grid.blocks import example_conditions, input_shape
 from lib.grid.model import Conditions, Model
 from lib.grid.plan import NoiseSchedule
 from lib.teachers.data import DataSet
 from lib.teachers.files import HUB
 from lib.teachers.latents import Coder, PatchAutoencoder
-from lib.teachers.text import Text, encoder, tokenizer
+from lib.teachers.text import Text, TwoTexts, encoder, tokenizer
 from lib.teachers.training import own_share, train
 
 UNSAID = 0.1
@@ -263,7 +263,7 @@ def check_draws(model: Model, shape: tuple[int, int, int]) -> None:
 
 
 def save(folder: Path, model: Model, dtype: torch.dtype = torch.float32) -> None:
-    """Save a model as a diffusers pipeline (safetensors, JSON): a StableDiffusionPipeline where it reads prompts.
+    """Save a model as a diffusers pipeline (safetensors, JSON): one that reads prompts as Stable Diffusion or SDXL.
 
     Parameters
     ----------
@@ -276,9 +276,12 @@ def save(folder: Path, model: Model, dtype: torch.dtype = torch.float32) -> None
     if model.latents is not None:
         parts["vae"], kind = model.latents.vae, "DiffusionPipeline"
     if model.text is not None:
-        parts |= {"text_encoder": model.text.encoder, "tokenizer": model.text.tokenizer}
-        kind, more = "StableDiffusionPipeline", {"requires_safety_checker": False}
-        more |= {absent: [None, None] for absent in ("safety_checker", "feature_extractor", "image_encoder")}
+        parts |= model.text.parts
+        two = isinstance(model.text, TwoTexts)
+        kind = "StableDiffusionXLPipeline" if two else "StableDiffusionPipeline"
+        more = {"force_zeros_for_empty_prompt": model.text.zeros} if two else {
+            "requires_safety_checker": False, "safety_checker": [None, None]}
+        more |= {absent: [None, None] for absent in ("feature_extractor", "image_encoder")}
     for name, part in parts.items():
         if isinstance(part, ModelMixin):
             part = copy.deepcopy(part).to(dtype)
@@ -346,12 +349,24 @@ def load(source: Path | str, device: str = "cpu", prompts: Sequence[str] = (), g
     if network.device.type == "cuda":
         network.to(memory_format=torch.channels_last)
     coder = next((part for part in ("vae", "vqvae") if part in parts), None)
-    text, reads = None, set(example_conditions(network, 0, "cpu"))
-    if reads == {"encoder_hidden_states"} and "CLIPTextModel" in parts.get("text_encoder", ()):
-        reader = CLIPTextModel.from_pretrained(**name, subfolder="text_encoder", use_safetensors=True).float()
-        words = AutoTokenizer.from_pretrained(**name, subfolder="tokenizer", trust_remote_code=False)
-        text = Text(reader.eval().requires_grad_(False).to(device), words)
-    return Model(network, schedule, coder and Coder(_part(source, coder, device)), text, tuple(prompts), guidance)
+    coder = coder and Coder(_part(source, coder, device))
+    text, reads = None, example_conditions(network, 0, "cpu")
+    if set(reads) == {"encoder_hidden_states"} and "CLIPTextModel" in parts.get("text_encoder", ()):
+        text = _text(source, device)
+    elif set(reads.get("added_cond_kwargs", ())) == {"text_embeds", "time_ids"} and "text_encoder_2" in parts:
+        drawn = coder.decode(torch.zeros(1, *input_shape(network), device=device)) if coder else None
+        text = TwoTexts(_text(source, device), _text(source, device, "_2"), input_shape(network)[-1] if drawn is None
+                        else drawn.shape[-1], bool(parts.get("force_zeros_for_empty_prompt")))
+    return Model(network, schedule, coder, text, tuple(prompts), guidance)
+
+
+def _text(source: Path | str, device: str, which: str = "") -> Text:
+    """Load a text encoder of a pipeline, frozen, in float32, with its tokenizer."""
+    where, _ = _index(source)
+    kind = CLIPTextModelWithProjection if which else CLIPTextModel
+    reader = kind.from_pretrained(**where, subfolder=f"text_encoder{which}", use_safetensors=True).float()
+    words = AutoTokenizer.from_pretrained(**where, subfolder=f"tokenizer{which}", trust_remote_code=False)
+    return Text(reader.eval().requires_grad_(False).to(device), words)
 
 
 def _part(source: Path | str, part: str, device: str) -> ModelMixin:

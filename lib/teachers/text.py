@@ -49,6 +49,11 @@ class Text(nn.Module):
         self.encoder, self.tokenizer = encoder, tokenizer
         self._read: dict[str, Tensor] = {}
 
+    @property
+    def parts(self) -> dict[str, nn.Module | PreTrainedTokenizerBase]:
+        """What a saved pipeline has of it, by name."""
+        return {"text_encoder": self.encoder, "tokenizer": self.tokenizer}
+
     def train(self, mode: bool = True) -> Self:
         """Switch between learning and reading, and forget what was read."""
         self._read.clear()
@@ -92,3 +97,52 @@ class Text(nn.Module):
             states = torch.cat([self.read(some).cpu() for some in self.tokens(new).split(FEW)])
             self._read.update(zip(new, states))
         return {"encoder_hidden_states": torch.stack([self._read[prompt] for prompt in prompts])}
+
+
+class TwoTexts(nn.Module):
+    """Two CLIP text models, as SDXL reads a prompt: the last hidden states but one, side by side, and the second's sum.
+
+    Parameters
+    ----------
+    first, second : Text
+    side : int, pixels of the images that are drawn, which the network is told (original and target size, no crop)
+    zeros : bool, whether no prompt is zeros (the pipeline's ``force_zeros_for_empty_prompt``)
+    """
+
+    def __init__(self, first: Text, second: Text, side: int, zeros: bool):
+        super().__init__()
+        self.first, self.second, self.side, self.zeros = first, second, side, zeros
+        self._read: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def config(self) -> Mapping:
+        """What decides a prompt's states beside the weights."""
+        return {"first": self.first.config, "second": self.second.config, "side": self.side, "zeros": self.zeros}
+
+    @property
+    def parts(self) -> dict[str, nn.Module | PreTrainedTokenizerBase]:
+        """What a saved pipeline has of it, by name."""
+        return self.first.parts | {f"{name}_2": part for name, part in self.second.parts.items()}
+
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """Give the tokens of prompts for both, (n, 2, L)."""
+        return torch.stack([self.first.tokens(prompts), self.second.tokens(prompts)], dim=1)
+
+    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Give what both make of tokens, (n, 2, L): states (n, L, D), and the second's sum (n, E)."""
+        seen = [text.encoder(rows.to(text.encoder.device), output_hidden_states=True)
+                for text, rows in zip((self.first, self.second), tokens.unbind(1))]
+        return torch.cat([one.hidden_states[-2] for one in seen], dim=-1), seen[1].text_embeds
+
+    @torch.no_grad()
+    def forward(self, prompts: Sequence[str]) -> dict[str, Tensor | dict[str, Tensor]]:
+        """Give what a network reads of prompts, on the CPU."""
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._read]:
+            for some in [new[begin:begin + FEW] for begin in range(0, len(new), FEW)]:
+                self._read.update(zip(some, zip(*(part.cpu() for part in self.read(self.tokens(some))))))
+            if self.zeros and "" in new:
+                self._read[""] = tuple(map(torch.zeros_like, self._read[""]))
+        states, sums = (torch.stack(rows) for rows in zip(*(self._read[prompt] for prompt in prompts)))
+        sizes = torch.tensor([[self.side, self.side, 0, 0, self.side, self.side]], dtype=states.dtype)
+        return {"encoder_hidden_states": states,
+                "added_cond_kwargs": {"text_embeds": sums, "time_ids": sizes.expand(len(states), -1)}}
