@@ -57,7 +57,7 @@ class Common(BaseModel):
 
     study: str = Field(min_length=1)
     data: Annotated[str, AfterValidator(_data)]  # what `lib.teachers.data.load` takes
-    resolution: int = Field(ge=8, le=512, multiple_of=8)  # pixels a side
+    resolution: int = Field(ge=8, le=1024, multiple_of=8)  # pixels a side
     held_out: float = Field(gt=0, lt=1)  # fraction of the images that no training sees
     seed: int = Field(ge=0, lt=2**31)
     report_seed: int = Field(ge=0, lt=2**31)  # of the noise behind every final score; nothing is chosen on it
