@@ -1,8 +1,8 @@
 """Tries a study of a published checkpoint without it: ``python tests/rehearse.py sd15``.
 
 A tiny checkpoint of the same class stands in for the hub's, a folder of small pictures for its data, a tiny CLIP model
-for CLIP; sizes are those of `smoke`. What says how the study works (notebooks, guidance, solvers, judges) stays. So all
-its code runs, in some ten minutes on a CPU, and no number means anything.
+for CLIP; sizes are those of `smoke`. What says how the study works (notebooks, guidance, solvers, judges) stays. So
+nearly all its code runs, in some ten minutes on a CPU (but for Inception, CUDA and bf16), and no number means anything.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def coloured():
 
 STAND_INS = {"ddpm_cifar10": coloured, "dit_xl": tiny.dit, "sd15": tiny.stable_diffusion, "sdxl": tiny.double_text}
 """Of each study a pipeline of its checkpoint's class."""
-KEPT = ("only", "guidance", "second_task", "claim_solvers", "claim_guidance")
+KEPT = ("only", "guidance", "second_task", "claim_solvers", "claim_guidance", "guidance_scales", "plms_keeps")
 """What is not made small."""
 
 

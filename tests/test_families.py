@@ -115,15 +115,22 @@ def test_gates_of_0_and_1_are_the_plan(family, full, schedule, noise):
     plan = Plan.random(0.5, 1, full)
     with torch.no_grad():
         gates = torch.from_numpy(plan.computes).float()
-        soft = dipgo.SuperNet(model, full).images(noise, gates, False, conditions)
-    hard = sampling.sample(model, plan, noise, conditions)
-    torch.testing.assert_close(soft, hard, rtol=1e-3, atol=1e-3 * float(hard.abs().max()))
+        soft = dipgo.SuperNet(model, full).images(noise, gates, "none", conditions)
+        each = torch.stack([gates, *[torch.ones_like(gates)] * (len(noise) - 1)], dim=-1)  # an image's own
+        mixed = dipgo.SuperNet(model, full).images(noise, each, "none", conditions)
+    hard, teachers = (sampling.sample(model, one, noise, conditions) for one in (plan, full))
+    close = {"rtol": 1e-3, "atol": 1e-3 * float(hard.abs().max())}
+    torch.testing.assert_close(soft, hard, **close)
+    torch.testing.assert_close(mixed, torch.cat([hard[:1], teachers[1:]]), **close)
+    assert len(noise) > 1
+    with pytest.raises(ValueError, match="checkpoints True: must be one of none, steps, nested"):
+        dipgo.SuperNet(model, full).images(noise, gates, True, conditions)
 
 
 def test_a_gradient_reaches_every_gate(family, full, schedule, noise):
     model, described, conditions = family
     gates = torch.full((full.steps, len(described)), 0.7, requires_grad=True)
-    dipgo.SuperNet(model, full).images(noise, gates, True, conditions).square().mean().backward()
+    dipgo.SuperNet(model, full).images(noise, gates, "nested", conditions).square().mean().backward()
     assert (gates.grad[1:] != 0).all()
 
 

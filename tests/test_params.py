@@ -3,6 +3,7 @@
 import io
 
 import pytest
+import rehearse
 import torch
 from ruamel.yaml import YAML
 
@@ -35,6 +36,21 @@ def test_all_studies_have_the_same_keys_in_the_same_order_and_load(monkeypatch):
     for study, found in keys.items():
         names = {name for name, _ in found}
         assert found == [section for section in keys["smoke"] if section[0] in names], study
+
+
+@pytest.mark.parametrize("study", rehearse.STAND_INS)
+def test_studies_of_published_checkpoints_can_be_rehearsed(tmp_path, monkeypatch, study):
+    (tmp_path / "pictures").mkdir()
+    rehearse.pictures(tmp_path / "pictures", 8)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "model_index.json").write_text("{}")
+    made = rehearse.small(study, tmp_path)
+    made["common"]["device"] = "cpu"
+    with (tmp_path / "smoke_it.yaml").open("w") as file:
+        YAML().dump(made, file)
+    notebooks = params.notebooks(study)
+    monkeypatch.setattr(paths, "PARAMS", tmp_path)
+    assert list(params.load("smoke_it")) == list(notebooks)
 
 
 def test_a_study_may_have_some_notebooks_only(write):
@@ -115,8 +131,9 @@ def test_a_cpu_machine_asked_for_cuda_says_so(write, monkeypatch):
         write(SMOKE.replace("device: cpu", "device: cuda"))
 
 
-@pytest.mark.parametrize(("able", "precision"), [({"avx512_bf16": True, "amx_bf16": False}, "bf16"),
-                                                 ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "fp32"), ({}, "fp32")])
+@pytest.mark.parametrize(("able", "precision"), [
+    ({"avx512_bf16": True, "amx_bf16": False}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"bf16": True}, "bf16"),
+    ({"avx2": True, "avx512_bf16": False}, "fp32"), ({}, "fp32")])
 def test_precision_is_what_the_processor_is_quick_at(write, monkeypatch, able, precision):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     assert write(SMOKE)["00_teacher_training"].precision == precision

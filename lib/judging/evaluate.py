@@ -196,7 +196,9 @@ class Prompts(Measure):
 
 @dataclass(frozen=True)
 class Likeness(Measure):
-    """Says how little images look like their prompts to CLIP: 1 less the *CLIP score* (Hessel et al. 2021, over 100).
+    """Says how little images look like their prompts to CLIP: 1 less the cosine of both features, 0 at least.
+
+    That cosine is the usual CLIP score over 100 (Hessel et al. 2021 multiply it by 2.5).
 
     Two are compared by their difference, and half a point of a hundred is none.
 

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from lib.teachers.data import DataSet, to_uint8
-from lib.teachers.files import HUB
+from lib.teachers.files import where
 from lib.teachers.training import own_share, train
 
 LAYER = "embedding"
@@ -40,6 +40,8 @@ TASKS = {"classes": "classifier", "rotation": "turns", "denoising": "denoiser"}
 """What an extractor may learn, and how the names of such extractors begin."""
 FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """The variable by which torch is told to load nothing but weights."""
+PIXELS = 2**24
+"""Numbers of pixels, of all channels, that an extractor looks at in one batch, of 1,000 images at most."""
 FIDELITY, CLIP = "torch-fidelity:", "clip:"
 """So begin second judges that are not trained here: one of torch-fidelity's own extractors, such as
 torch-fidelity:dinov2-vit-s-14, or a CLIP model, such as clip:hub:openai/clip-vit-base-patch16."""
@@ -159,11 +161,9 @@ class Clip(nn.Module):
 
     def __init__(self, source: str):
         super().__init__()
-        name, _, revision = source.removeprefix(HUB).partition("@") if source.startswith(HUB) else (source, "", "")
-        where = {"pretrained_model_name_or_path": name, "revision": revision or None}
         try:
-            self.model = CLIPModel.from_pretrained(**where, use_safetensors=True).float()
-            self.words = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+            self.model = CLIPModel.from_pretrained(**where(source), use_safetensors=True).float()
+            self.words = AutoTokenizer.from_pretrained(**where(source), trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"judge: no CLIP model can be had from {source} ({error}). Fetch it where there is a "
                              "network, or take the judge denoising or rotation.") from None
@@ -335,4 +335,5 @@ def embed(extractor: Extractor | Borrowed | Clip, images: Tensor) -> Tensor:
     """
     pixels = images if images.dtype == torch.uint8 else to_uint8(images)
     device = next(extractor.parameters()).device
-    return torch.cat([extractor(part.to(device).float() / 127.5 - 1)[0].cpu() for part in pixels.split(1000)])
+    some = max(1, min(1000, PIXELS // pixels[0].numel()))
+    return torch.cat([extractor(part.to(device).float() / 127.5 - 1)[0].cpu() for part in pixels.split(some)])

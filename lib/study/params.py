@@ -487,7 +487,7 @@ def _reckons_in_bf16() -> bool:
     import torch  # parameters know nothing of torch but this and the next
 
     able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 def _require_cuda(source: str) -> None:

@@ -212,6 +212,14 @@ def _record(where: str, cell: dict, label: Any, prompt: Any) -> Record:
     return Record(where + f" ({path})" * bool(path), cell.get("bytes") or path, label, prompt)
 
 
+def where(source: str) -> dict[str, str | None]:
+    """Give a model's folder, or hub:OWNER/NAME or hub:OWNER/NAME@REVISION, as `from_pretrained` takes it."""
+    name, revision = source, None
+    if source.startswith(HUB):
+        name, _, revision = source.removeprefix(HUB).partition("@")
+    return {"pretrained_model_name_or_path": name, "revision": revision or None}
+
+
 def lines(path: Path | None) -> list[str | int]:
     """Read prompts, one a line, or class numbers; of no file, none.
 

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjecti
 from lib.grid.blocks import example_conditions, input_shape
 from lib.grid.model import Conditions, Model
 from lib.grid.plan import NoiseSchedule
+from lib.teachers import files
 from lib.teachers.data import DataSet
 from lib.teachers.files import HUB
 from lib.teachers.latents import Coder, PatchAutoencoder
@@ -353,10 +354,11 @@ def load(source: Path | str, device: str = "cpu", prompts: Sequence[str] = (), g
     text, reads = None, example_conditions(network, 0, "cpu")
     if set(reads) == {"encoder_hidden_states"} and "CLIPTextModel" in parts.get("text_encoder", ()):
         text = _text(source, device)
-    elif set(reads.get("added_cond_kwargs", ())) == {"text_embeds", "time_ids"} and "text_encoder_2" in parts:
-        drawn = coder.decode(torch.zeros(1, *input_shape(network), device=device)) if coder else None
-        text = TwoTexts(_text(source, device), _text(source, device, "_2"), input_shape(network)[-1] if drawn is None
-                        else drawn.shape[-1], bool(parts.get("force_zeros_for_empty_prompt")))
+    elif (set(reads.get("added_cond_kwargs", ())) == {"text_embeds", "time_ids"}
+          and "CLIPTextModel" in parts.get("text_encoder", ()) and "text_encoder_2" in parts):
+        side = input_shape(network)[-1] * 2 ** (len(coder.vae.config.block_out_channels) - 1)
+        text = TwoTexts(_text(source, device), _text(source, device, "_2"), side,
+                        bool(parts.get("force_zeros_for_empty_prompt")))
     return Model(network, schedule, coder, text, tuple(prompts), guidance)
 
 
@@ -381,10 +383,7 @@ def _index(source: Path | str) -> tuple[dict, dict]:
     if not str(source).startswith(HUB) and not (Path(source) / "model_index.json").exists():
         raise FileNotFoundError(f"no teacher in {source}. Notebook 00_teacher_training makes it; a pipeline of the "
                                 f"Hugging Face hub is written {HUB}OWNER/NAME.")
-    name, revision = str(source), ""
-    if name.startswith(HUB):
-        name, _, revision = name.removeprefix(HUB).partition("@")
-    where = {"pretrained_model_name_or_path": name, "revision": revision or None}
+    where = files.where(str(source))
     return where, DiffusionPipeline.load_config(**where)
 
 

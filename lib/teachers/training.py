@@ -65,7 +65,7 @@ def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator, float], 
     Returns
     -------
     history : list of {"step": int, "loss": float, "lr": float}
-        The mean loss over each 1/100th of the steps.
+        The mean loss over each 1/100th of the steps; the last takes what is left along.
 
     Raises
     ------

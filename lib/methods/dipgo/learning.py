@@ -151,7 +151,7 @@ def train(trainings: Mapping[str, Training], net: SuperNet, noise: Callable[[int
     Raises
     ------
     FloatingPointError
-        If a gradient is no number; the state saved last is kept.
+        If a gradient is no number, of any of them: all stop. What came before is kept.
     """
     work.mkdir(parents=True, exist_ok=True)
     state, saved = work / "pruners.safetensors", time.monotonic()
@@ -166,16 +166,27 @@ def train(trainings: Mapping[str, Training], net: SuperNet, noise: Callable[[int
     bar = tqdm(initial=begun, total=max(run.recipe.updates for run in runs.values()), desc=", ".join(runs)[:60],
                unit="update")
     while going := [run for run in runs.values() if not run.over]:
-        starts = {run.images: noise(*run.images) for run in going}  # the teacher's images, where all gates are on
-        gates = [torch.ones(net.plan.steps, len(net.blocks), len(start)) for start in starts.values()]
-        gates += [run.gates()[..., None].expand(-1, -1, run.recipe.batch) for run in going]
-        start, gates = torch.cat([*starts.values(), *(starts[run.images] for run in going)]), torch.cat(gates, dim=-1)
-        checkpoints = checkpoints or ("none" if net.kept(start, gates.detach()) < _free(start.device) / 2 else "nested")
-        parts = [len(some) for some in starts.values()] + [run.recipe.batch for run in going]
-        images = net.images(start, gates, checkpoints).split(parts)
-        targets = dict(zip(starts, (teachers.detach() for teachers in images)))
-        losses = [run.loss(made, targets[run.images]) for run, made in zip(going, images[len(starts):])]
+        starts = {run.images: noise(*run.images) for run in going}
+        first, start = torch.cat([*starts.values()]), torch.cat([starts[run.images] for run in going])
+        gates = torch.cat([run.gates()[..., None].expand(-1, -1, run.recipe.batch) for run in going], dim=-1)
+        ones = torch.ones(*gates.shape[:2], len(first))
+        both = torch.cat([first, start]), torch.cat([ones, gates], dim=-1)
+        checkpoints = checkpoints or ("none" if net.kept(*both) < _free(net.model.device) / 2 else "nested")
+        if checkpoints == "none":  # the teacher's images in the same batch: that takes less time than two calls
+            teachers, images = net.images(*both, "none").split([len(first), len(start)])
+        else:
+            with torch.no_grad():
+                teachers = net.images(first, ones, "none")
+            images = net.images(start, gates, checkpoints)
+        targets = dict(zip(starts, teachers.detach().split([len(some) for some in starts.values()])))
+        images = images.split([run.recipe.batch for run in going])
+        losses = [run.loss(made, targets[run.images]) for run, made in zip(going, images)]
         torch.stack(losses).sum().backward()  # no loss depends on another's pruner
+        if strange := [run.name for run in going if not run.finite]:
+            _save(runs, state)
+            update = len(runs[strange[0]].history)
+            raise FloatingPointError(f"{strange[0]}: the gradient of update {update} is no number. Lower the learning "
+                                     "rate, or use precision: fp32. What came before is kept.")
         for run in going:
             run.step()
         if time.monotonic() - saved > SAVE_EVERY or all(run.over for run in going):
@@ -190,7 +201,7 @@ def train(trainings: Mapping[str, Training], net: SuperNet, noise: Callable[[int
 
 
 class _Run:
-    """A training under way."""
+    """A training under way: each update takes `gates`, then `loss`, then `step`."""
 
     def __init__(self, name: str, training: Training):
         self.name, self.training, self.recipe = name, training, training.recipe
@@ -199,6 +210,13 @@ class _Run:
         self.total = float(self.prices.weights(self.recipe.weights, np.ones(self.pruner.shape, bool))[1:].sum())
         self.history: list[dict] = []
         self.best: dict[str, Tensor] = {}
+        self._gates = self._gamma = torch.empty(0)  # of the update under way, as is its row of the history
+        self._row: dict = {}
+
+    @property
+    def finite(self) -> bool:
+        """Whether all gradients are numbers."""
+        return all(bool(p.grad.isfinite().all()) for p in self.pruner.parameters())
 
     @property
     def looks(self) -> list[float]:
@@ -236,9 +254,6 @@ class _Run:
 
     def step(self) -> None:
         """Make the update whose gradients are there, and a look where one is due."""
-        if not all(p.grad.isfinite().all() for p in self.pruner.parameters()):
-            raise FloatingPointError(f"{self.name}: the gradient of update {len(self.history)} is no number. Lower the "
-                                     "learning rate, or use precision: fp32. What came before is kept.")
         if self.recipe.annealed:
             grad = self.pruner.bias.grad
             grad[1:] /= self._gamma[1:, :, None].clamp(min=1e-3)
@@ -276,8 +291,11 @@ class _Run:
 
 
 def _free(device: torch.device) -> int:
-    """Give the bytes of memory that are free."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Give the bytes of memory that are free, those among them that torch has reserved."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device))
 
 
 def _save(runs: Mapping[str, _Run], path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -100,17 +100,19 @@ class SuperNet:
         noise : Tensor, (n, C, H, W)
         gates : Tensor, (T, N), or (T, N, n) where each image has gates of its own, in [0, 1]; row 0 is not read
         checkpoints : what is kept for the gradient, and what is made again
-            "none": all is kept. "steps": what one step hands the next, T x N outputs; the inside of a step is made
-            again. "nested": the N outputs of some sqrt(2 T) steps only; the steps between are made again, twice. The
-            stretches between get shorter as the kept steps fill the memory, so that no stretch needs more than another.
+            "none": all is kept. "steps": what one step hands the next, T x N outputs; the inside of a step, and of the
+            decoder, is made again. "nested": the N outputs of some sqrt(2 T) steps only; the steps between are made
+            again, twice. The stretches between get shorter as the kept steps fill the memory, so that no stretch needs
+            more than another.
         conditions : Conditions of the images, guided in one batch (`apart` False); None for those that the model draws
 
         Returns
         -------
         images : Tensor, (n, C', H', W')
         """
-        noise, gates = noise.to(self.model.device), gates.to(self.model.device)
-        gates = gates[..., None] if gates.dim() == 2 else gates
+        if checkpoints not in get_args(Checkpoints):
+            raise ValueError(f"checkpoints {checkpoints!r}: must be one of {', '.join(get_args(Checkpoints))}")
+        noise, gates = self._placed(noise, gates)
         conditions = conditions or self.model.asked(noise)
 
         def again(function: Callable[..., State], *arguments: object) -> State:
@@ -123,20 +125,37 @@ class SuperNet:
             return state
 
         state, steps = self._step(0, gates, conditions, noise), self.plan.steps
-        if checkpoints != "nested":
+        if checkpoints == "none":
             return self.model.decode(walk(1, steps, *state)[0])
+        if checkpoints == "steps":
+            return self._decoded(walk(1, steps, *state)[0], again)
         first, stretch = 1, math.ceil(math.sqrt(2 * steps + 0.25) - 0.5)
         while first < steps:
             last = min(first + stretch, steps)
             state = again(walk, first, last, *state)
             first, stretch = last, max(1, stretch - 1)
-        return self.model.decode(state[0])
+        return self._decoded(state[0], again)
+
+    def _decoded(self, x_0: Tensor, again: Callable) -> Tensor:
+        """Decode image by image, each made again for the gradient."""
+        return torch.cat([again(self.model.decode, one) for one in x_0.split(1)])
+
+    def _placed(self, noise: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """Give noise and gates where the network lies, the gates with an axis of images, (T, N, 1 or n)."""
+        gates = gates.to(self.model.device)
+        return noise.to(self.model.device), gates[..., None] if gates.dim() == 2 else gates
 
     def kept(self, noise: Tensor, gates: Tensor) -> int:
-        """Measure how many bytes a gradient needs without checkpoints, by the third step; what `images` takes."""
-        noise, gates, sizes = noise.to(self.model.device), gates.to(self.model.device).requires_grad_(), {}
-        conditions, state = self.model.asked(noise), (noise,)
-        weights = {weight.untyped_storage().data_ptr() for weight in self.model.network.parameters()}
+        """Measure the bytes that a gradient needs without checkpoints: T times the third step's, and the decoder's.
+
+        Parameters
+        ----------
+        noise, gates : Tensor, (n, C, H, W) and (T, N) or (T, N, n), as `images` takes them
+        """
+        noise, gates = self._placed(noise, gates.detach())
+        conditions, state, sizes = self.model.asked(noise), (noise,), {}
+        weights = {weight.untyped_storage().data_ptr() for part in (self.model.network, self.model.latents)
+                   if part is not None for weight in part.parameters()}
 
         def note(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -144,11 +163,16 @@ class SuperNet:
                 sizes[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        for step in range(min(3, self.plan.steps)):
+        def noted(function: Callable, *arguments: object) -> tuple[object, int]:
             sizes.clear()
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                state = self._step(step, gates, conditions, *state)
-        return sum(sizes.values()) * self.plan.steps
+                return function(*arguments), sum(sizes.values())
+
+        for step in range(min(3, self.plan.steps)):
+            state, of_step = noted(self._step, step, gates.requires_grad_(), conditions, *state)
+            state = tuple(part.detach().requires_grad_() for part in state)  # no step keeps another's inside
+        _, of_decoder = noted(self.model.decode, state[0][:1])
+        return of_step * self.plan.steps + of_decoder * len(noise)
 
 
 def _beside(numbers: Tensor, values: Tensor) -> Tensor:
