@@ -142,7 +142,7 @@ class Stage:
                                                if not (np.isnan(value) and re.search("ratio|product|over_", name))})
         write_json(self.out / "timings.json", timings)
         write_json(self.out / "meta.json", {"params": self.params.model_dump(), "commit": _commit(),
-                                            "threads": torch.get_num_threads(),
+                                            "threads": torch.get_num_threads(), "precision": self.params.precision,
                                             "machine": platform.machine(), "python": platform.python_version(),
                                             "versions": {name: version(name) for name in
                                                          ("torch", "diffusers", "torch-fidelity", "optuna", "numpy")}})
