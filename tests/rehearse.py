@@ -2,7 +2,7 @@
 
 A tiny checkpoint of the same class stands in for the hub's, a folder of small pictures for its data, a tiny CLIP model
 for CLIP; sizes are those of `smoke`. What says how the study works (notebooks, guidance, solvers, judges) stays. So
-nearly all its code runs, in some ten minutes on a CPU (but for Inception, CUDA and bf16), and no number means anything.
+nearly all its code runs, in minutes on a CPU (but for Inception, CUDA and bf16), and no number means anything.
 """
 
 import argparse

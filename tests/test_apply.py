@@ -145,7 +145,7 @@ def test_a_stock_pipelines_guidance_is_the_plans(interval, every, reuse, null_ho
 def test_the_walk_adds_noise_as_the_pipelines_scheduler_does():
     pipe, _ = tiny.made(tiny.dit)
     described, fits = blocks.describe(pipe.transformer), NoiseSchedule.of(pipe.scheduler)
-    full = Plan.full(trailing(STEPS, fits.train_timesteps), fits, described, cache="residual")
+    full = Plan.full(trailing(STEPS, fits.train_timesteps), fits, described)
     with pytest.raises(PlanError, match="DiTPipeline makes batches in which nobody can say which rows are of which"):
         Planned(pipe, full.guided())
     with Planned(pipe, full) as planned:

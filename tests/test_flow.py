@@ -23,7 +23,7 @@ def full_plan(pipe, options):
     tiny.call(pipe, options)
     own = pipe.scheduler.timesteps.tolist()
     described = blocks.describe(pipe.transformer)
-    return Plan.full(own, NoiseSchedule.of(pipe.scheduler), described, cache="residual", solver="euler")
+    return Plan.full(own, NoiseSchedule.of(pipe.scheduler), described, solver="euler")
 
 
 def test_a_full_plan_gives_the_pipelines_own_images(pipeline):

@@ -57,7 +57,7 @@ def test_they_draw_the_labels_of_a_transformer(schedule):
     dit = networks.transformer((1, 16, 16), 16, 3, 2, 4, 10).eval().requires_grad_(False)
     for last in (dit.proj_out_1, dit.proj_out_2):  # which begin at zero
         torch.nn.init.normal_(last.weight)
-    start = Plan.full((999, 700, 400, 100), NoiseSchedule.of(schedule), blocks.describe(dit), 2, cache="residual")
+    start = Plan.full((999, 700, 400, 100), NoiseSchedule.of(schedule), blocks.describe(dit), 2)
     steps = moved(start, True)
     model = Model(dit, schedule)
     assert torch.allclose(steps(model, noise, "fp32"), sampling.sample(model, steps.plan(), noise), atol=1e-4)

@@ -656,7 +656,7 @@ def test_flow_matching_works(scheduler):
     pipe.scheduler = Flow(shift=3.0)
     described, fits = blocks.describe(pipe.transformer), NoiseSchedule.of(scheduler)
     pipe.scheduler.set_timesteps(6)
-    full = Plan.full(pipe.scheduler.timesteps.tolist(), fits, described, cache="residual", solver="euler")
+    full = Plan.full(pipe.scheduler.timesteps.tolist(), fits, described, solver="euler")
     plan = Plan.deepcache(2, described.branch(0), full)
     check(pipe, plan, lambda: tiny.call(pipe, options, num_inference_steps=6))
     with Planned(pipe, plan):

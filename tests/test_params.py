@@ -44,10 +44,8 @@ def test_studies_of_published_checkpoints_can_be_rehearsed(tmp_path, monkeypatch
     rehearse.pictures(tmp_path / "pictures", 8)
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "model_index.json").write_text("{}")
-    made = rehearse.small(study, tmp_path)
-    made["common"]["device"] = "cpu"
     with (tmp_path / "smoke_it.yaml").open("w") as file:
-        YAML().dump(made, file)
+        YAML().dump(rehearse.small(study, tmp_path), file)
     notebooks = params.notebooks(study)
     monkeypatch.setattr(paths, "PARAMS", tmp_path)
     assert list(params.load("smoke_it")) == list(notebooks)

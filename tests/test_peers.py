@@ -46,7 +46,7 @@ def dit():
 
 
 def twenty(dit):
-    return Plan.full(trailing(20, 1000), dit.noise_schedule, blocks.describe(dit.network), cache="residual")
+    return Plan.full(trailing(20, 1000), dit.noise_schedule, blocks.describe(dit.network))
 
 
 @pytest.mark.parametrize("cached", [peers.first_block_caching, peers.dbcache, partial(peers.dbcache, forecast=True)])

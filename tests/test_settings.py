@@ -26,7 +26,7 @@ def bank():
     """Features of plans of S steps that lie 3 / S off the real ones; `tried` holds the plans that were asked for."""
     drawn, seen = torch.from_numpy(np.random.default_rng(0).standard_normal((2000, 3))), {}
 
-    def features(plan, by=None):
+    def features(plan, title=None, by=None):
         return seen.setdefault(plan.steps, drawn + 3 / plan.steps)
 
     return SimpleNamespace(features=features, tried=seen)
@@ -55,7 +55,7 @@ def test_it_keeps_prompts(teacher):
 
     wrong = {steps: (torch.arange(2000)[:, None] % 20 < 20 * share).double()
              for steps, share in ((3, 0.25), (5, 0.25), (8, 0.05), (10, 0.05))}
-    bank = SimpleNamespace(features=lambda plan, by: wrong[plan.steps])
+    bank = SimpleNamespace(features=lambda plan, title=None, by=None: wrong[plan.steps])
     prompts = Prompts(Reader(), torch.zeros(2000, 1, dtype=torch.long))
     row = settings.kept_prompts(prompts, bank, Plan.few_steps(5, "uniform", teacher), teacher)
     assert (row["prompt score"], row["prompt score there"]) == (pytest.approx(0.75), pytest.approx(0.95))

@@ -16,7 +16,7 @@ from torch import Tensor
 from lib.grid.blocks import Blocks
 from lib.grid.plan import Plan
 from lib.judging.estimates import WORDS, Contrast, columns
-from lib.judging.evaluate import Judge, Likeness, Measure, Nearness, Prompts, paired
+from lib.judging.evaluate import Judge, Measure, Nearness, paired
 
 FEW_STEPS = {"DDIM, uniform": (1, "uniform"), "DDIM, quadratic": (1, "quadratic"),
              "DPM-Solver++, uniform": (2, "uniform"), "DPM-Solver++, quadratic": (2, "quadratic")}
@@ -130,7 +130,7 @@ class Table:
     reference: Plan
     ddim: Plan
     fewest: Plan
-    prompts: Prompts | Likeness | None = None
+    prompts: Measure | None = None
 
     def row(self, control: Control, kind: str) -> dict:
         """Score one way to spend MACs: a plan, or two whose scores are interpolated on the log (the rest linearly).

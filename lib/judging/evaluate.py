@@ -198,9 +198,8 @@ class Prompts(Measure):
 class Likeness(Measure):
     """Says how little images look like their prompts to CLIP: 1 less the cosine of both features, 0 at least.
 
-    That cosine is the usual CLIP score over 100 (Hessel et al. 2021 multiply it by 2.5).
-
-    Two are compared by their difference, and half a point of a hundred is none.
+    That cosine is the usual CLIP score over 100 (Hessel et al. 2021 multiply it by 2.5). Two are compared by their
+    difference, and half a point of a hundred is none.
 
     Attributes
     ----------
@@ -221,7 +220,7 @@ class Likeness(Measure):
         return cache(score)
 
 
-def prompts_of(bank: Bank, data: DataSet) -> Prompts | Likeness | None:
+def prompts_of(bank: Bank, data: DataSet) -> Measure | None:
     """Give the measure of what a bank's model is asked for by a data set's prompts or labels; None where by neither.
 
     The bank's first extractor reads attributes and labels, those that it was taught; else a CLIP model of the bank

@@ -483,7 +483,7 @@ def _read(study: str) -> tuple[list[str], dict]:
 
 
 def _reckons_in_bf16() -> bool:
-    """Say whether the processor has instructions for bf16; without them it takes some ten times as long as in fp32."""
+    """Say whether the processor has instructions for bf16; without them fp32 is far quicker."""
     import torch  # parameters know nothing of torch but this and the next
 
     able = torch.cpu.get_capabilities()

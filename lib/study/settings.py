@@ -50,7 +50,7 @@ def steps_that_keep(measure: Measure, bank: Bank, target: Plan, ladder: Iterable
     """
     for steps in [steps for steps in ladder if steps <= target.steps]:
         plan = Plan.few_steps(steps, "uniform", target)
-        if _over(measure, bank, plan, target).holds == "yes":
+        if _over(measure, bank, plan, target, f"DDIM, {steps}").holds == "yes":
             return steps
     return np.nan
 
@@ -63,7 +63,7 @@ def kept(measure: Measure, bank: Bank, plan: Plan, target: Plan, name: str, what
     name : of the columns of the `Contrast`
     what : is kept; it ends the name of the column of DDIM's steps
     """
-    contrast = _over(measure, bank, plan, target)
+    contrast = _over(measure, bank, plan, target, name)
     return contrast.columns(name) | {f"DDIM steps that keep {what}": steps_that_keep(measure, bank, target)}
 
 
@@ -75,9 +75,9 @@ def kept_prompts(prompts: Measure, bank: Bank, plan: Plan, target: Plan) -> dict
             **kept(prompts, bank, plan, target, "prompts", "prompts")}
 
 
-def _over(measure: Measure, bank: Bank, plan: Plan, target: Plan) -> Contrast:
+def _over(measure: Measure, bank: Bank, plan: Plan, target: Plan, title: str) -> Contrast:
     """Compare a plan's images with the target's, by what the measure's extractor sees of them."""
-    return measure.over(*(bank.features(part, by=measure.extractor) for part in (plan, target)))
+    return measure.over(*(bank.features(part, title=title, by=measure.extractor) for part in (plan, target)))
 
 
 def over_controls(rows: pd.DataFrame) -> dict:

@@ -132,7 +132,7 @@ def train(trainings: Mapping[str, Training], net: SuperNet, noise: Callable[[int
     """Train pruners, each as if alone, to rounding: in one batch, which takes far less time than one after another.
 
     A killed call goes on, to the same end. What fits twice into the free memory is kept for the gradient, else nested
-    checkpoints make it again.
+    checkpoints make it again: the same to rounding, too.
 
     Parameters
     ----------

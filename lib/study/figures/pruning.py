@@ -34,7 +34,7 @@ def training(history: pd.DataFrame) -> Figure:
             axes.plot(rows["update"], scale * rows[column], lw=1.1, color=TONES.get(name), label=name)
         axes.set(xlabel="update", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    panels[1].legend(fontsize=6, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+    figure.legend(*panels[1].get_legend_handles_labels(), fontsize=6, ncols=4, loc="outside upper center")
     return figure
 
 
