@@ -29,9 +29,8 @@ study: env  ## run the pipeline (STUDY=digits): every number and figure
 
 test: env  ## check the style, run the tests, and step through all notebooks
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest -p no:cacheprovider --nbval-lax --nbval-current-env --nbval-cell-timeout 300 \
-		--nbval-sanitize-with nbval.cfg notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup --nbval-lax \
+		--nbval-current-env --nbval-cell-timeout 300 --nbval-sanitize-with nbval.cfg notebooks tests
 	@echo "All tests passed. What the notebooks made on the way lies in data/smoke."
 
 lab: env  ## open the notebooks

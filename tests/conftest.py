@@ -8,18 +8,20 @@ from torch.utils._pytree import tree_leaves
 
 from lib.grid import blocks, graphs
 from lib.grid.plan import NoiseSchedule, Plan, trailing
-from lib.study.stage import free_processors
 from lib.teachers import networks
 
 SHAPE = (1, 16, 16)
 
 hypothesis.settings.register_profile("busy machine", deadline=None)
 hypothesis.settings.load_profile("busy machine")
+torch.set_num_threads(1)  # more gain little on networks this small, and cost much where processes run side by side
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _threads():
-    torch.set_num_threads(min(2, free_processors()))
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Where processes share the tests, give one all notebooks, which build on each other, or a whole file."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("notebooks" if item.path.suffix == ".ipynb" else item.path.name))
 
 
 @pytest.fixture(scope="session")

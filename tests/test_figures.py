@@ -45,6 +45,16 @@ def test_a_panel_of_the_front_holds_few_families_and_none_is_lost():
     figure.canvas.draw()
 
 
+def test_marks_of_equal_cost_stand_side_by_side():
+    table = pd.concat([rows(ratio=[1.0, 1.5, 2.0], score=[1.0, 2.0, 3.0]).assign(family=family)
+                       for family in ("DDIM, uniform", "DiffNAS", "Flexiffusion", "DiP-GO")])
+    axes, = figures.front(table).axes
+    places = {container.get_label(): container.lines[0].get_xdata() for container in axes.containers}
+    assert np.allclose(places.pop("_DDIM, uniform"), [1, 2, 4]), "lines through all panels stay"
+    for place, of_three in zip((1, 2, 4), zip(*places.values())):
+        assert np.allclose(sorted(np.divide(of_three, place)), [1 / 1.05, 1, 1.05])
+
+
 @pytest.mark.parametrize("ratios", [[1.0, 1.5, 2.5], [np.nan] * 3, [1.0, 1.5, np.nan]])
 def test_five_curves_and_what_reuse_is_worth_are_drawn_at_the_floor_too(ratios):
     table = rows(ratio=ratios, ddim_ratio=ratios, nearness=[0.8, 1.0, 1.2], score=[-0.1, 0.1, 3.0]).assign(

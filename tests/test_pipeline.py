@@ -1,6 +1,7 @@
 """The pipeline: what a change re-runs, what stages depend on, and the environments' pins."""
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -10,12 +11,14 @@ import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pytest
 import torch
+from dvc.repo import Repo
 from ruamel.yaml import YAML
 
 from lib.grid.model import Model
@@ -131,10 +134,12 @@ def make(path):
         (path / "file").write_text(path.name)
 
 
+def environment(root):
+    return {"PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(root)}
+
+
 def command(root, *words):
-    bin_ = os.path.dirname(sys.executable)
-    done = subprocess.run(words, cwd=root, capture_output=True, text=True,
-                          env=os.environ | {"PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(root)})
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True, env=os.environ | environment(root))
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -145,8 +150,9 @@ def dvc(root, *words):
 
 def changed(root):
     """The stages that `dvc repro` would run for their own sake; what follows runs if their results differ."""
-    dvc(root, "repro", "code")
-    return set(re.findall(r"Running stage '(\w+)@smoke'", dvc(root, "repro", "--dry"))) - {"sources"}
+    with contextlib.chdir(root), mock.patch.dict(os.environ, environment(root)), Repo() as repo:
+        repo.reproduce("code")
+        return {found.name.removesuffix("@smoke") for found in repo.reproduce(dry=True)} - {"sources"}
 
 
 @pytest.fixture
@@ -163,7 +169,6 @@ def change(project):
     yield edit
     for path, text in kept.items():
         path.write_text(text)
-    dvc(project, "repro", "code")
 
 
 def test_nothing_runs_twice(project):

@@ -81,9 +81,10 @@ def blend(parts: Sequence[tuple[Score, float]], logs: bool | None = None) -> Sco
     logs : whether to take the geometric mean; None where all are surely above 0
     """
     scores, weights = [score for score, _ in parts], np.array([weight for _, weight in parts])
-    raw, values = (np.array(ones) for ones in ([one.raw for one in scores], [one.estimate.value for one in scores]))
-    pseudo = np.stack([one.pseudo for one in scores])
-    if not (all(one.above_floor for one in scores) if logs is None else logs):
+    raw = np.array([score.raw for score in scores])
+    values = np.array([score.estimate.value for score in scores])
+    pseudo = np.stack([score.pseudo for score in scores])
+    if not (all(score.above_floor for score in scores) if logs is None else logs):
         return Score(float(weights @ raw), weights @ pseudo, scores[0].unit, scores[0].ratios)
     slopes = weights @ (pseudo / values[:, None] - 1)
     return Score(float(np.exp(weights @ np.log(raw))), np.exp(weights @ np.log(values)) * (1 + slopes), scores[0].unit)

@@ -181,8 +181,8 @@ class Fitting:
         _, self.network = network_of(pipe)
         self.blocks, self.full = blocks.describe(self.network), self.full_of(pipe, effort.steps, self._own_steps())
         self.costs, self.guided = cost.count_requests(self.requests["search"], self.full), self._has_passes()
-        asked = [[bank, list(one.said), _fingerprint(one.options), one.batch, one.seed]
-                 for bank, one in self.requests.items()]
+        asked = [[bank, list(request.said), _fingerprint(request.options), request.batch, request.seed]
+                 for bank, request in self.requests.items()]
         about = [self.full.key, asdict(effort), asked, _fingerprint(self.network.state_dict()),
                  str(self.network.device), torch.get_num_threads()]
         self.key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
@@ -361,8 +361,8 @@ class Fitting:
 
         longer = range(reach + 1, min(int(ALONE * most), self.full.steps) + 1) if self.guided else ()
         space = self.space((*counts, *longer))
-        affordable = [one for one in steps if timing.of(one.plan) <= seconds]
-        lifted = [self._lifted(space, few, one.genome) for one in _best(affordable)]
+        affordable = [candidate for candidate in steps if timing.of(candidate.plan) <= seconds]
+        lifted = [self._lifted(space, few, candidate.genome) for candidate in _best(affordable)]
         known = self._known(space, timing, seconds)
         everything = found(space, seconds, self.effort.trials - self.effort.trials // 2, [*lifted, *known],
                            "steps, cells and passes" if self.guided else "steps and cells")
@@ -402,8 +402,9 @@ class Fitting:
         """Compare the best of each kind on fresh noise and prompts; controls take no less time than the budget."""
         timing, (most, reach) = self.timing(), self._reach(seconds)
         families = {"fewer steps": self._few_steps(reach),
-                    "searched steps": [one.plan for one in _best(steps)], "DeepCache": self._deepcache(seconds)}
-        within = [*self._few_steps(most), *(one.plan for one in _best(everything)),
+                    "searched steps": [candidate.plan for candidate in _best(steps)],
+                    "DeepCache": self._deepcache(seconds)}
+        within = [*self._few_steps(most), *(candidate.plan for candidate in _best(everything)),
                   *(plan for family in families.values() for plan in family)]
         families["fitted"] = [plan for plan in within if timing.of(plan) <= seconds]
         wanted = self.wanted("select", self.effort.select_images)
@@ -429,7 +430,7 @@ class Fitting:
 
 
 def _best(found: Sequence[Found]) -> list[Found]:
-    return sorted(found, key=lambda one: one.error)[:FINALISTS]
+    return sorted(found, key=lambda candidate: candidate.error)[:FINALISTS]
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -123,9 +123,9 @@ def search(space: Space, error: Callable[[Plan], float], macs: Callable[[Plan], 
 def pareto(found: Iterable[Found]) -> list[Found]:
     """Give those that no other beats in both error and MACs, cheapest first."""
     front: list[Found] = []
-    for one in sorted(found, key=lambda one: (one.macs, one.error)):
-        if not front or one.error < front[-1].error:
-            front.append(one)
+    for candidate in sorted(found, key=lambda candidate: (candidate.macs, candidate.error)):
+        if not front or candidate.error < front[-1].error:
+            front.append(candidate)
     return front
 
 
@@ -193,7 +193,7 @@ class _Job:
         distributions = dict(self.space.distributions())
         draw = optuna.create_study(sampler=RandomSampler(seed=0))
         plans = [self.space.decode(draw.ask(distributions).params) for _ in range(SAMPLES)]
-        about = [{name: distribution_to_json(one) for name, one in distributions.items()},
+        about = [{name: distribution_to_json(distribution) for name, distribution in distributions.items()},
                  [(plan.key, int(self.macs(plan))) for plan in plans],
                  getattr(self.error, "key", None), self.budget, self.method]
         return f"{self.title} {hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]}"
@@ -370,6 +370,6 @@ def _worker(job: _Job, threads: int) -> None:
 
 def _show(bar: tqdm, found: Mapping[str, Found], before: int) -> None:
     if len(found) > before:
-        best = min(found.values(), key=lambda one: one.error)
+        best = min(found.values(), key=lambda candidate: candidate.error)
         bar.set_postfix(best=f"{best.error:.3g}", cost=f"{best.macs / 1e6:.3g}M", refresh=False)
         bar.update(len(found) - before)

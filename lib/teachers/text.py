@@ -132,7 +132,7 @@ class TwoTexts(nn.Module):
         """Give what both make of tokens, (n, 2, L): states (n, L, D), and the second's sum (n, E)."""
         seen = [text.encoder(rows.to(text.encoder.device), output_hidden_states=True)
                 for text, rows in zip((self.first, self.second), tokens.unbind(1))]
-        return torch.cat([one.hidden_states[-2] for one in seen], dim=-1), seen[1].text_embeds
+        return torch.cat([encoded.hidden_states[-2] for encoded in seen], dim=-1), seen[1].text_embeds
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> dict[str, Tensor | dict[str, Tensor]]:
