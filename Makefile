@@ -29,7 +29,7 @@ study: env  ## run the pipeline (STUDY=digits): every number and figure
 
 test: env  ## check the style, run the tests, and step through all notebooks
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup --nbval-lax \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --nbval-lax \
 		--nbval-current-env --nbval-cell-timeout 300 --nbval-sanitize-with nbval.cfg notebooks tests
 	@echo "All tests passed. What the notebooks made on the way lies in data/smoke."
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from xdist.scheduler import LoadFileScheduling
 
 from lib.grid import blocks, graphs
 from lib.grid.plan import NoiseSchedule, Plan, trailing
@@ -17,11 +18,16 @@ hypothesis.settings.load_profile("busy machine")
 torch.set_num_threads(1)  # more gain little on networks this small, and cost much where processes run side by side
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Where processes share the tests, give one all notebooks, which build on each other, or a whole file."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("notebooks" if item.path.suffix == ".ipynb" else item.path.name))
+class Shares(LoadFileScheduling):
+    """What processes share out among themselves: files of tests, and all notebooks in one, which build on each other."""
+
+    def _split_scope(self, nodeid):
+        file = super()._split_scope(nodeid)
+        return "notebooks" if file.endswith(".ipynb") else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return Shares(config, log)
 
 
 @pytest.fixture(scope="session")
