@@ -19,7 +19,7 @@ torch.set_num_threads(1)  # more gain little on networks this small, and cost mu
 
 
 class Shares(LoadFileScheduling):
-    """What processes share out among themselves: files of tests, and all notebooks in one, which build on each other."""
+    """What processes share out: files of tests, and all notebooks in one, for they build on each other."""
 
     def _split_scope(self, nodeid):
         file = super()._split_scope(nodeid)
