@@ -153,6 +153,26 @@ def test_a_word_that_nobody_taught_is_refused_by_name(painter):
         painter.text(["a red bold bold serif A on blue"])
 
 
+def test_large_images_are_walked_and_decoded_few_at_a_time(painter, plan, monkeypatch):
+    noise = sampling.noise("report", 0, 0, 5, painter.shape)
+    positions, calls = noise[0, 0].numel(), []
+    whole = sampling.sample(painter, plan, noise)
+
+    def noted(x_0):
+        calls.append(len(x_0))
+        return decode(x_0)
+
+    decode = painter.latents.decode
+    monkeypatch.setattr(painter.latents, "decode", noted)
+    monkeypatch.setattr(sampling, "WALKED", 3 * positions)
+    monkeypatch.setattr(sampling, "DECODED", 2 * positions - 1)
+    torch.testing.assert_close(sampling.sample(painter, plan, noise), whole, rtol=1e-4, atol=1e-4)
+    assert calls == [1] * 5
+    monkeypatch.setattr(sampling, "DECODED", 2 * positions)
+    sampling.sample(painter, plan, noise)
+    assert calls[5:] == [2, 1, 2], "of three and of two that were walked"
+
+
 def test_costs_count_the_models_own_words_both_passes_text_and_decoder(painter, plan):
     costs = cost.count_model(painter)
     stock = cost.count(painter.network)  # with 77 tokens

@@ -16,6 +16,9 @@ from lib.grid.solvers import State, advance
 
 BANKS = {"search": 1, "select": 2, "report": 3, "analysis": 4}
 """Banks of noise that share no image: searching, choosing among the found, reporting, looking."""
+WALKED, DECODED = 2 ** 18, 2 ** 14
+"""Positions (height x width of what the network sees) that are denoised, and that are decoded, at once. Of 64 x 64
+latents those are 64 and 4 images, for a decoder to 512 x 512 pixels takes many times the network's memory."""
 
 
 def noise(bank: str, seed: int, first: int, count: int, shape: tuple[int, int, int]) -> Tensor:
@@ -58,13 +61,15 @@ def sample(model: Model, plan: Plan, noise: Tensor, conditions: Conditions | Non
     noise : Tensor, (n, C, H, W)
     conditions : Conditions of the n images; None for those that the model draws (`Model.asked`)
     precision : "fp32" or "bf16" (autocast in the network; the solver stays in fp32)
+    batch_size : int, images that the network sees at once; fewer where they are large (`WALKED`)
     title : of a progress bar; None for none
 
     Returns
     -------
     images : Tensor, (n, C', H', W'), float32, about [-1, 1], on the CPU
     """
-    images = []
+    images, positions = [], noise[0, 0].numel()
+    batch_size, decoded_at_once = min(batch_size, max(1, WALKED // positions)), max(1, DECODED // positions)
     bar = tqdm(total=len(noise), desc=title, unit="image", disable=title is None, leave=False)
     with graphs.engine(model.network, plan, model.noise_schedule) as engine:
         for first in range(0, len(noise), batch_size):
@@ -72,7 +77,7 @@ def sample(model: Model, plan: Plan, noise: Tensor, conditions: Conditions | Non
             own = conditions.rows(slice(first, first + batch_size)) if conditions else model.asked(batch)
             with autocast(model.device, precision):
                 *_, x_0 = walk(engine, batch.to(model.device), own)
-            images.append(model.decode(x_0).cpu())
+            images.extend(model.decode(part).cpu() for part in x_0.split(decoded_at_once))
             bar.update(len(batch))
     bar.close()
     return torch.cat(images)

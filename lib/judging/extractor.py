@@ -221,16 +221,16 @@ def fit(data: DataSet, task: str, *, steps: int, seed: int, device: str, precisi
     if task == "classes" and not answers.any():
         task = "rotation"
     if task == "rotation":
-        images = torch.cat([images.rot90(quarters, (2, 3)) for quarters in range(4)])
-        answers = torch.arange(4).repeat_interleave(len(data.train))[:, None]
+        answers = torch.arange(4).repeat_interleave(len(images))[:, None]
     torch.manual_seed(seed)
     outputs = [images[0].numel()] if task == "denoising" else (answers.amax(dim=0) + 1).tolist()
     made = Extractor(task, data.shape[0], data.shape[1], outputs).to(device)
 
     def loss(model: nn.Module, generator: torch.Generator, _: float) -> Tensor:
-        rows = own_share(torch.randint(len(images), (128,), generator=generator))
+        rows = own_share(torch.randint(len(answers), (128,), generator=generator))
         down, right = torch.randint(-1, 2, (2,), generator=generator).tolist()
-        moved = torch.roll(images[rows], (down, right), dims=(2, 3))
+        turned = [images[row % len(images)].rot90(row // len(images), (1, 2)) for row in rows.tolist()]
+        moved = torch.roll(torch.stack(turned), (down, right), dims=(2, 3))
         if task == "denoising":
             strength = torch.rand(len(moved), 1, 1, 1, generator=generator)
             noisy = moved + strength * torch.randn(moved.shape, generator=generator)
