@@ -199,7 +199,7 @@ def test_images_that_are_not_numbers_end_a_fit(tmp_path):
 @pytest.mark.parametrize(("ratio", "longer", "sentence"), [
     ((0.8, 0.7, 0.9), 0.0, ""), ((1.0, 0.98, 1.02), 0.0, "Fewer steps do as well here: fewer steps may be taken"),
     ((0.9, 0.7, 1.1), 0.0, "What is not told apart may be with more images"),
-    ((1.3, 1.2, 1.4), 0.2, "Fewer steps do as well where they may take longer: ask for 1.21s")])
+    ((1.3, 1.2, 1.4), 0.2, "Fewer steps do as well or better where they may take longer: ask for 1.21s")])
 def test_a_verdict_says_what_was_found(ratio, longer, sentence):
     rows = pd.DataFrame([{"name": "fitted plan", "seconds": 1.0, "predicted": 1.0, "steps": 9},
                          {"name": "fewer steps", "seconds": 1.0, "predicted": 1 + longer, "steps": 10},
@@ -209,6 +209,8 @@ def test_a_verdict_says_what_was_found(ratio, longer, sentence):
     said = certificate.verdict(rows.set_index("name"), {"fewer steps": contrast})
     assert ("4.00 [3.90, 4.10] times less than the full run (predicted: 1 s, 3.90 times less; 1.03 s at the speed of "
             "these rounds, 3% off)") in said[0]
+    assert f"{ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}] times as far, over 32 images." in said[1]
+    assert ("1 s: 0% longer, 20% by prediction" in said[1]) == bool(longer)
     assert (sentence in said[-1]) if sentence else len(said) == 2
     slowed = rows.assign(seconds=1.5 * rows["seconds"], steps=9).set_index("name")
     slowed = certificate.verdict(slowed, {"fewer steps": contrast})

@@ -113,10 +113,10 @@ def verdict(rows: pd.DataFrame, beside: Mapping[str, Contrast]) -> list[str]:
     longer = {name: rows.loc[name, "predicted"] / plan["predicted"] - 1 for name in beside}
     for name, contrast in beside.items():
         ratio, row = contrast.ratio, rows.loc[name]
-        more = f", {longer[name]:.0%} longer by prediction" if longer[name] > MARGIN else ""
+        more = f": {row['seconds'] / plan['seconds'] - 1:.0%} longer, {longer[name]:.0%} by prediction"
         said.append(f"Its images are {WORDS[contrast.word]} those of {name} ({row['steps']:.0f} steps, "
-                    f"{row['seconds']:.3g} s{more}): {ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] of their "
-                    "distance.")
+                    f"{row['seconds']:.3g} s{more if longer[name] > MARGIN else ''}): "
+                    f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] times as far, over {contrast.n} images.")
     if plan["seconds"] > (1 + MARGIN) * slower * promised:
         said.append(f"It takes longer than it was fitted to: {plan['seconds'] / (slower * promised) - 1:.0%}.")
     if any(contrast.word == "undecided" for contrast in beside.values()):
@@ -126,7 +126,7 @@ def verdict(rows: pd.DataFrame, beside: Mapping[str, Contrast]) -> list[str]:
     if enough := [name for name in as_good if longer[name] <= MARGIN]:
         said.append(f"Fewer steps do as well here: {' and '.join(enough)} may be taken in the plan's place.")
     elif as_good:
-        said.append("Fewer steps do as well where they may take longer: ask for "
+        said.append("Fewer steps do as well or better where they may take longer: ask for "
                     f"{1.01 * rows.loc[as_good, 'predicted'].min():.3g}s and see.")
     return said
 
