@@ -151,7 +151,7 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         table.to_csv(folder / f"{name}.csv", index=False)
     controls, steps, methods, claimed, cached = report.findings("mine").splitlines()
-    assert "**3 of 6 plans that methods searched or learned beat" in controls
+    assert "**3 of 6 plans of the methods and our extensions beat" in controls
     assert "3 better, 0 as good, 0 undecided, 3 worse." in controls
     assert "*fast*, 5.0 times fewer MACs at 0.9 [0.88, 0.92] of its score" in steps
     assert "Even *DDIM, uniform 30* is:" in steps

@@ -148,7 +148,7 @@ def findings(study: str) -> str:
 
     beside = _beside(study)
     words = beside[beside["strongest"]]["plan_over_control_word"]
-    found.append(f"**{(words == 'better').sum()} of {len(words)} plans that methods searched or learned beat their "
+    found.append(f"**{(words == 'better').sum()} of {len(words)} plans of the methods and our extensions beat the "
                  "strongest control of the same MACs**, mostly a few well placed full steps: "
                  + ", ".join(f"{(words == word).sum()} {word}" for word in WORDS) + ".")
     even = kept[kept["family"] == "DDIM, uniform"]
@@ -156,10 +156,11 @@ def findings(study: str) -> str:
         shortest = even.loc[even["macs_ratio"].idxmax()]
         more = (f" Even *{shortest['name']}* is: a good score at a higher cost than that is no evidence for a method."
                 if shortest["macs_ratio"] > 1 else "")
-        found.append("**Fewer, better placed steps go far.** The cheapest that surely are at most 5 % worse than "
-                     f"DDIM's whole run: {cheapest(steps)}.{more}")
+        found.append("**Fewer steps of a good solver go far.** The cheapest of them that is surely at most 5 % worse "
+                     f"than DDIM's whole run: {cheapest(steps)}.{more}")
     if len(methods := kept[kept["name"].str.startswith(METHODS)]):
-        found.append(f"**The cheapest plan of a method, ours included, that surely is too**: {cheapest(methods)}.")
+        found.append(f"**The cheapest plan of a method, ours included, that is surely at most 5 % worse**: "
+                     f"{cheapest(methods)}.")
     claims = pd.read_csv(reports / "06_comparison" / "tables" / "claims.csv")["holds"]
     claims = claims[claims != "-"].str.partition(" (")[0].value_counts()  # without the images that would decide
     found.append(f"**Of {claims.sum()} tests of the papers' claims**: "
@@ -168,8 +169,8 @@ def findings(study: str) -> str:
     wins = {reuse: f"{(rows['nearness_high'] < 1).sum()} of {len(rows)} cases"
             for reuse, rows in pays.groupby("reuse", sort=False)}
     cached = ", ".join(f"{REUSED.get(reuse, reuse)} in {cases}" for reuse, cases in wins.items())
-    found.append("**Partial steps on cached deep features come surely nearer to the whole run's images than more full "
-                 f"steps of the same MACs do**, by how these are reused: {cached}.")
+    found.append("**Do partial steps on cached deep features come nearer to the whole run's images than more full "
+                 f"steps of the same MACs?** Surely so, by how the features are reused: {cached}.")
     return "\n".join(f"* {sentence}" for sentence in found)
 
 
