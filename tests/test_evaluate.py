@@ -364,6 +364,8 @@ def test_extractors_learn_their_tasks_and_a_judge_that_cannot_be_is_refused(digi
         seen = digits.images[digits.held_out]
         noisy = seen + 0.5 * torch.randn(seen.shape, generator=torch.Generator().manual_seed(0))
         cleaned = made["denoising"](noisy)[1].unflatten(1, seen.shape[1:])
+        told = made["classes"](torch.cat([seen.rot90(quarters, (2, 3)) for quarters in range(4)]))[1].argmax(dim=1)
+    assert (told.view(4, -1) == torch.arange(4)[:, None]).float().mean() > 0.8, "turns of images that it never saw"
     ignorant = (digits.images[digits.train].mean(0) - seen).square().mean()  # the mean image, whatever it is shown
     assert (cleaned - seen).square().mean() < 0.8 * ignorant
     assert extractor.embed(made["denoising"], seen).var(dim=0).mean() == pytest.approx(1, rel=0.2)
