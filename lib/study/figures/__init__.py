@@ -171,11 +171,11 @@ def at_floor(axes: Axes, place: float, word: str) -> None:
                   fontsize=6)
 
 
-def training_curve(history: pd.DataFrame) -> Figure:
+def training_curve(history: pd.DataFrame, label: str = "loss (MSE of epsilon)") -> Figure:
     """Draw the loss over training steps (columns step, loss)."""
     figure, axes = plt.subplots(figsize=(NARROW, 2.2))
     axes.plot(history["step"], history["loss"], color="black", lw=1)
-    axes.set(xlabel="training step", ylabel="loss (MSE of epsilon)", yscale="log")
+    axes.set(xlabel="training step", ylabel=label, yscale="log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""))
     return figure
