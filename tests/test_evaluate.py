@@ -376,6 +376,13 @@ def test_extractors_learn_their_tasks_and_a_judge_that_cannot_be_is_refused(digi
         extractor.check_judge("torch-fidelity:nonsense", digits)
 
 
+@pytest.mark.parametrize(("ends", "said"), [
+    ((1.59, 1.32, 1.92), "1.59 [1.32, 1.92]"), ((1.0012, 0.9988, 1.0034), "1.001 [0.9988, 1.003]"),
+    ((2, 2, 2), "2 [2, 2]"), ((0.0, -0.1, 0.1), "0 [-0.1, 0.1]"), ((-0.5, -0.75, -0.25), "-0.5 [-0.75, -0.25]")])
+def test_an_estimate_is_written_so_that_its_ends_differ(ends, said):
+    assert estimates.text(dict(zip(("ratio", "ratio_low", "ratio_high"), ends)), "ratio") == said
+
+
 def test_a_shrunk_covariance_is_sound_where_a_plain_one_is_not():
     """40 samples of 64 features: nearer to the truth (the unit matrix), and no direction of no variance."""
     features = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))

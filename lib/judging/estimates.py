@@ -4,6 +4,7 @@ All of it comes from one jackknife over blocks of noise indices (Efron and Tibsh
 `tests/benchmarks/bench_coverage.py` shows by simulation what the intervals cover.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -176,7 +177,10 @@ def text(row: Mapping, name: str) -> str:
     """Write out an estimate of which `columns` were made; where there is no ratio, the difference."""
     if np.isnan(row[name]) and f"{name}_difference" in row:
         return f"{text(row, f'{name}_difference')} more"
-    return "{:.3g} [{:.3g}, {:.3g}]".format(*(row[f"{name}{end}"] for end in ("", "_low", "_high")))
+    value, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
+    width = (high - low) / abs(value) if value else 1
+    digits = max(3, 1 + math.ceil(-math.log10(width))) if width > 0 else 3  # enough to tell the ends apart
+    return f"{value:.{digits}g} [{low:.{digits}g}, {high:.{digits}g}]"
 
 
 def jackknife(value: Callable[[Tensor], float], sample: Tensor, groups: int = GROUPS) -> np.ndarray:
