@@ -73,6 +73,9 @@ def test_the_fewest_steps_that_will_do(table, teacher):
     ladder = [few(teacher, steps, 2) for steps in (40, 20, 9, 8)]  # of which the first two are better than the best
     assert controls.fewest(table.judge, table.features, ladder, table.reference).steps == 20
     assert controls.fewest(table.judge, table.features, ladder[2:], table.reference) is table.reference
+    assert controls.enough(few(teacher, 8), ladder, few(teacher, 10), 99).startswith("With 8 steps in place of 10 the")
+    none = controls.enough(few(teacher, 10), ladder, few(teacher, 10), 99)
+    assert "No fewer than the best teacher's 10 steps" in none and "at n = 99 (tried: 8, 9, 20, 40)" in none
     row = table.row(Control("one", ((few(teacher, 4), 1.0),)), "control")
     assert row["macs_ratio"] == 10 / 4 and row["honest_factor"] == 8 / 4
 

@@ -237,6 +237,7 @@ def test_a_folder_whose_images_were_replaced_is_another_source(tmp_path, monkeyp
 
 
 def test_a_result_re_runs_what_reads_it(project, change):
+    assert "04_schedule_search" not in changed(project), "whatever a test before it left"
     change("data/smoke/01_teacher_analysis/costs.json", "costs", "other costs")
     assert "04_schedule_search" in dvc(project, "status", "04_schedule_search")
 

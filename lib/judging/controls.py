@@ -267,3 +267,12 @@ def fewest(judge: Judge, features: Callable, ladder: Iterable[Plan], best: Plan)
     """
     kept = [plan for plan in ladder if judge.over(features(plan), features(best)).holds == "yes"]
     return min(kept, key=lambda plan: plan.steps, default=best)
+
+
+def enough(found: Plan, ladder: Iterable[Plan], best: Plan, n: int) -> str:
+    """Say what `fewest` found among a ladder, by scores of n images."""
+    if found.steps < best.steps:
+        return f"With {found.steps} steps in place of {best.steps} the best teacher's score is surely at most 5 % worse"
+    tried = ", ".join(map(str, sorted({plan.steps for plan in ladder})))
+    return (f"No fewer than the best teacher's {best.steps} steps are surely at most 5 % worse at n = {n} (tried: "
+            f"{tried}); that is not to say that fewer are worse")

@@ -229,8 +229,10 @@ def fit(data: DataSet, task: str, *, steps: int, seed: int, device: str, precisi
     def loss(model: nn.Module, generator: torch.Generator, _: float) -> Tensor:
         rows = own_share(torch.randint(len(answers), (128,), generator=generator))
         down, right = torch.randint(-1, 2, (2,), generator=generator).tolist()
-        turned = [images[row % len(images)].rot90(row // len(images), (1, 2)) for row in rows.tolist()]
-        moved = torch.roll(torch.stack(turned), (down, right), dims=(2, 3))
+        batch, quarters = images[rows % len(images)], rows // len(images)
+        if task == "rotation":
+            batch = torch.stack([image.rot90(turns, (1, 2)) for image, turns in zip(batch, quarters.tolist())])
+        moved = torch.roll(batch, (down, right), dims=(2, 3))
         if task == "denoising":
             strength = torch.rand(len(moved), 1, 1, 1, generator=generator)
             noisy = moved + strength * torch.randn(moved.shape, generator=generator)

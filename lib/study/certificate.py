@@ -113,9 +113,11 @@ def verdict(rows: pd.DataFrame, beside: Mapping[str, Contrast]) -> list[str]:
     longer = {name: rows.loc[name, "predicted"] / plan["predicted"] - 1 for name in beside}
     for name, contrast in beside.items():
         ratio, row = contrast.ratio, rows.loc[name]
-        more = f": {row['seconds'] / plan['seconds'] - 1:.0%} longer, {longer[name]:.0%} by prediction"
+        more = ""
+        if longer[name] > MARGIN:
+            more = f": {row['seconds'] / plan['seconds'] - 1:.0%} longer, {longer[name]:.0%} by prediction"
         said.append(f"Its images are {WORDS[contrast.word]} those of {name} ({row['steps']:.0f} steps, "
-                    f"{row['seconds']:.3g} s{more if longer[name] > MARGIN else ''}): "
+                    f"{row['seconds']:.3g} s{more}): "
                     f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] times as far, over {contrast.n} images.")
     if plan["seconds"] > (1 + MARGIN) * slower * promised:
         said.append(f"It takes longer than it was fitted to: {plan['seconds'] / (slower * promised) - 1:.0%}.")

@@ -352,7 +352,7 @@ def _columns(plan: Plan) -> list[int]:
 def front(table: pd.DataFrame, links: Mapping[str, str] = MappingProxyType({})) -> Figure:
     """Draw quality against cost with 95 % intervals, a panel for each few families, and a line at 5 % worse.
 
-    Even steps of both solvers (`EVEN`) run through all panels.
+    Even steps of both solvers (`EVEN`) run through all panels. Other marks of equal cost are drawn side by side.
 
     Parameters
     ----------
@@ -369,9 +369,9 @@ def front(table: pd.DataFrame, links: Mapping[str, str] = MappingProxyType({})) 
     down, most = -(-len(groups) // across), max(map(len, groups))
     figure, panels = plt.subplots(down, across, figsize=(WIDE, down * (2.0 + 0.13 * most) + 0.9), sharex=True,
                                   sharey=True, squeeze=False)
+    even = table["macs_ratio"][table["family"].isin(EVEN)]
     for axes, group in zip(panels.flat, groups):
-        even = table["family"].isin(EVEN)
-        places = pd.concat([table["macs_ratio"][even], _apart(table["macs_ratio"][table["family"].isin(group)])])
+        places = pd.concat([even, _apart(table["macs_ratio"][table["family"].isin(group)])])
         for family in [*(family for family in EVEN if family in families), *group]:
             method = family in variants
             rows = table[table["family"] == family].sort_values("macs_ratio")
