@@ -2,12 +2,15 @@
 
 import ast
 import contextlib
+import functools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -278,15 +281,20 @@ def test_a_study_is_listed_only_while_it_runs_and_no_tracked_file_changes(tmp_pa
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     seen, more = [], tmp_path / "params.yaml"
 
-    def repro(words, cwd):
+    def repro(*words):
         seen.append((words[-1], yaml(more)["studies"] if more.exists() else None))
-        return subprocess.CompletedProcess(words, returncode=len(seen) - 1)
+        if words[-1] == "02_block_search@digits":
+            raise subprocess.CalledProcessError(1, words)
 
-    monkeypatch.setattr(run.subprocess, "run", repro)
+    monkeypatch.setattr(run, "_repro", repro)
+    monkeypatch.setattr(stage, "free_processors", lambda: 1)
     run.study("smoke")
+    assert [target for target, _ in seen] == [f"{name}@smoke" for name in ("sources", *STAGES, "publish")]
+    assert {str(listed) for _, listed in seen} == {"{'smoke': 'smoke'}"}
+    seen.clear()
     with pytest.raises(SystemExit, match="The study digits stopped. What it finished is kept"):
         run.study("digits")
-    assert seen == [("publish@smoke", {"smoke": "smoke"}), ("publish@digits", None)]
+    assert seen == [(f"{name}@digits", None) for name in ("sources", *STAGES[:3])], "nothing began after the failure"
     assert {path.name for path in tmp_path.iterdir()} == {"dvc.yaml", "data"}
     more.write_text("studies:\n  mine: mine\n")
     with pytest.raises(params.ParamsError, match="params.yaml is there and does not list smoke: add the line"):
@@ -294,6 +302,51 @@ def test_a_study_is_listed_only_while_it_runs_and_no_tracked_file_changes(tmp_pa
     run_before, seen[:] = more.read_text(), seen[:0]
     run.study("digits")
     assert more.read_text() == run_before, "nobody else's list is touched"
+
+
+def test_stages_run_side_by_side_once_what_they_read_is_made():
+    reads = {"00": set(), "01": {"00"}, "02": {"00"}, "03": {"02"}, "04": {"01"}, "06": {"03", "04"}}
+    made, meeting, lock = [], threading.Barrier(2, timeout=30), threading.Lock()
+
+    def make(name):
+        assert reads[name] <= set(made)
+        if name in ("01", "02"):
+            meeting.wait()  # neither ends before both have begun
+        with lock:
+            made.append(name)
+
+    run._in_order(reads, 2, make)
+    assert sorted(made) == sorted(reads)
+
+
+def test_a_stage_that_fails_lets_the_others_end_and_nothing_begin():
+    begun, ended, failed = [], [], threading.Event()
+
+    def make(name):
+        begun.append(name)
+        if name == "01":
+            failed.set()
+            raise ValueError("broken")
+        assert failed.wait(30)
+        time.sleep(0.2)
+        ended.append(name)
+
+    with pytest.raises(ValueError, match="broken"):
+        run._in_order({"01": set(), "02": set(), "03": {"02"}, "04": set()}, 2, make)
+    assert sorted(begun) == ["01", "02"] and ended == ["02"]
+
+
+def test_lines_of_a_stage_begin_with_its_name_and_its_failure_is_told(monkeypatch, capsys):
+    for code, told in ((0, contextlib.nullcontext()), (3, pytest.raises(subprocess.CalledProcessError))):
+        monkeypatch.setattr(run.subprocess, "Popen", functools.partial(_printing, subprocess.Popen, code))
+        with told:
+            run._repro("--single-item", "04_schedule_search@smoke")
+        assert capsys.readouterr().out == "04 | 1 of 2\n04 | 2 of 2\n04 | done\n"
+
+
+def _printing(popen, code, _, **kwargs):
+    """Start a program that reports progress as bars do, in place of DVC."""
+    return popen(["sh", "-c", f"printf '1 of 2\\r2 of 2\\rdone\\n'; exit {code}"], **kwargs)
 
 
 def test_dvc_takes_a_study_that_is_listed_beside(project):
@@ -312,7 +365,8 @@ def test_a_stage_leaves_the_processors_that_others_keep_busy(monkeypatch, capsys
     assert stage.free_processors() == left
     before = torch.get_num_threads()
     try:
-        stage.Stage("00_teacher_training", params.load("smoke")["00_teacher_training"])
+        values = params.load("smoke")["00_teacher_training"].model_copy(update={"threads": 2})
+        stage.Stage("00_teacher_training", values)
         assert torch.get_num_threads() == min(2, left)
     finally:
         torch.set_num_threads(before)  # the tests after this one

@@ -10,6 +10,9 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import nbformat
@@ -107,9 +110,10 @@ def study(name: str) -> None:
     DVC takes more values from ``params.yaml``, which git ignores: no tracked file changes meanwhile. A study of some
     notebooks alone (`lib.study.params.notebooks`) is published when these are done.
     """
-    runs = list(params.load(name))  # refuses an unknown study, or a wrong file, before any work
-    whole = runs == list(params.NOTEBOOKS)
-    listed = YAML(typ="safe", pure=True).load((paths.ROOT / "dvc.yaml").read_text())["vars"][0]["studies"]
+    runs = params.load(name)  # refuses an unknown study, or a wrong file, before any work
+    whole = list(runs) == list(params.NOTEBOOKS)
+    pipeline = YAML(typ="safe", pure=True).load((paths.ROOT / "dvc.yaml").read_text())
+    listed = pipeline["vars"][0]["studies"]
     beside = paths.ROOT / "params.yaml"
     if beside.exists():
         listed |= YAML(typ="safe", pure=True).load(beside.read_text())["studies"]
@@ -120,18 +124,55 @@ def study(name: str) -> None:
     if missing:
         beside.write_text(f"studies:\n  {name}: {name}\n")
     try:
-        wanted = [f"publish@{name}"] if whole else [f"{notebook}@{name}" for notebook in runs]
-        done = subprocess.run([sys.executable, "-m", "dvc", "repro", *wanted], cwd=paths.ROOT)
+        _repro("code", f"sources@{name}")
+        stages = [*runs, "publish"] if whole else list(runs)
+        reads = {stage: {other for other in runs for path in pipeline["stages"][stage]["do"]["deps"]
+                         if path.startswith(f"data/${{item}}/{other}/")} for stage in stages}
+        _in_order(reads, _workers(next(iter(runs.values()))), lambda stage: _repro("--single-item", f"{stage}@{name}"))
+    except subprocess.CalledProcessError:
+        raise SystemExit(f"The study {name} stopped. What it finished is kept: run the same command again.") from None
     finally:
         if missing:
             beside.unlink()
-    if done.returncode:
-        raise SystemExit(f"The study {name} stopped. What it finished is kept: run the same command again.")
     if not whole:
         from lib.study import report  # torch, which running a notebook does not need here
 
         report.write(name)
     print(f"\nDone. Figures and tables: {paths.REPORTS / name}\nExecuted notebooks:       {paths.DATA / name}")
+
+
+def _workers(p: params.Common) -> int:
+    """How many notebooks may run at once: on small networks two of one thread get more done than one of two."""
+    from lib.study.stage import free_processors  # torch, which running a notebook does not need here
+
+    return max(1, free_processors() // p.threads) if p.device == "cpu" else 1
+
+
+def _repro(*words: str) -> None:
+    """Let DVC make stages that changed, and print what they say, each line with its stage's name before it."""
+    label = words[-1].partition("@")[0][:2]
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *words]
+    with subprocess.Popen(command, cwd=paths.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as made:
+        for line in made.stdout:
+            print(f"{label} | {line}", end="", flush=True)
+    if made.returncode:
+        raise subprocess.CalledProcessError(made.returncode, command)
+
+
+def _in_order(reads: dict[str, set[str]], workers: int, make: Callable[[str], None]) -> None:
+    """Make each stage once all that it reads are made, at most `workers` at a time. After an error no other begins."""
+    order = TopologicalSorter(reads)
+    order.prepare()
+    ready, running = [], {}
+    with ThreadPoolExecutor(workers) as pool:
+        while order.is_active():
+            ready = sorted([*ready, *order.get_ready()])
+            while ready and len(running) < workers:
+                stage = ready.pop(0)
+                running[pool.submit(make, stage)] = stage
+            for job in wait(running, return_when=FIRST_COMPLETED).done:
+                job.result()
+                order.done(running.pop(job))
 
 
 def main() -> None:
