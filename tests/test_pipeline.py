@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import functools
 import json
 import os
 import re
@@ -337,17 +336,15 @@ def test_a_stage_that_fails_lets_the_others_end_and_nothing_begin():
     assert sorted(begun) == ["01", "02"] and ended == ["02"]
 
 
-def test_lines_of_a_stage_begin_with_its_name_and_its_failure_is_told(monkeypatch, capsys):
-    for code, told in ((0, contextlib.nullcontext()), (3, pytest.raises(subprocess.CalledProcessError))):
-        monkeypatch.setattr(run.subprocess, "Popen", functools.partial(_printing, subprocess.Popen, code))
-        with told:
-            run._repro("--single-item", "04_schedule_search@smoke")
-        assert capsys.readouterr().out == "04 | 1 of 2\n04 | 2 of 2\n04 | done\n"
-
-
-def _printing(popen, code, _, **kwargs):
-    """Start a program that reports progress as bars do, in place of DVC."""
-    return popen(["sh", "-c", f"printf '1 of 2\\r2 of 2\\rdone\\n'; exit {code}"], **kwargs)
+@pytest.mark.parametrize(("code", "told"), [(0, contextlib.nullcontext()),
+                                            (3, pytest.raises(subprocess.CalledProcessError))])
+def test_lines_of_a_stage_begin_with_its_name_and_its_failure_is_told(monkeypatch, capsys, code, told):
+    script = f"printf '1 of 2\\r2 of 2\\rdone\\n'; exit {code}"  # progress as bars show it, in place of DVC
+    popen = subprocess.Popen
+    monkeypatch.setattr(run.subprocess, "Popen", lambda _, **kwargs: popen(["sh", "-c", script], **kwargs))
+    with told:
+        run._repro("--single-item", "04_schedule_search@smoke")
+    assert capsys.readouterr().out == "04 | 1 of 2\n04 | 2 of 2\n04 | done\n"
 
 
 def test_dvc_takes_a_study_that_is_listed_beside(project):
