@@ -7,6 +7,7 @@ metadata are taken out of the executed copy.
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -150,7 +151,7 @@ def _workers(p: params.Common) -> int:
 
 def _repro(*words: str) -> None:
     """Let DVC make stages that changed, and print what they say, each line with its stage's name before it."""
-    label = words[-1].partition("@")[0][:2]
+    label = re.split("[_@]", words[-1])[0]
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *words]
     with subprocess.Popen(command, cwd=paths.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as made:
         for line in made.stdout:
