@@ -87,12 +87,15 @@ def test_the_one_table_has_every_column_and_a_dash_for_what_was_not_measured(tmp
                          row | {"name": "DiP-GO, 22%", "times faster": None, "cost": 12.3, "second_ratio": None,
                                 "second_ratio_difference": 0.1, "second_ratio_difference_low": -0.1,
                                 "second_ratio_difference_high": 0.3}])
+    beside = rows.assign(name=["DDIM, uniform", "searched steps"], steps="5", cost=None).iloc[[0, 1, 1]]
     for notebook, name, table in (("06_comparison", "everything", rows),
-                                  ("07_transformer", "front", rows.drop(columns=["parameters", "cost", "training"]))):
+                                  ("07_transformer", "front", rows.drop(columns=["parameters", "cost", "training"])),
+                                  *((notebook, "controls", beside) for notebook in report.PLANNING)):
         folder = tmp_path / "mine" / notebook / "tables"
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         table.to_csv(folder / f"{name}.csv", index=False)
-    head, _, few, mine, _, below = report.results_table("mine").splitlines()
+    head, _, few, mine, placed, _, below = report.results_table("mine").splitlines()
+    assert placed.startswith("| searched steps, 5 steps | 30 | 2.50 |"), "once, of all the plans beside which it stood"
     scores = 5 * " 1 [1, 1] |"
     rest = f"1.38 |{scores} 0.90 | 0.80 | 1.25 | - | some |"
     assert few == f"| few | 30 | 2.50 | 267 | 3.14 | 2.4 [2.3, 2.5] | 7.8 | {rest}"
@@ -140,7 +143,11 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
             ["thin, 50%", "student", "thin", 8, 0.5]]
     every = pd.DataFrame(ways, columns=["name", "kind", "family", "macs_ratio", "ddim_ratio"])
     every = every.assign(ddim_ratio_low=every["ddim_ratio"] - 0.02, ddim_ratio_high=every["ddim_ratio"] + 0.02)
-    beside = pd.DataFrame({"strongest": [True, True, False], "plan_over_control_word": ["worse", "better", "better"]})
+    beside = pd.DataFrame({"strongest": [True, True, False], "plan_over_control_word": ["worse", "better", "better"],
+                           "name": ["shortest path", "learned steps", "random cells"], "steps": ["7-8", "9", "50"],
+                           "kind": "control", "macs": [700, 500, 500], "macs_ratio": [7.0, 8.0, 9.0],
+                           "ddim_ratio": [0.6, 2.0, 0.1], "ddim_ratio_low": [0.5, 1.5, 0.1],
+                           "ddim_ratio_high": [0.7, 2.5, 0.1]})
     claims = pd.DataFrame({"holds": ["yes", "no", "no (n = 9)", "-"]})
     pays = pd.DataFrame({"reuse": ["hold", "line", "line"], "nearness": [1.2, 0.8, np.nan],
                          "nearness_high": [1.3, 0.9, np.nan]})
@@ -152,12 +159,12 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
         table.to_csv(folder / f"{name}.csv", index=False)
     controls, steps, methods, claimed, cached = report.findings("mine").splitlines()
     assert "**3 of 6 plans of the methods and our extensions beat" in controls
-    assert "3 better, 0 as good, 0 undecided, 3 worse." in controls
-    assert "*fast*, 5.0 times fewer MACs at 0.9 [0.88, 0.92] of its score" in steps
-    assert "Even *DDIM, uniform 30* is:" in steps
+    assert "(3 better, 0 as good, 0 undecided, 3 worse)." in controls
+    assert "*shortest path, 7-8 steps*, 7.0 times fewer MACs at 0.6 [0.5, 0.7] of its score" in steps
+    assert "Even *DDIM, uniform 30* pass this test" in steps
     assert "*DiP-GO, 22%*, 4.0 times fewer MACs" in methods
     assert "Of 3 tests of the papers' claims**: 2 no, 1 yes." in claimed
-    assert "held in 0 of 1 cases, forecast by a line in 1 of 1 cases" in cached
+    assert "held in 0 of 1, forecast by a line in 1 of 1 cases" in cached
 
 
 def test_publishing_copies_numbers_and_no_weights(tmp_path, monkeypatch):

@@ -27,6 +27,9 @@ PLANNING = ("04_schedule_search", "05_pruner_training", "06_comparison")
 CACHES = ("DeepCache", "random cells", "student")
 """What the names of controls hold that are no full steps of the teacher alone."""
 
+PLACED = "(searched|learned) (steps|coefficients)|shortest path"
+"""What the names of controls begin with whose full steps a search, a gradient or a path placed."""
+
 REUSED = {"hold": "held", "line": "forecast by a line", "parabola": "forecast by a parabola"}
 """What findings call the ways to reuse a block's output."""
 
@@ -143,21 +146,22 @@ def findings(study: str) -> str:
     found = []
 
     def cheapest(rows: pd.DataFrame) -> str:
-        row = rows.loc[rows["macs_ratio"].idxmax()]
+        row = rows.sort_values(["macs_ratio", "ddim_ratio"], ascending=[False, True]).iloc[0]
         return f"*{row['name']}*, {row['macs_ratio']:.1f} times fewer MACs at {text(row, 'ddim_ratio')} of its score"
 
     beside = _beside(study)
     words = beside[beside["strongest"]]["plan_over_control_word"]
-    found.append(f"**{(words == 'better').sum()} of {len(words)} plans of the methods and our extensions beat the "
-                 "strongest control of the same MACs**, mostly a few well placed full steps: "
-                 + ", ".join(f"{(words == word).sum()} {word}" for word in WORDS) + ".")
+    counts = {word: (words == word).sum() for word in WORDS}
+    found.append(f"**{counts['better']} of {len(words)} plans of the methods and our extensions beat the strongest "
+                 f"control of the same MACs** ({', '.join(f'{count} {word}' for word, count in counts.items())}). "
+                 "That control is mostly a few full steps at well chosen timesteps.")
     even = kept[kept["family"] == "DDIM, uniform"]
     if len(steps) and len(even):
         shortest = even.loc[even["macs_ratio"].idxmax()]
-        more = (f" Even *{shortest['name']}* is: a good score at a higher cost than that is no evidence for a method."
+        more = (f" Even *{shortest['name']}* pass this test: a plan that costs more proves nothing by passing it."
                 if shortest["macs_ratio"] > 1 else "")
-        found.append("**Fewer steps of a good solver go far.** The cheapest of them that is surely at most 5 % worse "
-                     f"than DDIM's whole run: {cheapest(steps)}.{more}")
+        found.append("**Fewer steps of a good solver go far.** The fewest that are surely at most 5 % worse than "
+                     f"DDIM's whole run: {cheapest(steps)}.{more}")
     if len(methods := kept[kept["name"].str.startswith(METHODS)]):
         found.append(f"**The cheapest plan of a method, ours included, that is surely at most 5 % worse**: "
                      f"{cheapest(methods)}.")
@@ -166,16 +170,26 @@ def findings(study: str) -> str:
     found.append(f"**Of {claims.sum()} tests of the papers' claims**: "
                  + ", ".join(f"{count} {word}" for word, count in claims.items()) + ".")
     pays = pd.read_csv(reports / "04_schedule_search" / "tables" / "dividends.csv").dropna(subset="nearness")
-    wins = {reuse: f"{(rows['nearness_high'] < 1).sum()} of {len(rows)} cases"
+    wins = {reuse: f"{(rows['nearness_high'] < 1).sum()} of {len(rows)}"
             for reuse, rows in pays.groupby("reuse", sort=False)}
     cached = ", ".join(f"{REUSED.get(reuse, reuse)} in {cases}" for reuse, cases in wins.items())
-    found.append("**Do partial steps on cached deep features come nearer to the whole run's images than more full "
-                 f"steps of the same MACs?** Surely so, by how the features are reused: {cached}.")
+    found.append("**Partial steps on cached deep features come surely nearer to the whole run's images than more "
+                 f"full steps of the same MACs**: with features {cached} cases.")
     return "\n".join(f"* {sentence}" for sentence in found)
 
 
 def _everything(study: str) -> pd.DataFrame:
-    return pd.read_csv(paths.REPORTS / study / "06_comparison" / "tables" / "everything.csv")
+    """Give all ways to sample with the UNet, dearest first: notebook 06's, and placed steps that were others' controls.
+
+    Most of these meet a budget exactly: *9-10 steps* are two plans, with weights.
+    """
+    table = pd.read_csv(paths.REPORTS / study / "06_comparison" / "tables" / "everything.csv")
+    beside = _beside(study)
+    placed = beside[beside["name"].str.match(PLACED) & ~beside["name"].isin(table["name"])]
+    placed = placed.drop_duplicates(["name", "macs"]).assign(family=placed["name"])
+    placed["name"] += ", " + placed["steps"].astype(str) + " steps"
+    table = pd.concat([table, placed[placed.columns.intersection(table.columns)]])
+    return table.sort_values("macs_ratio", ignore_index=True, kind="stable")
 
 
 def _beside(study: str) -> pd.DataFrame:

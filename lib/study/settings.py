@@ -13,7 +13,7 @@ from lib.judging.evaluate import Measure
 CLAIMS = (
     ("DDIM", 2.0, "later version: at least 2 times, FID less than 5 % worse (LDM at 250 DDIM steps, DDPM at 100)"),
     ("DDIM", 2.6, "first version: 2.6 times (LDM, 250 DDIM steps)"),
-    ("PLMS", 5.1, "both: 5.1 times, CLIP all but equal (SD, 50 PLMS steps)"))
+    ("PLMS", 5.1, "both versions: 5.1 times, CLIP all but equal (SD, 50 PLMS steps)"))
 """The solver, how many times cheaper, and the claim; factors rise."""
 LADDER = (3, 5, 8, 10, 15, 20, 30, 50, 100)
 """Numbers of plain DDIM steps that are tried."""

@@ -444,8 +444,8 @@ CURVES = {"DDIM, fewer even steps": ("DDIM, uniform", "0.5", "o"),
           "DPM-Solver++, fewer even steps": ("DPM-Solver\\+\\+, uniform", "0.0", "D"),
           "placed steps: searched, learned, shortest path": ("(searched|learned) steps|shortest path", PALETTE[2], "*"),
           "Flexiffusion's own space": ("Flexiffusion$", COLOURS["Flexiffusion"], "s"),
-          "its extensions (ours)": ("Flexiffusion,", PALETTE[9], "P"),
-          "DiP-GO, all trainings": ("DiP-GO", COLOURS["DiP-GO"], "^")}
+          "Flexiffusion, extended by us": ("Flexiffusion,", PALETTE[9], "P"),
+          "DiP-GO, the best of all trainings": ("DiP-GO", COLOURS["DiP-GO"], "^")}
 """Curves that tell a study's story: what their families' names match from the beginning, colour, marker."""
 
 
@@ -464,12 +464,14 @@ def curves(table: pd.DataFrame) -> Figure:
         rows = table[table["family"].str.match(pattern)]
         rows = rows.loc[rows.groupby(price)[value].idxmin()].sort_values("macs_ratio")
         bars = [rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]]
-        axes.errorbar(rows["macs_ratio"], rows[value], bars, color=colour, marker=marker, ms=6, lw=1.2, elinewidth=0.8,
-                      capsize=1.5, label=label)
-    ylabel = {"ddim_ratio": "score / that of DDIM's whole run",
-              "score": SCORES}[value]
+        axes.errorbar(rows["macs_ratio"], rows[value], bars, color=colour, marker=marker, ms=6,
+                      ls="-" if "steps" in label else "", lw=1.2, elinewidth=0.8, capsize=1.5, label=label)
+    if value == "ddim_ratio":
+        axes.axhline(1, color="0.6", lw=0.8, ls="--", zorder=0)
+    ylabel = {"ddim_ratio": "score / that of DDIM's whole run\n(less is better)", "score": SCORES}[value]
     axes.set(xscale="log", xlabel="times fewer executed MACs", ylabel=ylabel)
     plain_logarithm(axes.xaxis)
+    axes.xaxis.set_major_locator(FixedLocator([1, 1.5, 2, 3, 4, 5, 6, 7, 8, 10, 15, 20, 30, 50]))
     scores(axes.yaxis, axes.set_yscale, table, value)
     axes.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
