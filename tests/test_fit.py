@@ -51,8 +51,12 @@ def test_a_plan_for_a_budget(kind, prompts, batch, guided, tmp_path, monkeypatch
     found = json.loads((tmp_path / "plan.certificate.json").read_text())
     rows = {row["name"]: row for row in found["rows"]}
     assert rows["fitted plan"]["macs"] < rows["full run"]["macs"]
-    assert {"fewer steps", "searched steps"} <= set(rows)
-    assert {"PSNR", "SSIM", "pyramid"} <= set(rows["fewer steps"])
+    fewer, = (name for name in rows if name.startswith("fewer steps"))
+    controls = set(" = ".join(found["beside"]).split(" = "))
+    assert {"fewer steps", "searched steps"} <= controls, "alone, or as one"
+    costs = [(row["steps"], row["macs"], row["PSNR"]) for name, row in rows.items() if name in found["beside"]]
+    assert len(set(costs)) == len(costs), "no control stands twice"
+    assert {"PSNR", "SSIM", "pyramid"} <= set(rows[fewer])
     assert "full run" in " ".join(found["verdict"]) and "<img" in (tmp_path / "plan.html").read_text()
     assert not list(tmp_path.glob("*.unfinished")) and not pipe.scheduler.__class__.__name__.startswith("_")
     with Planned(pipe, plan):
@@ -199,25 +203,29 @@ def test_images_that_are_not_numbers_end_a_fit(tmp_path):
 @pytest.mark.parametrize(("ratio", "longer", "sentence"), [
     ((0.8, 0.7, 0.9), 0.0, ""), ((1.0, 0.98, 1.02), 0.0, "Fewer steps do as well here: fewer steps may be taken"),
     ((0.9, 0.7, 1.1), 0.0, "What is not told apart may be with more images"),
-    ((1.3, 1.2, 1.4), 0.2, "Fewer steps do as well or better where they may take longer: ask for 1.21s")])
+    ((1.3, 1.2, 1.4), 0.2, "Fewer steps come as near or nearer, but take longer than the plan. Where that time may be "
+     "spent, take them, or fit again with the budget 1.21s")])
 def test_a_verdict_says_what_was_found(ratio, longer, sentence):
     rows = pd.DataFrame([{"name": "fitted plan", "seconds": 1.0, "predicted": 1.0, "steps": 9},
                          {"name": "fewer steps", "seconds": 1.0, "predicted": 1 + longer, "steps": 10},
                          {"name": "full run", "seconds": 4.0, "predicted": 3.9, "steps": 50}])
-    rows = rows.assign(faster=4.0, faster_low=3.9, faster_high=4.1, PSNR=30.0, PSNR_low=29.0, PSNR_high=31.0)
+    rows = rows.assign(faster=4.0, faster_low=3.9, faster_high=4.1, PSNR=30.0, PSNR_low=29.0, PSNR_high=31.0,
+                       reuses=True)
     contrast = Contrast(Estimate(*ratio), Estimate(0.0, -1.0, 1.0), 0.05, 32)
     said = certificate.verdict(rows.set_index("name"), {"fewer steps": contrast})
-    assert ("4.00 [3.90, 4.10] times less than the full run (predicted: 1 s, 3.90 times less; 1.03 s at the speed of "
-            "these rounds, 3% off)") in said[0]
+    assert ("4.00 [3.90, 4.10] times less than the full run, which takes 4 s. Predicted were 1 s, 3.90 times less; at "
+            "the speed of these rounds that is 1.03 s, 3% more than measured.") in said[0]
     assert f"{ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}] times as far, over 32 images." in said[1]
     assert ("1 s: 0% longer, 20% by prediction" in said[1]) == bool(longer)
     assert (sentence in said[-1]) if sentence else len(said) == 2
     slowed = rows.assign(seconds=1.5 * rows["seconds"], steps=9).set_index("name")
     slowed = certificate.verdict(slowed, {"fewer steps": contrast})
-    assert "(predicted: 1 s, 3.90 times less; 1.54 s at the speed of these rounds, 3% off)" in slowed[0]
+    assert "Predicted were 1 s, 3.90 times less; at the speed of these rounds that is 1.54 s, 3% more" in slowed[0]
     assert "The full run took 54% longer in these rounds than predicted" in slowed[1]
     alone = rows.assign(seconds=[1.3, 1.0, 4.0]).set_index("name")
     assert "It takes longer than it was fitted to: 27%." in certificate.verdict(alone, {"fewer steps": contrast})
+    full_steps = certificate.verdict(rows.assign(reuses=False).set_index("name"), {"fewer steps": contrast})
+    assert "It reuses nothing: it is 9 well placed full steps" in full_steps[1]
 
 
 def test_a_fit_knows_pictures_by_their_pixels():

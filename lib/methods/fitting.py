@@ -150,7 +150,8 @@ class Fitted:
     Attributes
     ----------
     plan : Plan, the chosen one
-    controls : dict of name to Plan: the best of each family of no fewer seconds, chosen on the same images
+    controls : dict of name to Plan: the best of each family of no fewer seconds, chosen on the same images. Where two
+        families have the same best, one entry: "fewer steps = searched steps".
     distances : dict of name to float, of all that were compared on those images
     """
 
@@ -417,7 +418,10 @@ class Fitting:
                 known[key] = distance(plan)
                 _write(path, known)
         chosen = {name: min(family, key=lambda plan: known[plan.key]) for name, family in families.items() if family}
-        return Fitted(chosen.pop("fitted"), chosen, known)
+        fitted, controls = chosen.pop("fitted"), {}
+        for name, plan in chosen.items():
+            controls.setdefault(plan.key, []).append(name)
+        return Fitted(fitted, {" = ".join(names): plans[key] for key, names in controls.items()}, known)
 
     def _deepcache(self, seconds: float) -> list[Plan]:
         """Give DeepCache's plans of the fewest steps that take no less time, a plan an interval."""

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lib.grid import cost
-from lib.grid.plan import Plan
+from lib.grid.plan import COMPUTE, Plan
 from lib.judging import pairs
 from lib.judging.estimates import MARGIN, Contrast, Estimate, columns, text
 from lib.methods.fitting import Fitted, Fitting
@@ -79,8 +79,8 @@ def _rows(fitting: Fitting, plans: Mapping[str, Plan], made: Mapping[str, Tensor
         row = {"name": name, "steps": steps, "seconds": float(np.median(seconds[name])), "faster": faster,
                "faster_low": low, "faster_high": high}
         if plan := plans.get(name):
-            row |= {"steps": plan.steps, "predicted": timing.of(plan), "macs": fitting.costs.executed(plan),
-                    "kept": fitting.costs.kept(plan, fitting.network.dtype)}
+            row |= {"steps": plan.steps, "reuses": (plan.sheets != COMPUTE).any(), "predicted": timing.of(plan),
+                    "macs": fitting.costs.executed(plan), "kept": fitting.costs.kept(plan, fitting.network.dtype)}
         for measure, of in {"PSNR": pairs.psnr, "SSIM": pairs.ssim, called: distance}.items():
             if name != FULL:
                 row |= columns(measure, Estimate.of(of(made[name], made[FULL]).double().numpy()))
@@ -103,9 +103,13 @@ def verdict(rows: pd.DataFrame, beside: Mapping[str, Contrast]) -> list[str]:
     slower, promised = rows.loc[FULL, "seconds"] / rows.loc[FULL, "predicted"], plan["predicted"]
     off, times = abs(slower * promised / plan["seconds"] - 1), rows.loc[FULL, "predicted"] / promised
     said = [f"The fitted plan takes {plan['seconds']:.3g} s a call, {plan['faster']:.2f} [{plan['faster_low']:.2f}, "
-            f"{plan['faster_high']:.2f}] times less than the full run (predicted: {promised:.3g} s, {times:.2f} times "
-            f"less; {slower * promised:.3g} s at the speed of these rounds, {off:.0%} off). "
-            f"PSNR to the full run's images: {text(plan, 'PSNR')} dB."]
+            f"{plan['faster_high']:.2f}] times less than the full run, which takes {rows.loc[FULL, 'seconds']:.3g} s. "
+            f"Predicted were {promised:.3g} s, {times:.2f} times less; at the speed of these rounds that is "
+            f"{slower * promised:.3g} s, {off:.0%} {'more' if slower * promised > plan['seconds'] else 'less'} than "
+            f"measured. PSNR to the full run's images: {text(plan, 'PSNR')} dB."]
+    if not plan["reuses"]:
+        said.append(f"It reuses nothing: it is {plan['steps']:.0f} well placed full steps, for nothing nearer was "
+                    "found in that time.")
     if abs(slower - 1) > MARGIN:
         word = "longer" if slower > 1 else "less"
         said.append(f"The full run took {abs(slower - 1):.0%} {word} in these rounds than predicted: the machine has "
@@ -128,8 +132,10 @@ def verdict(rows: pd.DataFrame, beside: Mapping[str, Contrast]) -> list[str]:
     if enough := [name for name in as_good if longer[name] <= MARGIN]:
         said.append(f"Fewer steps do as well here: {' and '.join(enough)} may be taken in the plan's place.")
     elif as_good:
-        said.append("Fewer steps do as well or better where they may take longer: ask for "
-                    f"{1.01 * rows.loc[as_good, 'predicted'].min():.3g}s and see.")
+        soonest = rows.loc[as_good, "predicted"].idxmin()
+        said.append(f"{soonest[0].upper()}{soonest[1:]} come as near or nearer, but take longer than the plan. Where "
+                    f"that time may be spent, take them, or fit again with the budget "
+                    f"{1.01 * rows.loc[soonest, 'predicted']:.3g}s: a plan of as much time may come nearer still.")
     return said
 
 
