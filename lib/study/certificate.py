@@ -119,7 +119,9 @@ def verdict(rows: pd.DataFrame, beside: Mapping[str, Contrast]) -> list[str]:
         ratio, row = contrast.ratio, rows.loc[name]
         more = ""
         if longer[name] > MARGIN:
-            more = f": {row['seconds'] / plan['seconds'] - 1:.0%} longer, {longer[name]:.0%} by prediction"
+            measured = row["seconds"] / plan["seconds"] - 1
+            more = (f": {abs(measured):.0%} {'longer' if measured >= 0 else 'less'}, by prediction {longer[name]:.0%} "
+                    "longer")
         said.append(f"Its images are {WORDS[contrast.word]} those of {name} ({row['steps']:.0f} steps, "
                     f"{row['seconds']:.3g} s{more}): "
                     f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] times as far, over {contrast.n} images.")
