@@ -15,8 +15,8 @@ README = (paths.ROOT / "README.md").read_text()
 
 def test_its_tables_are_what_the_reports_say():
     assert report.filled(README) == README, "run: python -m lib.study.report readme"
-    assert sorted(re.findall(r"<!-- (\w+:\w+) -->", README)) == ["claims:digits", "claims:letters", "findings:digits",
-                                                                "findings:letters"]
+    assert sorted(re.findall(r"<!-- (\w+:\w+) -->", README)) == [
+        "claims:digits", "claims:letters", "findings:digits", "findings:letters", "pruner:dipgo_sweep"]
 
 
 def test_it_is_read_in_minutes():
@@ -165,6 +165,21 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
     assert "*DiP-GO, 22%*, 4.0 times fewer MACs" in methods
     assert "Of 3 tests of the papers' claims**: 2 no, 1 yes." in claimed
     assert "held in 0 of 1, forecast by a line in 1 of 1 cases" in cached
+
+
+def test_a_pruners_recipe_is_told_from_its_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "REPORTS", tmp_path)
+    tables = tmp_path / "mine" / "05_pruner_training" / "tables"
+    tables.mkdir(parents=True)
+    rows = pd.DataFrame([["recipe", "threshold", 1.2, "worse"], ["post-processing", "greed", 0.5, "better"],
+                         ["rate", "3", 2.0, "worse"], ["gates", "a gate a layer", 0.9, "better"],
+                         ["backup", "line", 0.6, "better"]], columns=["part", "variant", "ratio", "ratio_word"])
+    rows = rows.assign(ratio_low=rows["ratio"] - 0.05, ratio_high=rows["ratio"] + 0.05, executed=0.218, updates=250)
+    rows.assign(**{"loss at first": 1.0, "loss at last": 0.4}).to_csv(tables / "ablation.csv", index=False)
+    assert report.pruner("mine") == (
+        "The recipe's loss falls from 1.00 to 0.40 in 250 updates. Its plan, 21.8% of the MACs, scores 1.2 [1.15, "
+        "1.25] of the *untrained* even order of steps (worse). Of 3 changes of one part of it, 2 surely do better than that "
+        "order: backup (line) 0.6 [0.55, 0.65]; gates (a gate a layer) 0.9 [0.85, 0.95].")
 
 
 def test_publishing_copies_numbers_and_no_weights(tmp_path, monkeypatch):

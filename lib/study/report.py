@@ -93,6 +93,8 @@ def write_readme(study: str) -> None:
         table = _everything(study)
         figures.save(figures.curves(table), table, target, "curves")
         parts += ["## Findings", findings(study), "![Score against cost](curves.png)"]
+    elif "05_pruner_training" in runs:
+        parts += ["## Findings", pruner(study)]
     for title, (written, needed) in PAGE.items():
         if set(needed) <= set(runs):
             parts += [f"## {title}", written(study)]
@@ -176,6 +178,19 @@ def findings(study: str) -> str:
     found.append("**Partial steps on cached deep features come surely nearer to the whole run's images than more "
                  f"full steps of the same MACs**: with features {cached} cases.")
     return "\n".join(f"* {sentence}" for sentence in found)
+
+
+def pruner(study: str) -> str:
+    """Say in sentences how DiP-GO trained as in its paper, and which changes of its recipe help."""
+    rows = pd.read_csv(paths.REPORTS / study / "05_pruner_training" / "tables" / "ablation.csv")
+    recipe, changed = rows.iloc[0], rows[~rows["part"].isin(["recipe", "post-processing"])]
+    helpful = changed[changed["ratio_word"] == "better"].sort_values("ratio")
+    named = "; ".join(f"{row['part']} ({row['variant']}) {text(row, 'ratio')}" for row in helpful.to_dict("records"))
+    return (f"The recipe's loss falls from {recipe['loss at first']:.2f} to {recipe['loss at last']:.2f} in "
+            f"{recipe['updates']:.0f} updates. Its plan, {recipe['executed']:.1%} of the MACs, scores "
+            f"{text(recipe, 'ratio')} of the *untrained* even order of steps ({recipe['ratio_word']}). Of "
+            f"{len(changed)} changes of one part of it, {len(helpful)} surely do better than that order: "
+            f"{named or 'none'}.")
 
 
 def _everything(study: str) -> pd.DataFrame:
@@ -322,7 +337,7 @@ PAGE = {"Every way to sample": (results_table, ["06_comparison"]), "Beside their
 """The tables at the top of a page, and the notebooks that they need."""
 
 TABLES = {"findings": findings, "results": results_table, "controls": controls_table, "transformer": transformer_table,
-          "students": students_table, "claims": claims_table}
+          "students": students_table, "claims": claims_table, "pruner": pruner}
 
 
 def filled(readme: str) -> str:
