@@ -178,8 +178,8 @@ def test_a_pruners_recipe_is_told_from_its_table(tmp_path, monkeypatch):
     rows.assign(**{"loss at first": 1.0, "loss at last": 0.4}).to_csv(tables / "ablation.csv", index=False)
     assert report.pruner("mine") == (
         "The recipe's loss falls from 1.00 to 0.40 in 250 updates. Its plan, 21.8% of the MACs, scores 1.2 [1.15, "
-        "1.25] of the *untrained* even order of steps (worse). Of 3 changes of one part of it, 2 surely do better than that "
-        "order: backup (line) 0.6 [0.55, 0.65]; gates (a gate a layer) 0.9 [0.85, 0.95].")
+        "1.25] of the *untrained* even order of steps (worse). Of 3 changes of one part of it, 2 surely do better than "
+        "that order: backup (line) 0.6 [0.55, 0.65]; gates (a gate a layer) 0.9 [0.85, 0.95].")
 
 
 def test_publishing_copies_numbers_and_no_weights(tmp_path, monkeypatch):
