@@ -160,13 +160,13 @@ def findings(study: str) -> str:
     even = kept[kept["family"] == "DDIM, uniform"]
     if len(steps) and len(even):
         shortest = even.loc[even["macs_ratio"].idxmax()]
-        more = (f" Even *{shortest['name']}* pass this test: a plan that costs more proves nothing by passing it."
+        more = (f" Even *{shortest['name']}* passes this test: a plan that costs more proves nothing by passing it."
                 if shortest["macs_ratio"] > 1 else "")
         found.append("**Fewer steps of a good solver go far.** The fewest that are surely at most 5 % worse than "
                      f"DDIM's whole run: {cheapest(steps)}.{more}")
-    if len(methods := kept[kept["name"].str.startswith(METHODS)]):
-        found.append(f"**The cheapest plan of a method, ours included, that is surely at most 5 % worse**: "
-                     f"{cheapest(methods)}.")
+    methods = kept[kept["name"].str.startswith(METHODS)]
+    found.append("**The cheapest plan of a method, ours included, that is surely at most 5 % worse**: "
+                 + (cheapest(methods) if len(methods) else "none") + ".")
     claims = pd.read_csv(reports / "06_comparison" / "tables" / "claims.csv")["holds"]
     claims = claims[claims != "-"].str.partition(" (")[0].value_counts()  # without the images that would decide
     found.append(f"**Of {claims.sum()} tests of the papers' claims**: "
@@ -174,9 +174,9 @@ def findings(study: str) -> str:
     pays = pd.read_csv(reports / "04_schedule_search" / "tables" / "dividends.csv").dropna(subset="nearness")
     wins = {reuse: f"{(rows['nearness_high'] < 1).sum()} of {len(rows)}"
             for reuse, rows in pays.groupby("reuse", sort=False)}
-    cached = ", ".join(f"{REUSED.get(reuse, reuse)} in {cases}" for reuse, cases in wins.items())
-    found.append("**Partial steps on cached deep features come surely nearer to the whole run's images than more "
-                 f"full steps of the same MACs**: with features {cached} cases.")
+    cached = "; ".join(f"{REUSED.get(reuse, reuse)} {cases}" for reuse, cases in wins.items())
+    found.append("**Cases in which cached deep features bring images surely nearer to the whole run's** than the same "
+                 f"MACs spent on full steps do: {cached}.")
     return "\n".join(f"* {sentence}" for sentence in found)
 
 
@@ -186,11 +186,11 @@ def pruner(study: str) -> str:
     recipe, changed = rows.iloc[0], rows[~rows["part"].isin(["recipe", "post-processing"])]
     helpful = changed[changed["ratio_word"] == "better"].sort_values("ratio")
     named = "; ".join(f"{row['part']} ({row['variant']}) {text(row, 'ratio')}" for row in helpful.to_dict("records"))
-    return (f"The recipe's loss falls from {recipe['loss at first']:.2f} to {recipe['loss at last']:.2f} in "
-            f"{recipe['updates']:.0f} updates. Its plan, {recipe['executed']:.1%} of the MACs, scores "
-            f"{text(recipe, 'ratio')} of the *untrained* even order of steps ({recipe['ratio_word']}). Of "
-            f"{len(changed)} changes of one part of it, {len(helpful)} surely do better than that order: "
-            f"{named or 'none'}.")
+    return (f"Trained as in its paper, DiP-GO is {recipe['ratio_word']} than steps left out evenly, without any "
+            f"training: {text(recipe, 'ratio')} of their score, at {recipe['executed']:.1%} of the MACs. (Its loss "
+            f"fell from {recipe['loss at first']:.2f} to {recipe['loss at last']:.2f} in {recipe['updates']:.0f} "
+            f"updates.) Of {len(changed)} changes of one part of the recipe, {len(helpful)} surely do better than "
+            f"these steps: {named or 'none'}.")
 
 
 def _everything(study: str) -> pd.DataFrame:

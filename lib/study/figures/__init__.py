@@ -445,7 +445,7 @@ CURVES = {"DDIM, fewer even steps": ("DDIM, uniform", "0.5", "o"),
           "placed steps: searched, learned, shortest path": ("(searched|learned) steps|shortest path", PALETTE[2], "*"),
           "Flexiffusion's own space": ("Flexiffusion$", COLOURS["Flexiffusion"], "s"),
           "Flexiffusion, extended by us": ("Flexiffusion,", PALETTE[9], "P"),
-          "DiP-GO, the best of all trainings": ("DiP-GO", COLOURS["DiP-GO"], "^")}
+          "DiP-GO, the best of its plans": ("DiP-GO", COLOURS["DiP-GO"], "^")}
 """Curves that tell a study's story: what their families' names match from the beginning, colour, marker."""
 
 
