@@ -172,6 +172,7 @@ def test_a_pruners_recipe_is_told_from_its_table(tmp_path, monkeypatch):
     tables = tmp_path / "mine" / "05_pruner_training" / "tables"
     tables.mkdir(parents=True)
     rows = pd.DataFrame([["recipe", "threshold", 1.2, "worse"], ["post-processing", "greed", 0.5, "better"],
+                         ["untrained", "line", 0.5, "better"],
                          ["rate", "3", 2.0, "worse"], ["gates", "a gate a layer", 0.9, "better"],
                          ["backup", "line", 0.6, "better"]], columns=["part", "variant", "ratio", "ratio_word"])
     rows = rows.assign(ratio_low=rows["ratio"] - 0.05, ratio_high=rows["ratio"] + 0.05, executed=0.218, updates=250)
@@ -179,8 +180,9 @@ def test_a_pruners_recipe_is_told_from_its_table(tmp_path, monkeypatch):
     assert report.pruner("mine") == (
         "Trained as in its paper, DiP-GO is worse than steps left out evenly, without any training: 1.2 [1.15, 1.25] "
         "of their score, at 21.8% of the MACs. (Its loss fell from 1.00 to 0.40 in 250 updates.) Of 3 changes of one "
-        "part of the recipe, 2 surely do better than these steps: backup (line) 0.6 [0.55, 0.65]; gates (a gate a "
-        "layer) 0.9 [0.85, 0.95].")
+        "part of the recipe, 2 surely do better than such steps with the same backup: backup (line) 0.6 [0.55, 0.65]; "
+        "gates (a gate a layer) 0.9 [0.85, 0.95]. Such steps, untrained, that forecast, over those that hold: line 0.5 "
+        "[0.45, 0.55].")
 
 
 def test_publishing_copies_numbers_and_no_weights(tmp_path, monkeypatch):

@@ -183,14 +183,17 @@ def findings(study: str) -> str:
 def pruner(study: str) -> str:
     """Say in sentences how DiP-GO trained as in its paper, and which changes of its recipe help."""
     rows = pd.read_csv(paths.REPORTS / study / "05_pruner_training" / "tables" / "ablation.csv")
-    recipe, changed = rows.iloc[0], rows[~rows["part"].isin(["recipe", "post-processing"])]
+    recipe, changed = rows.iloc[0], rows[~rows["part"].isin(["recipe", "post-processing", "untrained"])]
     helpful = changed[changed["ratio_word"] == "better"].sort_values("ratio")
     named = "; ".join(f"{row['part']} ({row['variant']}) {text(row, 'ratio')}" for row in helpful.to_dict("records"))
+    forecast = "; ".join(f"{row['variant']} {text(row, 'ratio')}"
+                         for row in rows[rows["part"] == "untrained"].to_dict("records"))
     return (f"Trained as in its paper, DiP-GO is {recipe['ratio_word']} than steps left out evenly, without any "
             f"training: {text(recipe, 'ratio')} of their score, at {recipe['executed']:.1%} of the MACs. (Its loss "
             f"fell from {recipe['loss at first']:.2f} to {recipe['loss at last']:.2f} in {recipe['updates']:.0f} "
             f"updates.) Of {len(changed)} changes of one part of the recipe, {len(helpful)} surely do better than "
-            f"these steps: {named or 'none'}.")
+            f"such steps with the same backup: {named or 'none'}. Such steps, untrained, that forecast, over those "
+            f"that hold: {forecast}.")
 
 
 def _everything(study: str) -> pd.DataFrame:
