@@ -22,16 +22,20 @@ GATES = LinearSegmentedColormap.from_list("gates", [STATES[HOLD][1], STATES[COMP
 def training(history: pd.DataFrame) -> Figure:
     """Draw both losses and the kept fraction of the MACs over the updates, a line a pruner.
 
+    The consistency loss, which jumps with each update's images, is meaned over a twentieth of the longest training.
+
     Parameters
     ----------
     history : columns pruner, update, consistency, sparsity, kept; pruners beside those of `TONES` take further colours
     """
-    figure, panels = plt.subplots(1, 3, figsize=(WIDE, 2.4))
+    figure, panels = plt.subplots(1, 3, figsize=(WIDE, 2.6))
     labels = {"consistency": "consistency loss", "sparsity": "sparsity term", "kept": "kept MACs (%)"}
+    window = max(1, len(history["update"].unique()) // 20)
     for axes, (column, label) in zip(panels, labels.items()):
         for name, rows in history.groupby("pruner", sort=False):
+            drawn = rows[column].rolling(window, min_periods=1).mean() if column == "consistency" else rows[column]
             scale = 100 if column == "kept" else 1
-            axes.plot(rows["update"], scale * rows[column], lw=1.1, color=TONES.get(name), label=name)
+            axes.plot(rows["update"], scale * drawn, lw=1.1, color=TONES.get(name), label=name)
         axes.set(xlabel="update", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     figure.legend(*panels[1].get_legend_handles_labels(), fontsize=6, ncols=4, loc="outside upper center")
