@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -288,12 +289,13 @@ def test_a_study_is_listed_only_while_it_runs_and_no_tracked_file_changes(tmp_pa
     monkeypatch.setattr(run, "_repro", repro)
     monkeypatch.setattr(stage, "free_processors", lambda: 1)
     run.study("smoke")
-    assert [target for target, _ in seen] == [f"{name}@smoke" for name in ("sources", *STAGES, "publish")]
+    named = sorted(target for target, _ in seen)
+    assert named == sorted(["code", *(f"{name}@smoke" for name in ("sources", *STAGES, "publish"))])
     assert {str(listed) for _, listed in seen} == {"{'smoke': 'smoke'}"}
     seen.clear()
-    with pytest.raises(SystemExit, match="The study digits stopped. What it finished is kept"):
+    with pytest.raises(SystemExit, match="digits stopped in 02_block_search@digits. What it finished is kept"):
         run.study("digits")
-    assert seen == [(f"{name}@digits", None) for name in ("sources", *STAGES[:3])], "nothing began after the failure"
+    assert seen == [("code", None), *((f"{name}@digits", None) for name in ("sources", *STAGES[:3]))], "no more began"
     assert {path.name for path in tmp_path.iterdir()} == {"dvc.yaml", "data"}
     more.write_text("studies:\n  mine: mine\n")
     with pytest.raises(params.ParamsError, match="params.yaml is there and does not list smoke: add the line"):
@@ -306,17 +308,21 @@ def test_a_study_is_listed_only_while_it_runs_and_no_tracked_file_changes(tmp_pa
 
 def test_stages_run_side_by_side_once_what_they_read_is_made():
     reads = {"00": set(), "01": {"00"}, "02": {"00"}, "03": {"02"}, "04": {"01"}, "06": {"03", "04"}}
-    made, meeting, lock = [], threading.Barrier(2, timeout=30), threading.Lock()
+    made, meeting, lock, running, most = [], threading.Barrier(2, timeout=30), threading.Lock(), set(), []
 
     def make(name):
         assert reads[name] <= set(made)
+        with lock:
+            running.add(name)
+            most.append(len(running))
         if name in ("01", "02"):
             meeting.wait()  # neither ends before both have begun
         with lock:
+            running.remove(name)
             made.append(name)
 
     run._in_order(reads, 2, make)
-    assert sorted(made) == sorted(reads)
+    assert sorted(made) == sorted(reads) and max(most) == 2
 
 
 def test_a_stage_that_fails_lets_the_others_end_and_nothing_begin():
@@ -345,6 +351,16 @@ def test_lines_of_a_stage_begin_with_its_name_and_its_failure_is_told(monkeypatc
     with told:
         run._repro("--single-item", "04_schedule_search@smoke")
     assert capsys.readouterr().out == "04 | 1 of 2\n04 | 2 of 2\n04 | done\n"
+
+
+def test_dvc_takes_two_stages_at_once(project, monkeypatch, capsys):
+    monkeypatch.setattr(paths, "ROOT", project)
+    monkeypatch.setenv("PYTHONPATH", str(project))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda stage: run._repro("--single-item", f"{stage}@smoke"), STAGES[1:3]))
+    said = capsys.readouterr().out
+    assert all(f"{number} | Stage '{stage}@smoke' didn't change, skipping" in said
+               for number, stage in zip(("01", "02"), STAGES[1:3]))
 
 
 def test_dvc_takes_a_study_that_is_listed_beside(project):

@@ -16,7 +16,7 @@ from lib.judging.estimates import MARGIN, WORDS, text
 from lib.study import figures, paths
 from lib.study.figures import METHODS
 from lib.study.page import page
-from lib.study.params import ParamsError, notebooks
+from lib.study.params import ParamsError, load, notebooks
 
 KEPT = ("metrics.json", "timings.json", "meta.json", "figures/*.png", "figures/plans/*.png", "figures/*.csv",
         "tables/*.csv", "plans/*.json")
@@ -28,7 +28,17 @@ CACHES = ("DeepCache", "random cells", "student")
 """What the names of controls hold that are no full steps of the teacher alone."""
 
 PLACED = "(searched|learned) (steps|coefficients)|shortest path"
-"""What the names of controls begin with whose full steps a search, a gradient or a path placed."""
+"""What the names of controls begin with whose full steps a search or a path placed, or a gradient, with or without the
+solver's coefficients."""
+
+FULL = f"(DDIM|DPM-Solver[+]{{2}}), |{PLACED}"
+"""What the names of all controls of full steps alone begin with."""
+
+THAN = {"better": "better than", "worse": "worse than", "as good": "as good as", "undecided": "not told apart from"}
+"""What the word of a comparison says of two things."""
+
+STILL = 0.9
+"""Kept fraction of the MACs above which a pruner has hardly closed a gate."""
 
 REUSED = {"hold": "held", "line": "forecast by a line", "parabola": "forecast by a parabola"}
 """What findings call the ways to reuse a block's output."""
@@ -77,7 +87,7 @@ def write_page(study: str) -> Path:
     """Write what a study found as one page, beside its published numbers."""
     target, runs = paths.REPORTS / study / "index.html", notebooks(study)
     tables = {title: table(study) for title, (table, needed) in PAGE.items() if set(needed) <= set(runs)}
-    target.write_text(page(study, runs, findings(study) if "06_comparison" in runs else "", tables))
+    target.write_text(page(study, runs, _said(study, runs), tables))
     return target
 
 
@@ -88,13 +98,13 @@ def write_readme(study: str) -> None:
     about = ", ".join(f"{name} {value}" for name, value in meta.items() if isinstance(value, str | int | float))
     parts = [f"# The study *{study}*", f"Made by the pipeline: `make study STUDY={study}`. {about}.",
              "That command also writes `index.html` here: the same with all prose, as one page."]
+    if said := _said(study, runs):
+        parts += ["## Findings", said]
     if "06_comparison" in runs:
         figures.style()
         table = _everything(study)
         figures.save(figures.curves(table), table, target, "curves")
-        parts += ["## Findings", findings(study), "![Score against cost](curves.png)"]
-    elif "05_pruner_training" in runs:
-        parts += ["## Findings", pruner(study)]
+        parts.append("![Score against cost](curves.png)")
     for title, (written, needed) in PAGE.items():
         if set(needed) <= set(runs):
             parts += [f"## {title}", written(study)]
@@ -137,6 +147,13 @@ def _from_reports(link: str, runs: list[str]) -> str:
     return f"{stem}.md" if stem in runs else f"../../notebooks/{link}"
 
 
+def _said(study: str, runs: list[str]) -> str:
+    """Give what a study found in sentences; empty where it has none."""
+    if "06_comparison" in runs:
+        return findings(study)
+    return pruner(study) if "05_pruner_training" in runs and load(study)["05_pruner_training"].ablations else ""
+
+
 def findings(study: str) -> str:
     """Give a study's findings as Markdown, a sentence and a number each: what the bar is, what won, what holds.
 
@@ -152,11 +169,11 @@ def findings(study: str) -> str:
         return f"*{row['name']}*, {row['macs_ratio']:.1f} times fewer MACs at {text(row, 'ddim_ratio')} of its score"
 
     beside = _beside(study)
-    words = beside[beside["strongest"]]["plan_over_control_word"]
-    counts = {word: (words == word).sum() for word in WORDS}
-    found.append(f"**{counts['better']} of {len(words)} plans of the methods and our extensions beat the strongest "
+    strongest = beside[beside["strongest"]].drop_duplicates("plan")  # two controls may be one plan
+    counts = {word: (strongest["plan_over_control_word"] == word).sum() for word in WORDS}
+    found.append(f"**{counts['better']} of {len(strongest)} plans of the methods and our extensions beat the strongest "
                  f"control of the same MACs** ({', '.join(f'{count} {word}' for word, count in counts.items())}). "
-                 "That control is mostly a few full steps at well chosen timesteps.")
+                 f"In {strongest['name'].str.match(FULL).sum()} cases that control is a few full steps and no more.")
     even = kept[kept["family"] == "DDIM, uniform"]
     if len(steps) and len(even):
         shortest = even.loc[even["macs_ratio"].idxmax()]
@@ -188,12 +205,14 @@ def pruner(study: str) -> str:
     named = "; ".join(f"{row['part']} ({row['variant']}) {text(row, 'ratio')}" for row in helpful.to_dict("records"))
     forecast = "; ".join(f"{row['variant']} {text(row, 'ratio')}"
                          for row in rows[rows["part"] == "untrained"].to_dict("records"))
-    return (f"Trained as in its paper, DiP-GO is {recipe['ratio_word']} than steps left out evenly, without any "
+    idle = (changed["kept there"] > STILL).sum()
+    return (f"Trained as in its paper, DiP-GO is {THAN[recipe['ratio_word']]} steps left out evenly, without any "
             f"training: {text(recipe, 'ratio')} of their score, at {recipe['executed']:.1%} of the MACs. (Its loss "
             f"fell from {recipe['loss at first']:.2f} to {recipe['loss at last']:.2f} in {recipe['updates']:.0f} "
-            f"updates.) Of {len(changed)} changes of one part of the recipe, {len(helpful)} surely do better than "
-            f"such steps with the same backup: {named or 'none'}. Such steps, untrained, that forecast, over those "
-            f"that hold: {forecast}.")
+            f"updates, where looks ended it.) Of {len(changed)} changes of one part of the recipe ({idle} of them "
+            f"ended before gates had closed) {len(helpful)} surely do better than such steps with the same backup: "
+            f"{named or 'none'}." + (f" Untrained steps that forecast, over those that hold: {forecast}."
+                                     if forecast else ""))
 
 
 def _everything(study: str) -> pd.DataFrame:
@@ -204,9 +223,10 @@ def _everything(study: str) -> pd.DataFrame:
     table = pd.read_csv(paths.REPORTS / study / "06_comparison" / "tables" / "everything.csv")
     beside = _beside(study)
     placed = beside[beside["name"].str.match(PLACED) & ~beside["name"].isin(table["name"])]
-    placed = placed.drop_duplicates(["name", "macs"]).assign(family=placed["name"])
-    placed["name"] += ", " + placed["steps"].astype(str) + " steps"
+    placed = placed.drop_duplicates(["name", "macs", "score"]).assign(family=placed["name"])
     table = pd.concat([table, placed[placed.columns.intersection(table.columns)]])
+    steps = ", " + table["steps"].astype(str) + " steps"
+    table["name"] = table["name"].where(~table["name"].str.match(PLACED), table["name"] + steps)
     return table.sort_values("macs_ratio", ignore_index=True, kind="stable")
 
 
@@ -333,7 +353,7 @@ def controls_table(study: str) -> str:
     return f"{markdown(pd.DataFrame(shown))}\n\n{summary(table)}"
 
 
-PAGE = {"Every way to sample": (results_table, ["06_comparison"]), "Beside their controls": (controls_table, PLANNING),
+PAGE = {"Every way to sample": (results_table, PLANNING), "Beside their controls": (controls_table, PLANNING),
         "What the papers claim": (claims_table, ["06_comparison"]),
         "The students": (students_table, ["02_block_search"]),
         "Every way to sample the transformer": (transformer_table, ["07_transformer"])}

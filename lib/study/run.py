@@ -125,13 +125,16 @@ def study(name: str) -> None:
     if missing:
         beside.write_text(f"studies:\n  {name}: {name}\n")
     try:
-        _repro("code", f"sources@{name}")
+        _repro("code")
+        _repro(f"sources@{name}")
         stages = [*runs, "publish"] if whole else list(runs)
         reads = {stage: {other for other in runs for path in pipeline["stages"][stage]["do"]["deps"]
                          if path.startswith(f"data/${{item}}/{other}/")} for stage in stages}
         _in_order(reads, _workers(next(iter(runs.values()))), lambda stage: _repro("--single-item", f"{stage}@{name}"))
-    except subprocess.CalledProcessError:
-        raise SystemExit(f"The study {name} stopped. What it finished is kept: run the same command again.") from None
+    except (subprocess.CalledProcessError, KeyboardInterrupt) as error:
+        where = f" in {error.cmd[-1]}" if isinstance(error, subprocess.CalledProcessError) else ""
+        raise SystemExit(f"The study {name} stopped{where}. What it finished is kept: run the same command again."
+                         ) from None
     finally:
         if missing:
             beside.unlink()

@@ -442,7 +442,7 @@ def _panels(families: Sequence[str]) -> list[list[str]]:
 
 CURVES = {"DDIM, fewer even steps": ("DDIM, uniform", "0.5", "o"),
           "DPM-Solver++, fewer even steps": ("DPM-Solver\\+\\+, uniform", "0.0", "D"),
-          "placed steps: searched, learned, shortest path": ("(searched|learned) steps|shortest path", PALETTE[2], "*"),
+          "placed steps: searched, learned, shortest path": ("(searched|learned) |shortest path", PALETTE[2], "*"),
           "Flexiffusion's own space": ("Flexiffusion$", COLOURS["Flexiffusion"], "s"),
           "Flexiffusion, extended by us": ("Flexiffusion,", PALETTE[9], "P"),
           "DiP-GO, the best of its plans": ("DiP-GO", COLOURS["DiP-GO"], "^")}
