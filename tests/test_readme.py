@@ -78,7 +78,8 @@ def test_a_table_is_filled_from_a_studys_files(tmp_path, monkeypatch):
 
 def test_the_one_table_has_every_column_and_a_dash_for_what_was_not_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "REPORTS", tmp_path)
-    row = {"macs": 30e6, "macs_ratio": 2.5, "n": 2000, "steps": 5, "extractor": "a classifier", "second_extractor": "a denoiser",
+    row = {"macs": 30e6, "macs_ratio": 2.5, "n": 2000, "steps": 5,
+           "extractor": "a classifier", "second_extractor": "a denoiser",
            "precision": 0.9, "recall": 0.8, "paired": 1.25, "parameters": 267313, "ms an image": 3.14159,
            "times faster": 2.4, "low": 2.3, "high": 2.5, "peak MB": 7.77, "raw": 1.375, "training": "some"} | {
                f"{name}{end}": 1.0 for name in ("score", "second_score", "ratio", "second_ratio", "ddim_ratio")
@@ -145,8 +146,8 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
     every = every.assign(steps=5, ddim_ratio_low=every["ddim_ratio"] - 0.02, ddim_ratio_high=every["ddim_ratio"] + 0.02)
     beside = pd.DataFrame({
         "strongest": [True, True, True, False], "plan_over_control_word": ["worse", "worse", "better", "better"],
-        "plan": ["A", "A", "B", "B"], "score": 1.0, "steps": ["7-8", "9", "50", "50"],
-        "name": ["shortest path", "learned steps", "genetic search", "none"], "kind": "control", "macs": [700, 500, 500, 500],
+        "plan": ["A", "A", "B", "B"], "score": 1.0, "steps": ["7-8", "9", "50", "50"], "kind": "control",
+        "name": ["shortest path", "learned steps", "genetic search", "none"], "macs": [700, 500, 500, 500],
         "macs_ratio": [7.0, 8.0, 9.0, 9.0], "ddim_ratio": [0.6, 2.0, 0.1, 0.1]})
     beside = beside.assign(ddim_ratio_low=beside["ddim_ratio"] - 0.1, ddim_ratio_high=beside["ddim_ratio"] + 0.1)
     claims = pd.DataFrame({"holds": ["yes", "no", "no (n = 9)", "-"]})
