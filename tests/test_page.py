@@ -106,8 +106,9 @@ def test_a_point_of_the_front_leads_to_its_plan_its_images_and_its_file(text, te
 def test_notebooks_are_written_with_all_outputs_for_code_hosts(text, tmp_path, monkeypatch):
     """Published figures are linked, others written beside; links lead to the written notebooks."""
     monkeypatch.setattr(paths, "REPORTS", tmp_path / "reports")
-    (tmp_path / "reports" / "mine").mkdir(parents=True)
-    monkeypatch.setattr(report, "notebooks", lambda study: ["04_schedule_search"])
+    (tmp_path / "reports" / "mine" / "04_schedule_search").mkdir(parents=True)
+    (tmp_path / "reports" / "mine" / "04_schedule_search" / "metrics.json").write_text("{}")
+    monkeypatch.setattr(report, "notebooks", lambda study: ["04_schedule_search", "05_pruner_training"])
     path = tmp_path / "mine" / "04_schedule_search" / "notebook.ipynb"
     notebook = nbformat.read(path, 4)
     output = nbformat.v4.new_output("display_data", {"image/png": PIXEL, "text/plain": "<Figure size 1 x 1>"})

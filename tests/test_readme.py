@@ -215,6 +215,40 @@ def test_publishing_copies_numbers_and_no_weights(tmp_path, monkeypatch):
         f"{other}/metrics.json" for other in others}
 
 
+def test_what_is_done_of_a_study_is_published_where_that_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "DATA", tmp_path / "data")
+    monkeypatch.setattr(paths, "REPORTS", tmp_path / "reports")
+    with pytest.raises(FileNotFoundError, match="00_teacher_training of study smoke is not done"):
+        report.publish("smoke", so_far=True)
+    stage = tmp_path / "data" / "smoke" / "00_teacher_training"
+    stage.mkdir(parents=True)
+    (stage / "metrics.json").write_text("{}")
+    (stage / "meta.json").write_text('{"commit": "abc"}')
+    with pytest.raises(FileNotFoundError, match="01_teacher_analysis of study smoke is not done"):
+        report.publish("smoke")
+    report.publish("smoke", so_far=True)
+    report.write_readme("smoke")
+    assert report.published("smoke") == ["00_teacher_training"]
+    written = (tmp_path / "reports" / "smoke" / "README.md").read_text()
+    assert "**Not run to its end**: without 01_teacher_analysis, 02_block_search," in written and "commit abc" in written
+
+
+def test_students_are_told_from_their_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "REPORTS", tmp_path)
+    tables = tmp_path / "mine" / "02_block_search" / "tables"
+    tables.mkdir(parents=True)
+    about = {"trainings": 3, "macs_ratio": 2.25, "parameters_ratio": 2.0, "ratio_low": 0.9, "ratio_high": 1.3,
+             "least": 0.95, "greatest": 1.25, "ratio_holds": "undecided", "training": "9 of 8"}
+    students = pd.DataFrame([about | {"name": name, "ratio": 1.1} for name in ("DiffNAS, 50%", "teacher")])
+    students.to_csv(tables / "students.csv", index=False)
+    seconds = pd.DataFrame({"name": ["DiffNAS, 50%", "teacher"], "times faster": [1.5, 1], "low": 1, "high": 2})
+    seconds.to_csv(tables / "seconds.csv", index=False)
+    assert report.diffnas("mine") == (
+        "* **DiffNAS, 50%**: 2.25 times fewer MACs, 2.00 times fewer parameters, 1.50 times as fast; 1.1 [0.9, 1.3] "
+        "times the score of the teacher trained longer (single trainings from 0.95 to 1.25). Surely at most 5 % "
+        "worse: undecided. Trained: 9 of 8 images.")
+
+
 def test_where_caching_pays_is_drawn_of_all_studies_that_mean_something(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "REPORTS", tmp_path)
     report.write_caching()

@@ -50,13 +50,20 @@ FASTER = ["times faster", "low", "high"]
 """A measured ratio of times and its interval, as `lib.grid.cost.speed_ups` names them."""
 
 
-def publish(study: str) -> Path:
-    """Copy what a study found (numbers, tables, figures, plans; no weights) to its reports folder."""
+def publish(study: str, so_far: bool = False) -> Path:
+    """Copy what a study found (numbers, tables, figures, plans; no weights) to its reports folder.
+
+    Parameters
+    ----------
+    so_far : whether notebooks that are not done are left out; else, and where none is, they are an error
+    """
     target, runs = paths.REPORTS / study, notebooks(study)
-    for notebook in runs:
-        if not (paths.DATA / study / notebook / "metrics.json").exists():
-            raise FileNotFoundError(f"{notebook} of study {study} is not done: nothing is published. Run\n"
-                                    f"    make study STUDY={study}")
+    done = [notebook for notebook in runs if (paths.DATA / study / notebook / "metrics.json").exists()]
+    if not done or (done != runs and not so_far):
+        missing = next(notebook for notebook in runs if notebook not in done)
+        raise FileNotFoundError(f"{missing} of study {study} is not done: nothing is published. Run\n"
+                                f"    make study STUDY={study}")
+    runs = done
     shutil.rmtree(target, ignore_errors=True)
     for notebook in runs:
         source = paths.DATA / study / notebook
@@ -67,14 +74,18 @@ def publish(study: str) -> Path:
     return target
 
 
-def write(study: str) -> Path:
+def write(study: str, so_far: bool = False) -> Path:
     """Publish a study, and write its page, its README and its notebooks there, and what all studies share.
+
+    Parameters
+    ----------
+    so_far : as `publish` takes it
 
     Returns
     -------
     page : Path
     """
-    publish(study)
+    publish(study, so_far)
     written = write_page(study)
     write_readme(study)
     write_notebooks(study)
@@ -83,9 +94,15 @@ def write(study: str) -> Path:
     return written
 
 
+def published(study: str) -> list[str]:
+    """Give the notebooks of a study that are in its reports folder."""
+    return [notebook for notebook in notebooks(study)
+            if (paths.REPORTS / study / notebook / "metrics.json").exists()]
+
+
 def write_page(study: str) -> Path:
     """Write what a study found as one page, beside its published numbers."""
-    target, runs = paths.REPORTS / study / "index.html", notebooks(study)
+    target, runs = paths.REPORTS / study / "index.html", published(study)
     tables = {title: table(study) for title, (table, needed) in PAGE.items() if set(needed) <= set(runs)}
     target.write_text(page(study, runs, _said(study, runs), tables))
     return target
@@ -93,11 +110,14 @@ def write_page(study: str) -> Path:
 
 def write_readme(study: str) -> None:
     """Write what a study found as ``README.md``, which code hosts show: findings, curves, tables, figures."""
-    target, runs = paths.REPORTS / study, notebooks(study)
+    target, runs = paths.REPORTS / study, published(study)
+    missing = [notebook for notebook in notebooks(study) if notebook not in runs]
     meta = json.loads((target / runs[0] / "meta.json").read_text())
     about = ", ".join(f"{name} {value}" for name, value in meta.items() if isinstance(value, str | int | float))
     parts = [f"# The study *{study}*", f"Made by the pipeline: `make study STUDY={study}`. {about}.",
              "That command also writes `index.html` here: the same with all prose, as one page."]
+    if missing:
+        parts.append(f"**Not run to its end**: without {', '.join(missing)}.")
     if said := _said(study, runs):
         parts += ["## Findings", said]
     if "06_comparison" in runs:
@@ -121,7 +141,7 @@ def write_notebooks(study: str) -> None:
 
     Figures are the published ones; what was only shown goes to ``<notebook>/shown/``.
     """
-    target, exporter, runs = paths.REPORTS / study, MarkdownExporter(), notebooks(study)
+    target, exporter, runs = paths.REPORTS / study, MarkdownExporter(), published(study)
     for notebook in runs:
         executed = nbformat.read(paths.DATA / study / notebook / "notebook.ipynb", 4)
         for cell in executed.cells:
@@ -151,7 +171,9 @@ def _said(study: str, runs: list[str]) -> str:
     """Give what a study found in sentences; empty where it has none."""
     if "06_comparison" in runs:
         return findings(study)
-    return pruner(study) if "05_pruner_training" in runs and load(study)["05_pruner_training"].ablations else ""
+    if "05_pruner_training" in runs and load(study)["05_pruner_training"].ablations:
+        return pruner(study)
+    return diffnas(study) if "02_block_search" in runs else ""
 
 
 def findings(study: str) -> str:
@@ -213,6 +235,20 @@ def pruner(study: str) -> str:
             f"ended before gates had closed) {len(helpful)} surely do better than such steps with the same backup: "
             f"{named or 'none'}." + (f" Untrained steps that forecast, over those that hold: {forecast}."
                                      if forecast else ""))
+
+
+def diffnas(study: str) -> str:
+    """Say in a sentence each how DiffNAS's students compare with the teacher trained longer."""
+    tables = paths.REPORTS / study / "02_block_search" / "tables"
+    students = pd.read_csv(tables / "students.csv").merge(pd.read_csv(tables / "seconds.csv")[["name", *FASTER]])
+    said = []
+    for row in students[students["name"].str.startswith("DiffNAS")].to_dict("records"):
+        single = f" (single trainings from {row['least']:.2f} to {row['greatest']:.2f})" if row["trainings"] > 1 else ""
+        said.append(f"* **{row['name']}**: {row['macs_ratio']:.2f} times fewer MACs, {row['parameters_ratio']:.2f} "
+                    f"times fewer parameters, {row['times faster']:.2f} times as fast; {text(row, 'ratio')} times the "
+                    f"score of the teacher trained longer{single}. Surely at most 5 % worse: {row['ratio_holds']}. "
+                    f"Trained: {row['training']} images.")
+    return "\n".join(said)
 
 
 def _everything(study: str) -> pd.DataFrame:
@@ -360,7 +396,8 @@ PAGE = {"Every way to sample": (results_table, PLANNING), "Beside their controls
 """The tables at the top of a page, and the notebooks that they need."""
 
 TABLES = {"findings": findings, "results": results_table, "controls": controls_table, "transformer": transformer_table,
-          "students": students_table, "claims": claims_table, "pruner": pruner}
+          "students": students_table, "claims": claims_table, "pruner": pruner,
+          "diffnas": diffnas}
 
 
 def filled(readme: str) -> str:
@@ -388,10 +425,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lib.study.report", description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["publish", "readme"])
     parser.add_argument("--study", help="what to publish")
+    parser.add_argument("--so-far", action="store_true", help="publish what is done of it")
     arguments = parser.parse_args()
     if arguments.command == "publish":
         try:
-            print(f"published: {write(arguments.study)}")
+            print(f"published: {write(arguments.study, arguments.so_far)}")
         except (ParamsError, FileNotFoundError) as error:
             raise SystemExit(f"error: {error}") from None
     else:
