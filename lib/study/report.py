@@ -34,12 +34,6 @@ solver's coefficients."""
 FULL = f"(DDIM|DPM-Solver[+]{{2}}), |{PLACED}"
 """What the names of all controls of full steps alone begin with."""
 
-THAN = {"better": "better than", "worse": "worse than", "as good": "as good as", "undecided": "not told apart from"}
-"""What the word of a comparison says of two things."""
-
-STILL = 0.9
-"""Kept fraction of the MACs above which a pruner has hardly closed a gate."""
-
 REUSED = {"hold": "held", "line": "forecast by a line", "parabola": "forecast by a parabola"}
 """What findings call the ways to reuse a block's output."""
 
@@ -168,12 +162,10 @@ def _from_reports(link: str, runs: list[str]) -> str:
 
 
 def _said(study: str, runs: list[str]) -> str:
-    """Give what a study found in sentences; empty where it has none."""
+    """Give what a study found first of all; empty where that is nothing."""
     if "06_comparison" in runs:
         return findings(study)
-    if "05_pruner_training" in runs and load(study)["05_pruner_training"].ablations:
-        return pruner(study)
-    return diffnas(study) if "02_block_search" in runs else ""
+    return pruner(study) if "05_pruner_training" in runs and load(study)["05_pruner_training"].ablations else ""
 
 
 def findings(study: str) -> str:
@@ -220,35 +212,29 @@ def findings(study: str) -> str:
 
 
 def pruner(study: str) -> str:
-    """Say in sentences how DiP-GO trained as in its paper, and which changes of its recipe help."""
+    """Give as Markdown what DiP-GO's recipe, and changes of one part of it, are worth over steps left out evenly."""
     rows = pd.read_csv(paths.REPORTS / study / "05_pruner_training" / "tables" / "ablation.csv")
-    recipe, changed = rows.iloc[0], rows[~rows["part"].isin(["recipe", "post-processing", "untrained"])]
-    helpful = changed[changed["ratio_word"] == "better"].sort_values("ratio")
-    named = "; ".join(f"{row['part']} ({row['variant']}) {text(row, 'ratio')}" for row in helpful.to_dict("records"))
-    forecast = "; ".join(f"{row['variant']} {text(row, 'ratio')}"
-                         for row in rows[rows["part"] == "untrained"].to_dict("records"))
-    idle = (changed["kept there"] > STILL).sum()
-    return (f"Trained as in its paper, DiP-GO is {THAN[recipe['ratio_word']]} steps left out evenly, without any "
-            f"training: {text(recipe, 'ratio')} of their score, at {recipe['executed']:.1%} of the MACs. (Its loss "
-            f"fell from {recipe['loss at first']:.2f} to {recipe['loss at last']:.2f} in {recipe['updates']:.0f} "
-            f"updates, where looks ended it.) Of {len(changed)} changes of one part of the recipe ({idle} of them "
-            f"ended before gates had closed) {len(helpful)} surely do better than such steps with the same backup: "
-            f"{named or 'none'}." + (f" Untrained steps that forecast, over those that hold: {forecast}."
-                                     if forecast else ""))
+    kept = rows["kept there"].map("{:.0%}".format)
+    shown = pd.DataFrame({
+        "DiP-GO": rows["part"] + ": " + rows["variant"], "score over untrained steps [95 %]": _intervals(rows, "ratio"),
+        "that is": rows["ratio_word"], "its MACs": rows["executed"].map("{:.1%}".format),
+        "updates": rows["updates"].map("{:.0f}".format), "kept by its own gates": kept})
+    return (f"{markdown(shown.replace('nan.?', '-', regex=True))}\n\n*Untrained steps*: whole steps left out evenly, "
+            "with the same budget and backup; *untrained* rows: such steps that forecast, over those that hold. *Kept by "
+            "its own gates* near 100 %: looks ended that training before gates had closed.")
 
 
 def diffnas(study: str) -> str:
-    """Say in a sentence each how DiffNAS's students compare with the teacher trained longer."""
+    """Give as Markdown how DiffNAS's students compare with the teacher that was trained longer."""
     tables = paths.REPORTS / study / "02_block_search" / "tables"
-    students = pd.read_csv(tables / "students.csv").merge(pd.read_csv(tables / "seconds.csv")[["name", *FASTER]])
-    said = []
-    for row in students[students["name"].str.startswith("DiffNAS")].to_dict("records"):
-        single = f" (single trainings from {row['least']:.2f} to {row['greatest']:.2f})" if row["trainings"] > 1 else ""
-        said.append(f"* **{row['name']}**: {row['macs_ratio']:.2f} times fewer MACs, {row['parameters_ratio']:.2f} "
-                    f"times fewer parameters, {row['times faster']:.2f} times as fast; {text(row, 'ratio')} times the "
-                    f"score of the teacher trained longer{single}. Surely at most 5 % worse: {row['ratio_holds']}. "
-                    f"Trained: {row['training']} images.")
-    return "\n".join(said)
+    rows = pd.read_csv(tables / "students.csv").merge(pd.read_csv(tables / "seconds.csv")[["name", *FASTER]])
+    rows = rows[rows["name"].str.startswith("DiffNAS")]
+    single = [f"{row.least:.2f} to {row.greatest:.2f}" if row.trainings > 1 else "-" for row in rows.itertuples()]
+    return markdown(pd.DataFrame({
+        "student": rows["name"], "times fewer MACs": rows["macs_ratio"].map("{:.2f}".format),
+        "times fewer parameters": rows["parameters_ratio"].map("{:.2f}".format), "times faster [95 %]": _faster(rows),
+        "score over the teacher's, trained longer [95 %]": _intervals(rows, "ratio"), "single trainings": single,
+        "surely at most 5 % worse": rows["ratio_holds"], "trained": rows["training"] + " images"}))
 
 
 def _everything(study: str) -> pd.DataFrame:
