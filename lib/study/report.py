@@ -219,9 +219,10 @@ def pruner(study: str) -> str:
         "DiP-GO": rows["part"] + ": " + rows["variant"], "score over untrained steps [95 %]": _intervals(rows, "ratio"),
         "that is": rows["ratio_word"], "its MACs": rows["executed"].map("{:.1%}".format),
         "updates": rows["updates"].map("{:.0f}".format), "kept by its own gates": kept})
-    return (f"{markdown(shown.replace('nan.?', '-', regex=True))}\n\n*Untrained steps*: whole steps left out evenly, "
-            "with the same budget and backup; *untrained* rows: such steps that forecast, over those that hold. *Kept by "
-            "its own gates* near 100 %: looks ended that training before gates had closed.")
+    table = markdown(shown.replace("nan.?", "-", regex=True))
+    return (f"{table}\n\n*Untrained steps*: whole steps left out evenly, with the same budget and backup; *untrained* "
+            "rows: such steps that forecast, over those that hold. *Kept by its own gates* near 100 %: looks ended that "
+            "training before gates had closed.")
 
 
 def diffnas(study: str) -> str:
