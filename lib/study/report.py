@@ -221,8 +221,8 @@ def pruner(study: str) -> str:
         "updates": rows["updates"].map("{:.0f}".format), "kept by its own gates": kept})
     table = markdown(shown.replace("nan.?", "-", regex=True))
     return (f"{table}\n\n*Untrained steps*: whole steps left out evenly, with the same budget and backup; *untrained* "
-            "rows: such steps that forecast, over those that hold. *Kept by its own gates* near 100 %: looks ended that "
-            "training before gates had closed.")
+            "rows: such steps that forecast, over those that hold. *Kept by its own gates* near 100 %: looks ended "
+            "that training before gates had closed.")
 
 
 def diffnas(study: str) -> str:
