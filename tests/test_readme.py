@@ -16,7 +16,8 @@ README = (paths.ROOT / "README.md").read_text()
 def test_its_tables_are_what_the_reports_say():
     assert report.filled(README) == README, "run: python -m lib.study.report readme"
     assert sorted(re.findall(r"<!-- (\w+:\w+) -->", README)) == [
-        "claims:digits", "claims:letters", "diffnas:digits_full", "findings:digits", "findings:letters"]
+        "claims:digits", "claims:letters", "diffnas:digits_full", "findings:digits", "findings:letters",
+        "pruner:dipgo_sweep"]
 
 
 def test_it_is_read_in_minutes():
