@@ -356,6 +356,7 @@ def test_lines_of_a_stage_begin_with_its_name_and_its_failure_is_told(monkeypatc
 def test_dvc_takes_two_stages_at_once(project, monkeypatch, capsys):
     monkeypatch.setattr(paths, "ROOT", project)
     monkeypatch.setenv("PYTHONPATH", str(project))
+    dvc(project, "commit", "--force")  # whatever tests before it left: as done
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda stage: run._repro("--single-item", f"{stage}@smoke"), STAGES[1:3]))
     said = capsys.readouterr().out
@@ -516,18 +517,18 @@ def test_conda_users_get_the_same_pins():
 
 def test_a_study_of_some_notebooks_runs_these_and_is_published(monkeypatch, tmp_path):
     told = []
-    monkeypatch.setattr(run.params, "load", lambda name: dict.fromkeys(["00_teacher_training", "05_pruner_training"]))
-    monkeypatch.setattr(run.subprocess, "run", lambda command, cwd: told.append(command[3:]) or
-                        subprocess.CompletedProcess(command, 0))
-    monkeypatch.setattr(report, "publish", lambda name: told.append(f"published {name}"))
+    some = ["00_teacher_training", "05_pruner_training"]
+    monkeypatch.setattr(run.params, "load", lambda name: dict.fromkeys(some, SimpleNamespace(device="cpu", threads=1)))
+    monkeypatch.setattr(run, "_repro", lambda *words: told.append(words[-1]))
+    monkeypatch.setattr(report, "publish", lambda name, so_far: told.append(f"published {name}"))
     monkeypatch.setattr(report, "write_page", lambda name: told.append(f"page {name}"))
     monkeypatch.setattr(report, "write_readme", lambda name: told.append(f"readme {name}"))
     monkeypatch.setattr(report, "write_notebooks", lambda name: told.append(f"notebooks {name}"))
     monkeypatch.setattr(report, "write_caching", lambda: told.append("caching"))
     monkeypatch.setattr(report, "fill_readme", lambda: told.append("README"))
     run.study("digits")
-    assert told == [["repro", "00_teacher_training@digits", "05_pruner_training@digits"], "published digits",
-                    "page digits", "readme digits", "notebooks digits", "caching", "README"]
+    assert told == ["code", "sources@digits", "00_teacher_training@digits", "05_pruner_training@digits",
+                    "published digits", "page digits", "readme digits", "notebooks digits", "caching", "README"]
 
 
 def test_a_studys_teacher_is_shipped_and_nobody_elses_folder_is_written_to(tmp_path, monkeypatch, unet, schedule):
