@@ -72,8 +72,12 @@ def test_five_curves_and_what_reuse_is_worth_are_drawn_at_the_floor_too(ratios):
 
 def test_of_each_way_the_curve_takes_the_best_at_each_cost():
     table = rows(ddim_ratio=[1.0, 3.0, 2.0]).assign(family="DDIM, uniform", macs_ratio=[1.0, 4.0, 4.04])
-    line, *_ = figures.curves(table).axes[0].containers[0].lines
+    axes, = figures.curves(table).axes
+    line, *_ = axes.containers[0].lines
     assert list(line.get_xdata()) == [1.0, 4.04]
+    assert [(bars.lines[0].get_linestyle() == "-", "steps" in bars.get_label()) for bars in axes.containers] == 3 * [
+        (True, True)] + 3 * [(False, False)], "plans of methods have nothing between them"
+    assert any(set(reference.get_ydata()) == {1} for reference in axes.lines), "DDIM's whole run"
 
 
 def test_an_axis_that_is_linear_about_0_says_where_and_its_ticks_do_not_touch():

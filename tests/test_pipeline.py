@@ -353,6 +353,13 @@ def test_lines_of_a_stage_begin_with_its_name_and_its_failure_is_told(monkeypatc
     assert capsys.readouterr().out == "04 | 1 of 2\n04 | 2 of 2\n04 | done\n"
 
 
+@pytest.mark.parametrize(("device", "threads", "free", "workers"), [
+    ("cpu", 1, 2, 2), ("cpu", 2, 5, 2), ("cpu", 8, 2, 1), ("cuda", 1, 16, 1)])
+def test_as_many_notebooks_run_at_once_as_processors_are_free(monkeypatch, device, threads, free, workers):
+    monkeypatch.setattr(stage, "free_processors", lambda: free)
+    assert run._workers(SimpleNamespace(device=device, threads=threads)) == workers
+
+
 def test_dvc_takes_two_stages_at_once(project, monkeypatch, capsys):
     monkeypatch.setattr(paths, "ROOT", project)
     monkeypatch.setenv("PYTHONPATH", str(project))

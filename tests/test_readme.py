@@ -16,8 +16,8 @@ README = (paths.ROOT / "README.md").read_text()
 def test_its_tables_are_what_the_reports_say():
     assert report.filled(README) == README, "run: python -m lib.study.report readme"
     assert sorted(re.findall(r"<!-- (\w+:\w+) -->", README)) == [
-        "claims:digits", "claims:letters", "diffnas:digits_full", "findings:digits", "findings:letters",
-        "pruner:dipgo_sweep"]
+        "claims:digits", "claims:letters", "findings:digits", "findings:letters", "pruner:dipgo_sweep",
+        "students:digits_full"]
 
 
 def test_it_is_read_in_minutes():
@@ -228,22 +228,6 @@ def test_what_is_done_of_a_study_is_published_where_that_is_asked_for(tmp_path, 
     assert report.published("smoke") == ["00_teacher_training"]
     written = (tmp_path / "reports" / "smoke" / "README.md").read_text()
     assert "**Not run to its end**: without 01_teacher_analysis, 02_block" in written and "commit abc" in written
-
-
-def test_students_are_told_from_their_tables(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "REPORTS", tmp_path)
-    tables = tmp_path / "mine" / "02_block_search" / "tables"
-    tables.mkdir(parents=True)
-    about = {"trainings": 3, "macs_ratio": 2.25, "parameters_ratio": 2.0, "ratio_low": 0.9, "ratio_high": 1.3,
-             "least": 0.95, "greatest": 1.25, "ratio_holds": "undecided", "training": "9 of 8"}
-    students = pd.DataFrame([about | {"name": name, "ratio": 1.1} for name in ("DiffNAS, 50%", "teacher")])
-    students.to_csv(tables / "students.csv", index=False)
-    seconds = pd.DataFrame({"name": ["DiffNAS, 50%", "teacher"], "times faster": [1.5, 1], "low": 1, "high": 2})
-    seconds.to_csv(tables / "seconds.csv", index=False)
-    head, _, row = report.diffnas("mine").splitlines()
-    rest = "1.1 [0.9, 1.3] | 0.95 to 1.25 | undecided | 9 of 8 images |"
-    assert row == f"| DiffNAS, 50% | 2.25 | 2.00 | 1.5 [1, 2] | {rest}"
-    assert head.count("|") == row.count("|")
 
 
 def test_where_caching_pays_is_drawn_of_all_studies_that_mean_something(tmp_path, monkeypatch):

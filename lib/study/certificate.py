@@ -136,7 +136,7 @@ def verdict(rows: pd.DataFrame, beside: Mapping[str, Contrast]) -> list[str]:
     elif as_good:
         soonest = rows.loc[as_good, "predicted"].idxmin()
         said.append(f"{soonest[0].upper()}{soonest[1:]} come as near or nearer, but take longer than the plan. Where "
-                    f"that time may be spent, take them, or fit again with the budget "
+                    "that time may be spent, take them, or fit again with the budget "
                     f"{1.01 * rows.loc[soonest, 'predicted']:.3g}s: a plan of as much time may come nearer still.")
     return said
 

@@ -14,7 +14,7 @@ from nbconvert import MarkdownExporter
 from lib.judging.controls import summary
 from lib.judging.estimates import MARGIN, WORDS, text
 from lib.study import figures, paths
-from lib.study.figures import METHODS
+from lib.study.figures import METHODS, PLACED
 from lib.study.page import page
 from lib.study.params import ParamsError, load, notebooks
 
@@ -24,18 +24,14 @@ KEPT = ("metrics.json", "timings.json", "meta.json", "figures/*.png", "figures/p
 PLANNING = ("04_schedule_search", "05_pruner_training", "06_comparison")
 """The notebooks whose results are plans."""
 
-CACHES = ("DeepCache", "random cells", "student")
-"""What the names of controls hold that are no full steps of the teacher alone."""
-
-PLACED = "(searched|learned) (steps|coefficients)|shortest path"
-"""What the names of controls begin with whose full steps a search or a path placed, or a gradient, with or without the
-solver's coefficients."""
-
 FULL = f"(DDIM|DPM-Solver[+]{{2}}), |{PLACED}"
 """What the names of all controls of full steps alone begin with."""
 
 REUSED = {"hold": "held", "line": "forecast by a line", "parabola": "forecast by a parabola"}
 """What findings call the ways to reuse a block's output."""
+
+MISSING = r".*\bnan\b.*"
+"""A cell of a table that has a number which is none."""
 
 LINK = r"\]\(([^)\s]+)\)"
 """A link in Markdown."""
@@ -175,7 +171,7 @@ def findings(study: str) -> str:
     """
     table, reports = _everything(study), paths.REPORTS / study
     kept = table[table["ddim_ratio_high"] <= 1 + MARGIN]  # surely at most 5 % worse than DDIM's whole run
-    steps = kept[(kept["kind"] == "control") & ~kept["family"].str.contains("|".join(CACHES))]
+    steps = kept[kept["family"].str.match(FULL) & ~kept["family"].str.contains("student")]
     found = []
 
     def cheapest(rows: pd.DataFrame) -> str:
@@ -219,23 +215,10 @@ def pruner(study: str) -> str:
         "DiP-GO": rows["part"] + ": " + rows["variant"], "score over untrained steps [95 %]": _intervals(rows, "ratio"),
         "that is": rows["ratio_word"], "its MACs": rows["executed"].map("{:.1%}".format),
         "updates": rows["updates"].map("{:.0f}".format), "kept by its own gates": kept})
-    table = markdown(shown.replace("nan.?", "-", regex=True))
+    table = markdown(shown.replace(MISSING, "-", regex=True))
     return (f"{table}\n\n*Untrained steps*: whole steps left out evenly, with the same budget and backup; *untrained* "
             "rows: such steps that forecast, over those that hold. *Kept by its own gates* near 100 %: looks ended "
             "that training before gates had closed.")
-
-
-def diffnas(study: str) -> str:
-    """Give as Markdown how DiffNAS's students compare with the teacher that was trained longer."""
-    tables = paths.REPORTS / study / "02_block_search" / "tables"
-    rows = pd.read_csv(tables / "students.csv").merge(pd.read_csv(tables / "seconds.csv")[["name", *FASTER]])
-    rows = rows[rows["name"].str.startswith("DiffNAS")]
-    single = [f"{row.least:.2f} to {row.greatest:.2f}" if row.trainings > 1 else "-" for row in rows.itertuples()]
-    return markdown(pd.DataFrame({
-        "student": rows["name"], "times fewer MACs": rows["macs_ratio"].map("{:.2f}".format),
-        "times fewer parameters": rows["parameters_ratio"].map("{:.2f}".format), "times faster [95 %]": _faster(rows),
-        "score over the teacher's, trained longer [95 %]": _intervals(rows, "ratio"), "single trainings": single,
-        "surely at most 5 % worse": rows["ratio_holds"], "trained": rows["training"] + " images"}))
 
 
 def _everything(study: str) -> pd.DataFrame:
@@ -347,7 +330,7 @@ def _scored(table: pd.DataFrame, columns: dict[str, pd.Series]) -> str:
     """Write the columns that are not empty as a table, and below it on how many images and by whose features it is."""
     shown = pd.DataFrame({"name": _marked(table["name"]),
                           **{title: cells for title, cells in columns.items() if len(cells)}})
-    written = markdown(shown.replace(r".*\bnan\b.*", "-", regex=True))
+    written = markdown(shown.replace(MISSING, "-", regex=True))
     judges = [str(table[column].iloc[0]) for column in ("extractor", "second_extractor") if column in table]
     return f"{written}\n\nn = {table['n'].iloc[0]:,} images a row; features of {' and '.join(judges)}."
 
@@ -383,8 +366,7 @@ PAGE = {"Every way to sample": (results_table, PLANNING), "Beside their controls
 """The tables at the top of a page, and the notebooks that they need."""
 
 TABLES = {"findings": findings, "results": results_table, "controls": controls_table, "transformer": transformer_table,
-          "students": students_table, "claims": claims_table, "pruner": pruner,
-          "diffnas": diffnas}
+          "students": students_table, "claims": claims_table, "pruner": pruner}
 
 
 def filled(readme: str) -> str:

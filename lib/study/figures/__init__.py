@@ -440,13 +440,16 @@ def _panels(families: Sequence[str]) -> list[list[str]]:
     return [panel for panel in panels if panel] or [[]]
 
 
-CURVES = {"DDIM, fewer even steps": ("DDIM, uniform", "0.5", "o"),
-          "DPM-Solver++, fewer even steps": ("DPM-Solver\\+\\+, uniform", "0.0", "D"),
-          "placed steps: searched, learned, shortest path": ("(searched|learned) |shortest path", PALETTE[2], "*"),
-          "Flexiffusion's own space": ("Flexiffusion$", COLOURS["Flexiffusion"], "s"),
-          "Flexiffusion, extended by us": ("Flexiffusion,", PALETTE[9], "P"),
-          "DiP-GO, the best of its plans": ("DiP-GO", COLOURS["DiP-GO"], "^")}
-"""Curves that tell a study's story: what their families' names match from the beginning, colour, marker."""
+PLACED = "(searched|learned) (steps|coefficients)|shortest path"
+"""What the names of controls begin with whose full steps a search or a path placed, or a gradient, with or without the
+solver's coefficients."""
+CURVES = {"DDIM, fewer even steps": ("DDIM, uniform", "0.5", "o", "-"),
+          "DPM-Solver++, fewer even steps": ("DPM-Solver\\+\\+, uniform", "0.0", "D", "-"),
+          "placed steps: searched, learned, shortest path": (PLACED, PALETTE[2], "*", "-"),
+          "Flexiffusion's own space": ("Flexiffusion$", COLOURS["Flexiffusion"], "s", ""),
+          "Flexiffusion, extended by us": ("Flexiffusion,", PALETTE[9], "P", ""),
+          "DiP-GO, the best of its plans": ("DiP-GO", COLOURS["DiP-GO"], "^", "")}
+"""Curves that tell a study's story: what their families' names match from the beginning, colour, marker, line."""
 
 
 def curves(table: pd.DataFrame) -> Figure:
@@ -460,12 +463,12 @@ def curves(table: pd.DataFrame) -> Figure:
     value = "score" if table["ddim_ratio"].isna().any() else "ddim_ratio"
     price = (np.log(table["macs_ratio"]) / np.log(1.1)).round().rename("price")
     figure, axes = plt.subplots(figsize=(WIDE, 3.6))
-    for label, (pattern, colour, marker) in CURVES.items():
+    for label, (pattern, colour, marker, line) in CURVES.items():
         rows = table[table["family"].str.match(pattern)]
         rows = rows.loc[rows.groupby(price)[value].idxmin()].sort_values("macs_ratio")
         bars = [rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]]
-        axes.errorbar(rows["macs_ratio"], rows[value], bars, color=colour, marker=marker, ms=6,
-                      ls="-" if "steps" in label else "", lw=1.2, elinewidth=0.8, capsize=1.5, label=label)
+        axes.errorbar(rows["macs_ratio"], rows[value], bars, color=colour, marker=marker, ms=6, ls=line, lw=1.2,
+                      elinewidth=0.8, capsize=1.5, label=label)
     if value == "ddim_ratio":
         axes.axhline(1, color="0.6", lw=0.8, ls="--", zorder=0)
     ylabel = {"ddim_ratio": "score / that of DDIM's whole run\n(less is better)", "score": SCORES}[value]
