@@ -1,5 +1,7 @@
 """Plans on stock pipelines: real classes, saved and loaded as users do, called as ever."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import reference
@@ -117,6 +119,30 @@ def test_passes_in_calls_of_their_own_have_caches_of_their_own_if_they_are_named
         pipe.unet(noises[0], plan.timesteps[0])
         with pytest.raises(PlanError, match="called twice for the pass 'given': which pass is the second call?"):
             pipe.unet(noises[1], plan.timesteps[0])
+
+
+@pytest.mark.parametrize("guided", [range(STEPS), range(4)])
+def test_calls_of_one_step_at_the_same_latents_are_told_apart_by_their_order(guided):
+    pipe, _ = tiny.made(tiny.stable_diffusion)
+    described, fits = blocks.describe(pipe.unet), NoiseSchedule.of(pipe.scheduler)
+    plan = Plan.deepcache(3, described.branch(0), Plan.full(trailing(STEPS, fits.train_timesteps), fits, described))
+    noise, texts = torch.randn(1, 4, 8, 8), torch.randn(2, 1, 5, pipe.unet.config.cross_attention_dim)
+
+    def sampled(names, guided=guided):
+        x_t = noise
+        with torch.inference_mode(), Planned(pipe, plan):
+            pipe.scheduler.set_timesteps(STEPS)
+            for step, t in enumerate(pipe.scheduler.timesteps):
+                predicted = []
+                for text, name in list(zip(texts, names))[:2 if step in guided else 1]:
+                    with CacheMixin.cache_context(pipe.unet, name) if name else nullcontext():
+                        predicted.append(pipe.unet(x_t, t, encoder_hidden_states=text).sample)
+                x_t = pipe.scheduler.step(predicted[0] + 2 * (predicted[0] - predicted[-1]), t, x_t).prev_sample
+        return x_t
+
+    assert torch.equal(sampled((None, None)), sampled(("cond", "uncond")))
+    with pytest.raises(PlanError, match="it comes anew"):
+        sampled((None, None), guided=range(3, STEPS))
 
 
 @pytest.mark.parametrize(("interval", "every", "reuse", "null_holds"), [

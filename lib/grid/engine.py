@@ -77,6 +77,7 @@ class Engine:
         self._given: Tensor | None = None  # the given pass's output at this step
         self._group: _Group | None = None  # the passes that the network runs for just now
         self._told = False  # that the next call's step is known
+        self._asked: Tensor | None = None  # at what latents the first call of this step asked, if it had no name
         self.thread: int | None = None  # whose run it is; None until its first call
         if self.on:
             self._hooks.check()
@@ -96,7 +97,9 @@ class Engine:
         self._cache = {name: self._cache[name] for name in self._cache if name in self._done}
         for memory in self._cache.values():
             memory.forget(self.life[memory.sheet], self.step)
-        self.step, self._done, self._given = step, set(), None
+        if self._asked is not None:
+            self._names = self._now.passes
+        self.step, self._done, self._given, self._asked = step, set(), None, None
 
     def _refresh(self, step: int, alone: bool = False) -> None:
         """Go on from a step without what was cached: there every block is computed; `alone`, of the given pass only."""
@@ -145,6 +148,7 @@ class Engine:
     def name(self, context: str | None) -> None:
         """Take a pipeline's name of the pass that the next calls make; None: all passes lie in one batch."""
         self._names = self._now.passes if context is None else (CONTEXTS.get(context, context),)
+        self._asked = None
 
     def check_passes(self, images: int) -> None:
         """Refuse a step for so many images if its calls of the network did not hold the plan's several passes.
@@ -172,6 +176,7 @@ class Engine:
         self._hooks.mend()
         if not self._told:
             self._arrive(arguments.get("timestep"))
+            self._tell_apart(sample)
         self._check_call(arguments)
         self._take(sample)
         memories = [self._cache[name] for name in self._names]
@@ -222,7 +227,7 @@ class Engine:
             close = max(CLOSE, (train if kind in _blocks.REMAINDERS else t) * torch.finfo(timestep.dtype).eps)
         near = {step: abs(own - t) for step, own in enumerate(self.plan.timesteps) if abs(own - t) < close}
         steps = sorted(near, key=lambda step: (step != self.step, near[step]))
-        again = bool(self._done & set(self._names))
+        again = not self.led and bool(self._done & set(self._names))
         if not self._cache and steps:
             self.at(steps[0])
         elif self.step in steps and not (again and self.step + 1 in steps):
@@ -237,6 +242,16 @@ class Engine:
             raise PlanError(f"the network was called at timestep {t:g}, but {self.plan.title} is {there}" + (
                 "" if steps else " and does not walk that one") + ": is another scheduler or pipeline at work? Call "
                 "the pipeline as the plan wants it, or reset() to start anew.")
+
+    def _tell_apart(self, sample: Tensor) -> None:
+        """Name calls by their order where a pipeline makes several of a step, at the same latents, without names.
+
+        So do some with guidance. Under a plan of one pass it does not matter which is which, but each has its cache.
+        """
+        if not self._done and self._names == (GIVEN,):
+            self._asked = sample
+        elif (asked := self._asked) is not None and self.led and asked.dtype == sample.dtype and asked.equal(sample):
+            self._names = (f"call {len(self._done) + 1}",)
 
     def _check_thread(self) -> None:
         """Refuse calls of a thread in another one's run."""
