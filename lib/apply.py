@@ -52,6 +52,9 @@ def images(model: str, plan: Path, out: Path, *, said: Sequence[str | int] = (),
         draw, costs = _by_model(model, seed, str(state.device), precision)
     paths.writable(out)
     own = np.array_split(np.arange(count), state.num_processes)[state.process_index].tolist()
+    solver = {"solver": "dpmsolver++", "order": 2, "table": None} if walk.table else {}
+    full = walk.at(walk.grid, **solver)
+    counted = costs(full)  # before anything is drawn: it may be refused
     made, seconds = _timed(draw, walk, own, "sampling" if state.is_main_process else None)
     if not made.isfinite().all():
         raise ValueError("the images are not numbers: give the weights in fp32 or bf16")
@@ -61,17 +64,16 @@ def images(model: str, plan: Path, out: Path, *, said: Sequence[str | int] = (),
     state.wait_for_everyone()
     if state.is_main_process:
         print(f"{count} images in {out}: {seconds:.4f} s each")
-        solver = {"solver": "dpmsolver++", "order": 2, "table": None} if walk.table else {}
-        full, few = walk.at(walk.grid, **solver), own[:COMPARED]
+        few = own[:COMPARED]
         if state.device.type == "cuda":  # what comes for the second time is recorded: the third is as fast as it gets
             for one in (full, walk) * 2:
                 draw(one, few, None)
         theirs, slow = _timed(draw, full, few, "the full run")
         ours, fast = _timed(draw, walk, few, "the plan")
-        counted = costs(full)
         fewer = counted.executed(full) / counted.executed(walk)
+        kept = counted.kept(walk, networks.PRECISIONS[precision]) / 2**20
         print(f"beside all {len(walk.grid)} steps, on {len(few)} images: {fewer:.2f} times fewer executed MACs, "
-              f"{slow / fast:.2f} times faster, {counted.kept(walk) / 2**20:.2f} MiB an image kept between steps, "
+              f"{slow / fast:.2f} times faster, {kept:.2f} MiB an image kept between steps, "
               f"PSNR {float(pairs.psnr(ours, theirs).mean()):.1f} dB")
 
 

@@ -86,6 +86,8 @@ def begin(pipe: DiffusionPipeline, out: Path, *, prompts: Sequence[str | int] = 
     effort = effort or Effort()
     if out.suffix != ".json":
         raise ValueError(f"out: {out} is to hold a plan: name it .json")
+    if out.is_dir():
+        raise ValueError(f"out: {out} is a folder")
     paths.writable(out.parent)
     parts = [prompts[number::len(BANKS)] if len(prompts) >= len(BANKS) else prompts for number in range(len(BANKS))]
     requests = {bank: Requests(pipe, tuple(part), options or {}, batch, effort.seed)

@@ -4,12 +4,15 @@ import copy
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from diffusers import UNet2DModel
 
 from lib.grid import cost
 from lib.grid.model import Model
+from lib.grid.pipelines import Requests
 from lib.grid.plan import Plan
+from lib.methods.fitting import Fitting
 
 
 def conv(given, made, size, kernel=3):
@@ -115,3 +118,13 @@ def test_peak_memory_counts_what_lives_at_one_time():
     assert cost.peak_memory(run) == 8000
     kept = torch.zeros(1000)
     assert cost.peak_memory(lambda: kept.mul_(2)) == 0, "what was there before"
+
+
+def test_requests_are_counted_of_any_run():
+    pipe, _ = tiny.made(tiny.stable_diffusion)
+    asked, full = Requests(pipe, ["a digit"], {"guidance_scale": 4.0}), Fitting.full_of(pipe, 10)
+    doubled = full.timesteps[:2] + full.timesteps[1:]
+    pndm = full.at(doubled, solver="pndm", order=4, abscissa="step").replace(grid=doubled)
+    runs = [full, full.at(full.timesteps[:1]).replace(grid=full.timesteps[:1]), pndm.at(pndm.grid)]
+    assert len({(costs.call, costs.passes) for costs in (cost.count_requests(asked, run) for run in runs)}) == 1
+    assert Plan.few_steps(3, "uniform", pndm).steps == 3

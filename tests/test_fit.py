@@ -4,12 +4,20 @@ import json
 import subprocess
 import sys
 
+import accelerate
 import numpy as np
 import pandas as pd
 import pytest
 import tiny
 import torch
-from diffusers import DDIMPipeline, LattePipeline, LatteTransformer3DModel
+from diffusers import (
+    DDIMPipeline,
+    DDPMScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    LattePipeline,
+    LatteTransformer3DModel,
+    StableDiffusionPipeline,
+)
 from PIL import Image
 
 from lib.apply import Planned
@@ -184,6 +192,71 @@ def test_bad_requests_say_what_to_do(tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ValueError, match="holds none: write one a line"):
         files.lines(tmp_path / "empty.txt")
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"rounds": 0}, "rounds: 0, must be 1 or more"), ({"search_images": 0}, "search-images: 0, must be 1 or more"),
+    ({"population": 1}, "population: 1, must be 2 or more"), ({"report_images": 1}, "report-images: 1, must be 2"),
+    ({"steps": 2}, "steps: 2, must be 3 or more"), ({"trials": -4}, "trials: -4")])
+def test_an_effort_that_is_none_is_refused_before_any_work(changed, message):
+    with pytest.raises(ValueError, match=message):
+        Effort(**changed)
+
+
+def test_requests_that_cannot_be_drawn_are_refused_before_any_work(tmp_path):
+    classes, _ = tiny.made(tiny.dit)
+    assert Requests(classes, ["3", 5]).said == (3, 5)
+    many = classes.transformer.config.num_embeds_ada_norm
+    for said in ("a cat", str(many), -1):
+        with pytest.raises(ValueError, match=f"{said!r} is no class of this model: give numbers from 0 to {many - 1}"):
+            Requests(classes, [said])
+    words, _ = tiny.made(tiny.stable_diffusion)
+    assert Requests(words, [7], batch=2).said == ("7",)
+    with pytest.raises(ValueError, match="batch: 0 images a call"):
+        Requests(words, ["a digit"], batch=0)
+    letters = StableDiffusionPipeline.from_pretrained(paths.DATA / "shipped" / "letters")
+    with pytest.raises(ValueError, match="prompt 'a red fox': .* cannot read it .*does not know: fox"):
+        Requests(letters, ["a red bold serif R on yellow", "a red fox"])
+    pixels, _ = tiny.made(tiny.ddim_pixels)
+    (tmp_path / "plan.json").mkdir()
+    with pytest.raises(ValueError, match="plan.json is a folder"):
+        fit(pixels, "2x", tmp_path / "plan.json", effort=SMALL)
+
+
+def test_prompts_are_read_as_editors_write_them(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa red fox\r\n\r\n a cat \r\n".encode())
+    assert files.lines(tmp_path / "prompts.txt") == ["a red fox", "a cat"]
+
+
+def test_an_unfinished_fit_of_another_pipeline_is_not_gone_on_from(tmp_path):
+    pipe, _ = tiny.made(tiny.stable_diffusion)
+
+    def folder():
+        return Fitting(requests_of(pipe, {"guidance_scale": 4.0}, ("a digit",)), SMALL, tmp_path).work
+
+    folders = [folder()]
+    assert folder() == folders[0]
+    for change in (lambda: pipe.enable_freeu(s1=0.5, s2=0.5, b1=1.5, b2=1.5), pipe.disable_freeu,
+                   lambda: pipe.vae.decoder.conv_out.bias.data.add_(0.1),
+                   lambda: pipe.text_encoder.final_layer_norm.bias.data.add_(0.1),
+                   lambda: setattr(pipe, "scheduler", DDPMScheduler.from_config(pipe.scheduler.config))):
+        change()
+        folders.append(folder())
+    assert folders[2] == folders[0] and len(set(folders)) == len(folders) - 1
+
+
+def test_a_pipeline_offloaded_layer_by_layer_is_refused(tmp_path):
+    pipe, _ = tiny.made(tiny.ddim_pixels)
+    accelerate.cpu_offload(pipe.unet, torch.device("cpu"))
+    with pytest.raises(ValueError, match="offloaded layer by layer"):
+        Fitting(requests_of(pipe, {}), SMALL, tmp_path)
+
+
+def test_a_scheduler_that_calls_the_network_twice_a_step_is_fitted_over_its_steps(tmp_path):
+    pipe, options = tiny.made(tiny.stable_diffusion_3)
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
+    made = Fitting(requests_of(pipe, options_of(options) | {"guidance_scale": 1.0}), SMALL, tmp_path)
+    assert made.full.steps == SMALL.steps
 
 
 def latte():

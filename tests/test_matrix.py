@@ -1,10 +1,15 @@
 """A sample of the matrix of pipelines, and that its file is of the installed diffusers' pipelines."""
 
 import matrix
+import numpy as np
 import pandas as pd
 import pytest
+import reference
+import torch
 
+from lib.apply import Planned
 from lib.grid.blocks import CHAINS
+from lib.grid.plan import COMPUTE, HOLD, PlanError
 from lib.study import paths
 
 TABLE = pd.read_csv(paths.REPORTS / "pipelines.csv", keep_default_na=False)
@@ -18,6 +23,31 @@ TABLE = pd.read_csv(paths.REPORTS / "pipelines.csv", keep_default_na=False)
     ("MochiPipeline", "refused"), ("CogView4Pipeline", "refused"), ("LatentConsistencyModelPipeline", "refused")])
 def test_a_pipeline_is_what_the_matrix_says(name, word):
     assert matrix.check(name)["word"] == word == TABLE.set_index("pipeline").loc[name, "word"]
+
+
+def test_a_pipeline_whose_given_pass_comes_first_is_told_by_its_first_step():
+    pipe, options = matrix.build("LuminaPipeline")
+    full = matrix.own_steps(pipe, options)
+    with Planned(pipe, full.guided((0, 3))), pytest.raises(PlanError, match="the given pass comes first"):
+        matrix.call(pipe, options)
+
+
+def test_passes_of_texts_of_unlike_lengths_hold_a_column_in_which_a_block_runs():
+    pipe, options = matrix.build("QwenImagePipeline")
+    texts = torch.randn(1, 7, options["prompt_embeds"].shape[-1], generator=torch.Generator().manual_seed(1))
+    options = options | {"negative_prompt_embeds": texts, "negative_prompt_embeds_mask": torch.ones(1, 7).long(),
+                         "true_cfg_scale": 3.0}
+    full = matrix.own_steps(pipe, options)
+    cells, net = full.cells, np.full(full.steps, COMPUTE)
+    cells[3:6, 1:], net[3:6] = HOLD, HOLD
+    plan = full.with_cells(cells, net)
+    with reference.Watched(pipe.transformer, plan) as watch:
+        matrix.call(pipe, options)
+    with Planned(pipe, plan), matrix.watched(pipe.transformer) as outputs:
+        matrix.call(pipe, options)
+    assert len(outputs) == len(watch.outputs) == 2 * full.steps
+    for one, other in zip(outputs, watch.outputs):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 def test_every_transformer_that_plans_take_was_seen_to_be_right():

@@ -348,6 +348,14 @@ def test_a_space_that_is_searched_through_ends_the_search(teacher, tmp_path):
     assert len(found) == 4
 
 
+def test_an_error_that_is_no_number_is_the_worst_there_is(teacher, tmp_path):
+    small = Toy(teacher)
+    small.distributions = lambda: {"a": IntDistribution(0, 1), "b": IntDistribution(0, 1)}
+    found = search(small, lambda plan: float("nan") if plan.timesteps[1] == 900 else error(plan), macs, trials=10,
+                   population=4, seed=0, storage=tmp_path / "journal")
+    assert sorted(one.error == float("inf") for one in found) == [False, False, True, True]
+
+
 def test_a_start_genome_that_was_being_evaluated_is_not_lost(teacher, tmp_path):
     def breaks(plan):
         raise KeyboardInterrupt

@@ -166,10 +166,11 @@ def count_requests(requests: Requests, plan: Plan) -> Costs:
 
     Parameters
     ----------
-    plan : Plan, full, of which two steps are made
+    plan : Plan, full, of which the first and the last step are made
     """
     _, network = network_of(requests.pipe)
-    calls, few = [], plan.at((plan.timesteps[0], plan.timesteps[-1]), solver="dpmsolver++", order=1, table=None)
+    ends = tuple(dict.fromkeys((plan.timesteps[0], plan.timesteps[-1])))  # one, of a run of one step
+    calls, few = [], plan.at(ends, solver="dpmsolver++", order=1, table=None)
     handle = network.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
     try:
         requests.images(few, "analysis", range(requests.batch))

@@ -77,6 +77,7 @@ class Engine:
         self._given: Tensor | None = None  # the given pass's output at this step
         self._group: _Group | None = None  # the passes that the network runs for just now
         self._told = False  # that the next call's step is known
+        self._pair: tuple[Tensor, Tensor] | None = None  # outputs of the two passes of the first batch that held both
         self._asked: Tensor | None = None  # at what latents the first call of this step asked, if it had no name
         self.thread: int | None = None  # whose run it is; None until its first call
         if self.on:
@@ -168,6 +169,28 @@ class Engine:
                             f"{', '.join(sorted(self._done))} with {sorted(shapes)} rows a pass where there are "
                             f"{images} images: call the pipeline with guidance, or take a plan of one pass.")
 
+    def check_order(self, output: Tensor) -> None:
+        """Refuse a pipeline that holds the given pass first: told by what it made of the first batch of two.
+
+        Guidance gives a multiple of ``mean + (2 g - 1) (given - null) / 2``, with g above 1: beyond the mean of both
+        passes it goes towards the given one.
+
+        Parameters
+        ----------
+        output : Tensor, (n, C, ...), what the pipeline gave its scheduler
+        """
+        pair, self._pair = self._pair, None
+        if pair is None or pair[0][:, :output.shape[1]].shape != output.shape:
+            return
+        null, given, guided = (part[:, :output.shape[1]].float().flatten() for part in (*pair, output))
+        mean, apart = (null + given) / 2, given - null
+        apart = apart - mean * (apart @ mean) / (mean @ mean)
+        share = (guided @ mean) / (mean @ mean)
+        beyond = torch.cosine_similarity(guided - share * mean, apart, dim=0) * share.sign()
+        if beyond < -0.5:
+            raise PlanError(f"in this pipeline's batches the given pass comes first, and {self.plan.title} takes the "
+                            "first half for the null pass: take a plan of one pass, which holds for both.")
+
     def run(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
         """Give what the network gives at the current step: its `forward` runs for the passes that compute."""
         arguments = self._signature.bind(*args, **kwargs).arguments
@@ -202,6 +225,8 @@ class Engine:
                 fresh[number] = part
         self._done |= set(self._names)
         outputs = self._outputs(memories, fresh)
+        if len(fresh) == 2 and self.step == self._first and self.led:
+            self._pair = outputs[0], outputs[1]
         if len(groups) == 1 and all(self._now.net[memory.sheet][self.step] == COMPUTE for memory in memories):
             return output
         return self._packed(torch.cat(outputs))
@@ -355,6 +380,10 @@ class Engine:
                             "disable() the plan first.")
         return bool(self._group.live[place])
 
+    def reads(self, place: int) -> bool:
+        """Say whether anybody reads what a cell that does not run stands for."""
+        return bool(self._group.read[place])
+
     def put(self, place: int, given: Callable[[], Tensor]) -> None:
         """Take what a block gave: to keep, if a later step reads it."""
         known = place in self._shapes
@@ -378,7 +407,7 @@ class Engine:
         All placeholders are views of one scratch tensor: of the right shape, free of cost, and what code between the
         blocks writes into them harms nobody.
         """
-        if self._group.read[place]:
+        if self.reads(place):
             return self.value(place)
         shape, *kind = self._shapes[place]
         rows = sum(memory.shape[0] for memory in self._group.memories)

@@ -281,7 +281,8 @@ class _ResidualHook(_LayerHook):
 
     def new_forward(self, module: nn.Module, *args, **kwargs) -> Tensor | tuple[Tensor | None, ...]:
         if self.engine.on and not self.engine.runs(self.place):
-            return self._changed(self._inputs(args, kwargs), self.engine.get(self.place))
+            inputs = self._inputs(args, kwargs)
+            return self._changed(inputs, self.engine.value(self.place) if self.engine.reads(self.place) else None)
         output = self.original(*args, **kwargs)
         if self.engine.on:
             _GIVEN[module] = None if isinstance(output, Tensor) else tuple(
@@ -300,10 +301,18 @@ class _ResidualHook(_LayerHook):
         parts = dict(zip(self.given, output))
         return torch.cat([(parts[name] - stream).flatten(1) for name, stream in inputs.items()], dim=1)
 
-    def _changed(self, inputs: dict[str, Tensor], change: Tensor) -> Any:
+    def _changed(self, inputs: dict[str, Tensor], change: Tensor | None) -> Any:
+        """Add a change to the streams; none where nobody reads the result."""
+        if change is None:
+            made = {name: stream.clone() for name, stream in inputs.items()}
+            return made[self.changes[0]] if self.given is None else tuple(made.get(name) for name in self.given)
+        sizes = [stream[0].numel() for stream in inputs.values()]
+        if sum(sizes) != change[0].numel():
+            raise PlanError(f"at step {self.engine.step} the text, or the image, is of another length than before, and "
+                            f"{self.engine.plan.title} reuses what was made of that: run such a call without a plan.")
         if self.given is None:
             return inputs[self.changes[0]] + change
-        parts = change.split([stream[0].numel() for stream in inputs.values()], dim=1)
+        parts = change.split(sizes, dim=1)
         made = {name: stream + part.view_as(stream) for (name, stream), part in zip(inputs.items(), parts)}
         return tuple(made.get(name) for name in self.given)
 

@@ -218,6 +218,7 @@ class _Walk:
             raise PlanError(f"a plan is walked without noise: call the pipeline with eta=0, not {eta}.")
         engine, given = self.engine, sample.dtype
         engine.check_passes(len(sample))
+        engine.check_order(model_output)
         if not self._state:
             self._begin(engine.step)
         output = model_output[:, :sample.shape[1]].float()
@@ -283,8 +284,33 @@ class Requests:
             raise ValueError(f"a {kind} takes neither prompts nor classes: give none.")
         if not self.said and not told and self._by is not None:
             raise ValueError(f"a {kind} draws what it is asked for: give it {self._by.replace('_', ' ')}s.")
+        if self.batch < 1:
+            raise ValueError(f"batch: {self.batch} images a call; make it 1 or more")
         if self.batch > 1 and not self.said and "batch_size" not in self._takes:
             raise ValueError(f"a {kind} that is given embeddings makes one image a call: set the batch to 1.")
+        read = self._class if self._by == "class_labels" else self._prompt
+        object.__setattr__(self, "said", tuple(map(read, self.said)))
+
+    def _class(self, said: str | int) -> int:
+        """Give a class number as a number."""
+        config = network_of(self.pipe)[1].config
+        classes = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
+        if not str(said).isdecimal() or (classes and int(said) >= classes):
+            most = f" from 0 to {classes - 1}" if classes else ""
+            raise ValueError(f"{said!r} is no class of this model: give numbers{most}")
+        return int(said)
+
+    def _prompt(self, said: str | int) -> str:
+        """Give a prompt as text, if the pipeline's tokenizer can read it."""
+        tokenizer = getattr(self.pipe, "tokenizer", None)
+        if tokenizer is not None:
+            try:
+                tokenizer(str(said))
+            except Exception as error:  # whatever a tokenizer raises of a word that it does not know
+                strange = [word for word in str(said).split() if word not in tokenizer.get_vocab()]
+                raise ValueError(f"prompt {str(said)!r}: this pipeline's tokenizer cannot read it ({error}). Words "
+                                 f"that it does not know: {', '.join(strange)}") from None
+        return str(said)
 
     @property
     def _takes(self) -> set[str]:

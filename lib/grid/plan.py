@@ -46,7 +46,7 @@ class PlanError(ValueError):
 class _Part(BaseModel):
     """What cannot be changed, has no other fields, and says its faults in one sentence."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def __init__(self, **values):
         try:
@@ -134,7 +134,7 @@ class FlowSchedule(NoiseSchedule):
     prediction: Literal["flow"] = "flow"
 
 
-Numbers = tuple[tuple[float, ...], ...]
+Numbers = tuple[Annotated[tuple[float, ...], Field(min_length=1)], ...]
 
 
 class Learned(_Part):
@@ -223,8 +223,8 @@ class Plan(_Part):
     @field_validator("timesteps", "grid")
     @classmethod
     def _plain(cls, steps: tuple[int | float, ...]) -> tuple[int | float, ...]:
-        if not all(np.isfinite(steps)):
-            raise ValueError("must be numbers")
+        if not all(abs(t) < 1e9 for t in steps):
+            raise ValueError("must be numbers that can be timesteps")
         return tuple(int(t) if t == int(t) else float(t) for t in steps)
 
     @model_validator(mode="after")
@@ -247,7 +247,7 @@ class Plan(_Part):
         flow, train = isinstance(self.schedule, FlowSchedule), self.schedule.train_timesteps
         for field in ("timesteps", "grid"):
             steps = getattr(self, field)
-            repeats = self.solver == "pndm" and len(steps) > 2 and steps[1] == steps[2]
+            repeats = (field == "grid" or self.solver == "pndm") and len(steps) > 2 and steps[1] == steps[2]
             if any(a <= b and not (repeats and i == 1) for i, (a, b) in enumerate(pairwise(steps))):
                 raise ValueError(f"{field}: must fall strictly, from noise to image: sort them and drop repeated ones")
             if flow and not 0 < steps[-1] <= steps[0] <= train:
@@ -589,6 +589,8 @@ class Plan(_Part):
             raise PlanError(f"{path}: {error}") from None
         except RecursionError:
             raise PlanError(f"{path}: is nested deeper than any plan") from None
+        except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise PlanError(f"{path}: does not hold a plan ({type(error).__name__}: {error})") from None
 
     def check_fits(self, blocks: Sequence[str], schedule: NoiseSchedule) -> None:
         """Refuse a model with other blocks or another noise schedule.

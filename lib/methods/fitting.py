@@ -6,6 +6,7 @@ ended and has partial steps, forecasts and guidance passes too. `lib.fit` is the
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -49,6 +50,8 @@ DRAWN = 300
 """Genomes that are drawn to see which columns a space's plans have."""
 FINALISTS = 4
 """Plans of each search that are compared on fresh noise."""
+SAME = 0.01
+"""Images of one pipeline differ by no more, in two runs of one machine."""
 PATHS = 8
 """Images along whose way steps are placed beforehand."""
 
@@ -76,6 +79,12 @@ class Effort:
     report_images: int = 32
     rounds: int = 7
     seed: int = 0
+
+    def __post_init__(self):
+        least = {"steps": FEWEST + 1, "population": 2, "report_images": 2, "seed": 0}
+        for name, value in asdict(self).items():
+            if value < least.get(name, 1):
+                raise ValueError(f"{name.replace('_', '-')}: {value}, must be {least.get(name, 1)} or more")
 
 
 @dataclass(frozen=True)
@@ -180,15 +189,20 @@ class Fitting:
         self.requests, self.effort = dict(requests), effort
         pipe = self.requests["search"].pipe
         _, self.network = network_of(pipe)
+        if any(weight.is_meta for weight in self.network.parameters()):
+            raise ValueError("the pipeline is offloaded layer by layer, and a fit looks at its weights: offload whole "
+                             "networks (enable_model_cpu_offload), or not at all")
         self.blocks, self.full = blocks.describe(self.network), self.full_of(pipe, effort.steps, self._own_steps())
         self.costs, self.guided = cost.count_requests(self.requests["search"], self.full), self._has_passes()
         asked = [[bank, list(request.said), _fingerprint(request.options), request.batch, request.seed]
                  for bank, request in self.requests.items()]
-        about = [self.full.key, asdict(effort), asked, _fingerprint(self.network.state_dict()),
+        parts = {name: _fingerprint(part.state_dict()) for name, part in sorted(pipe.components.items())
+                 if isinstance(part, torch.nn.Module)}
+        about = [type(pipe).__name__, self.full.key, asdict(effort), asked, parts, str(self.network.dtype),
+                 type(pipe.scheduler).__name__, repr(sorted(pipe.scheduler.config.items(), key=str)),
                  str(self.network.device), torch.get_num_threads()]
         self.key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-        self.work = work / self.key
-        self.work.mkdir(parents=True, exist_ok=True)
+        self.work = self._folder(work)
 
     @staticmethod
     def full_of(pipe: DiffusionPipeline, steps: int, own: Sequence[float] = ()) -> Plan:
@@ -204,7 +218,7 @@ class Fitting:
         if not isinstance(NoiseSchedule.of(asked.pipe.scheduler), FlowSchedule):
             return []
         asked.plain("search", range(asked.batch), self.effort.steps)
-        return asked.pipe.scheduler.timesteps.tolist()
+        return list(dict.fromkeys(asked.pipe.scheduler.timesteps.tolist()))  # some call the network twice at each
 
     def spaced(self, count: int, power: int = 1) -> Plan:
         """Give so many full steps, spaced evenly or (power 2) quadratically; of flow matching along its own way."""
@@ -221,6 +235,22 @@ class Fitting:
         except PlanError:
             return False
         return True
+
+    def _folder(self, work: Path) -> Path:
+        """Give the folder of what was worked out for this pipeline: one that draws the same images in two steps.
+
+        What changes images and is no weight (FreeU, the scale of an adapter) is seen in that alone.
+        """
+        asked = self.requests["search"]
+        drawn = asked.images(self.full.at(self.full.timesteps[:2]), "search", range(asked.batch))
+        for number in itertools.count():
+            folder = work / f"{self.key}-{number}"
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (seen := folder / "two_steps.safetensors").exists():
+                _save(seen, {"images": drawn})
+            if torch.allclose(load_file(seen)["images"], drawn, atol=SAME, equal_nan=True):
+                self.key = folder.name
+                return folder
 
     # ---- profile --------------------------------------------------------------------------------------------------
 

@@ -146,7 +146,7 @@ def _of_folder(source: str) -> Iterator[Record]:
 def _told(file: Path) -> dict[Path, str]:
     """Read the prompts that a folder's file of captions gives its images."""
     try:
-        with file.open(encoding="utf-8", newline="") as content:
+        with file.open(encoding="utf-8-sig", newline="") as content:
             rows = list(csv.DictReader(content)) if file.suffix == ".csv" else [json.loads(row) for row in content]
     except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
@@ -220,15 +220,16 @@ def where(source: str) -> dict[str, str | None]:
     return {"pretrained_model_name_or_path": name, "revision": revision or None}
 
 
-def lines(path: Path | None) -> list[str | int]:
-    """Read prompts, one a line, or class numbers; of no file, none.
+def lines(path: Path | None) -> list[str]:
+    """Read prompts, or class numbers, one a line; of no file, none.
 
     Raises
     ------
     ValueError
         If the file holds none.
     """
-    found = [line.strip() for line in path.read_text().splitlines() if line.strip()] if path else []
+    text = path.read_text(encoding="utf-8-sig") if path else ""  # some editors write a mark before the first word
+    found = [line.strip() for line in text.splitlines() if line.strip()]
     if path and not found:
         raise ValueError(f"prompts: {path} holds none: write one a line")
-    return [int(line) for line in found] if all(line.isdecimal() for line in found) else found
+    return found
