@@ -108,8 +108,8 @@ def verdict(rows: pd.DataFrame, beside: Mapping[str, Contrast]) -> list[str]:
             f"{slower * promised:.3g} s, {off:.0%} {'more' if slower * promised > plan['seconds'] else 'less'} than "
             f"measured. PSNR to the full run's images: {text(plan, 'PSNR')} dB."]
     if not plan["reuses"]:
-        said.append(f"It reuses nothing: it is {plan['steps']:.0f} well placed full steps, for nothing nearer was "
-                    "found in that time.")
+        said.append(f"It reuses nothing: it is {plan['steps']:.0f} full steps, for within the budget nothing came "
+                    "nearer on fresh noise.")
     if abs(slower - 1) > MARGIN:
         word = "longer" if slower > 1 else "less"
         said.append(f"The full run took {abs(slower - 1):.0%} {word} in these rounds than predicted: the machine has "
@@ -137,7 +137,8 @@ def verdict(rows: pd.DataFrame, beside: Mapping[str, Contrast]) -> list[str]:
         soonest = rows.loc[as_good, "predicted"].idxmin()
         said.append(f"{soonest[0].upper()}{soonest[1:]} come as near or nearer, but take longer than the plan. Where "
                     "that time may be spent, take them, or fit again with the budget "
-                    f"{1.01 * rows.loc[soonest, 'predicted']:.3g}s: a plan of as much time may come nearer still.")
+                    f"{1.01 * rows.loc[soonest, 'predicted']:.3g}s, by prediction {longer[soonest]:.0%} more than the "
+                    "plan takes: a plan of as much time may come nearer still.")
     return said
 
 

@@ -261,7 +261,7 @@ def forecasts(table: pd.DataFrame, ylabel: str) -> Figure:
         plain_logarithm(axes.xaxis)
         scores(axes.yaxis, axes.set_yscale, table, value)
     panels[0, 0].set(ylabel=ylabel if value == "ratio" else SCORES)
-    panels[0, 0].legend(fontsize=7)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside upper center", ncols=len(looks))
     return figure
 
 
@@ -530,7 +530,10 @@ def judges(table: pd.DataFrame) -> Figure:
 
 
 def beside_controls(table: pd.DataFrame) -> Figure:
-    """Draw each plan's score over its controls' at equal executed MACs, with intervals: left of 1 the plan wins."""
+    """Draw each plan's score over its controls' at equal executed MACs, with intervals: left of 1 the plan wins.
+
+    A mark is filled where it is sure who wins, and the ratio stands at the panel's right edge.
+    """
     plans, order = (list(dict.fromkeys(table[column])) for column in ("plan", "name"))
     wide = min(3, len(plans))
     high = -(-len(plans) // wide)
@@ -542,11 +545,14 @@ def beside_controls(table: pd.DataFrame) -> Figure:
         rows = table[table["plan"] == plan]
         value = rows["plan_over_control"]
         bars = [value - rows["plan_over_control_low"], rows["plan_over_control_high"] - value]
-        axes.errorbar(value, [order.index(control) for control in rows["name"]], xerr=bars, fmt="o", color="0.3",
-                      ms=4, capsize=2, elinewidth=1)
-        for row, missing in enumerate(value.isna()):
-            if missing:
-                at_floor(axes, order.index(rows["name"].iloc[row]), rows["plan_over_control_word"].iloc[row])
+        places = [order.index(control) for control in rows["name"]]
+        axes.errorbar(value, places, xerr=bars, fmt="none", color="0.3", capsize=2, elinewidth=1)
+        for place, ratio, word in zip(places, value, rows["plan_over_control_word"]):
+            if np.isnan(ratio):
+                at_floor(axes, place, word)
+                continue
+            axes.plot(ratio, place, "o", ms=4, color="0.3", mfc="0.3" if word in ("better", "worse") else "1.0")
+            axes.text(1.01, place, f"{ratio:.3g}", transform=axes.get_yaxis_transform(), fontsize=5.5, va="center")
         axes.axvline(1, color="0.7", lw=1, zorder=0)
         axes.set_xscale("log")
         axes.set_title(plan, fontsize=7)
