@@ -128,3 +128,18 @@ def test_requests_are_counted_of_any_run():
     runs = [full, full.at(full.timesteps[:1]).replace(grid=full.timesteps[:1]), pndm.at(pndm.grid)]
     assert len({(costs.call, costs.passes) for costs in (cost.count_requests(asked, run) for run in runs)}) == 1
     assert Plan.few_steps(3, "uniform", pndm).steps == 3
+
+
+def test_a_network_that_reads_the_numbers_of_its_masks_is_counted_where_it_lies(monkeypatch):
+    network, run = tiny.made(tiny.stable_diffusion)[0].unet, cost._counted
+
+    def no_meta(network, described, x_t, given):
+        if x_t.is_meta:
+            raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+        return run(network, described, x_t, given)
+
+    on_meta = cost.count(network)
+    monkeypatch.setattr(cost, "_counted", no_meta)
+    there = cost.count(network)
+    assert (there.blocks, there.outputs, there.call) == (on_meta.blocks, on_meta.outputs, on_meta.call)
+    assert not network.down_blocks[0].resnets[0]._forward_hooks

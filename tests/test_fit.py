@@ -1,6 +1,7 @@
 """A budget in, a plan out: on tiny stock pipelines, killed and resumed, from the command line."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -215,7 +216,7 @@ def test_requests_that_cannot_be_drawn_are_refused_before_any_work(tmp_path):
     with pytest.raises(ValueError, match="batch: 0 images a call"):
         Requests(words, ["a digit"], batch=0)
     letters = StableDiffusionPipeline.from_pretrained(paths.DATA / "shipped" / "letters")
-    with pytest.raises(ValueError, match="prompt 'a red fox': .* cannot read it .*does not know: fox"):
+    with pytest.raises(ValueError, match="prompt 'a red fox': .* cannot read it; use other words than fox"):
         Requests(letters, ["a red bold serif R on yellow", "a red fox"])
     pixels, _ = tiny.made(tiny.ddim_pixels)
     (tmp_path / "plan.json").mkdir()
@@ -245,11 +246,21 @@ def test_an_unfinished_fit_of_another_pipeline_is_not_gone_on_from(tmp_path):
     assert folders[2] == folders[0] and len(set(folders)) == len(folders) - 1
 
 
-def test_a_pipeline_offloaded_layer_by_layer_is_refused(tmp_path):
-    pipe, _ = tiny.made(tiny.ddim_pixels)
-    accelerate.cpu_offload(pipe.unet, torch.device("cpu"))
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_a_pipeline_offloaded_layer_by_layer_is_refused(part, tmp_path):
+    pipe, _ = tiny.made(tiny.stable_diffusion)
+    accelerate.cpu_offload(getattr(pipe, part), torch.device("cpu"))
     with pytest.raises(ValueError, match="offloaded layer by layer"):
-        Fitting(requests_of(pipe, {}), SMALL, tmp_path)
+        Fitting(requests_of(pipe, {}, PROMPTS), SMALL, tmp_path)
+
+
+def test_a_fit_is_known_again_by_other_processes(tmp_path):
+    told = ("import sys; sys.path.insert(0, 'tests'); from lib.fit import fit; from test_fit import *;"
+            "pipe, _ = tiny.made(tiny.stable_diffusion); pipe.scheduler = DDPMScheduler(clip_sample=False);"
+            f"print(Fitting(requests_of(pipe, {{}}, ('a digit',)), SMALL, paths.Path({str(tmp_path)!r})).key)")
+    keys = [subprocess.run([sys.executable, "-c", told], cwd=paths.ROOT, check=True, capture_output=True, text=True,
+                           env=os.environ | {"PYTHONHASHSEED": seed}).stdout.split()[-1] for seed in ("1", "2")]
+    assert keys[0] == keys[1]
 
 
 def test_a_scheduler_that_calls_the_network_twice_a_step_is_fitted_over_its_steps(tmp_path):

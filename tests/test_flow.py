@@ -81,20 +81,24 @@ def test_a_stock_pipelines_guidance_is_the_plans():
     assert np.abs(fewer - both).max() > 1e-3
 
 
-def test_a_text_of_another_length_in_the_middle_of_a_run_is_refused():
+@pytest.mark.parametrize(("reuse", "change", "refused"), [(HOLD, 3, 4), (LINE, 2, None)])
+def test_a_text_of_another_length_in_the_middle_of_a_run_reuses_nothing_older(reuse, change, refused):
     pipe, options = tiny.made(tiny.stable_diffusion_3)
-    full, described = full_plan(pipe, options), blocks.describe(pipe.transformer)
+    full, described = full_plan(pipe, options).replace(abscissa="step"), blocks.describe(pipe.transformer)
 
     def longer(pipe, step, timestep, given):
         texts = given["prompt_embeds"]
-        return {"prompt_embeds": torch.cat([texts, texts], dim=1) if step == 3 else texts}
+        return {"prompt_embeds": torch.cat([texts, texts], dim=1) if step == change else texts}
 
     asked = options | {"callback_on_step_end": longer, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
     with Planned(pipe, full):
         np.testing.assert_allclose(tiny.call(pipe, asked), tiny.call(pipe, asked), atol=1e-4)
-    with Planned(pipe, Plan.deepcache(3, described.branch(0), full)):
-        with pytest.raises(PlanError, match="at step 4 the text, or the image, is of another length than before"):
-            tiny.call(pipe, asked)
+    with Planned(pipe, Plan.deepcache(3, described.branch(0), full, reuse)):
+        if refused is None:
+            assert np.isfinite(tiny.call(pipe, asked)).all()
+        else:
+            with pytest.raises(PlanError, match=f"at step {refused} the text, or the image, is of another length"):
+                tiny.call(pipe, asked)
         assert np.isfinite(tiny.call(pipe, options)).all()
 
 

@@ -25,10 +25,11 @@ def test_a_pipeline_is_what_the_matrix_says(name, word):
     assert matrix.check(name)["word"] == word == TABLE.set_index("pipeline").loc[name, "word"]
 
 
-def test_a_pipeline_whose_given_pass_comes_first_is_told_by_its_first_step():
+@pytest.mark.parametrize("interval", [(0, 3), (2, 5)])
+def test_a_pipeline_whose_given_pass_comes_first_is_told_by_its_first_pair(interval):
     pipe, options = matrix.build("LuminaPipeline")
     full = matrix.own_steps(pipe, options)
-    with Planned(pipe, full.guided((0, 3))), pytest.raises(PlanError, match="the given pass comes first"):
+    with Planned(pipe, full.guided(interval)), pytest.raises(PlanError, match="on the null pass's side"):
         matrix.call(pipe, options)
 
 

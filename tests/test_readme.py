@@ -85,8 +85,9 @@ def test_the_one_table_has_every_column_and_a_dash_for_what_was_not_measured(tmp
            "times faster": 2.4, "low": 2.3, "high": 2.5, "peak MB": 7.77, "raw": 1.375, "training": "some"} | {
                f"{name}{end}": 1.0 for name in ("score", "second_score", "ratio", "second_ratio", "ddim_ratio")
                for end in ("", "_low", "_high")}
-    rows = pd.DataFrame([row | {"name": "few", "cost": None},
-                         row | {"name": "DiP-GO, 22%", "times faster": None, "cost": 12.3, "second_ratio": None,
+    rows = pd.DataFrame([row | {"name": "few", "family": "few", "cost": None},
+                         row | {"name": "DiP-GO, 22%", "family": "DiP-GO", "times faster": None, "cost": 12.3,
+                                "second_ratio": None,
                                 "second_ratio_difference": 0.1, "second_ratio_difference_low": -0.1,
                                 "second_ratio_difference_high": 0.3}])
     beside = rows.assign(name=["DDIM, uniform", "searched steps"], steps="5", cost=None).iloc[[0, 1, 1]]
@@ -105,6 +106,9 @@ def test_the_one_table_has_every_column_and_a_dash_for_what_was_not_measured(tmp
     assert " 1 [1, 1] | 0.1 [-0.1, 0.3] more | 1 [1, 1] |" in mine, "no ratio at the floor"
     assert head.count("|") == few.count("|") == mine.count("|")
     assert below == "n = 2,000 images a row; features of a classifier and a denoiser."
+    taken_in = beside.iloc[[1]].assign(family="searched steps", name="searched steps, 5 steps")
+    pd.concat([rows, taken_in]).to_csv(tmp_path / "mine" / "06_comparison" / "tables" / "everything.csv", index=False)
+    assert report.results_table("mine").count("searched steps, 5 steps |") == 1, "notebook 06 has them now"
     assert report.transformer_table("mine").splitlines()[2] == few.replace(" | 267", "").removesuffix(" - | some |")
 
 

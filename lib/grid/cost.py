@@ -1,8 +1,8 @@
 """What a network under a plan costs: multiply-accumulates (MACs) executed, parameters, measured time.
 
-MACs are counted by torch's `FlopCounterMode` on the meta device. Convolutions and matrix products count; norms,
-activations and additions do not. The products inside attention are kept apart, because papers on UNets leave them out
-and papers on transformers do not.
+MACs are counted by torch's `FlopCounterMode` on the meta device (where a network does not run there, on its own).
+Convolutions and matrix products count; norms, activations and additions do not. The products inside attention are kept
+apart, because papers on UNets leave them out and papers on transformers do not.
 """
 
 import copy
@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
@@ -117,22 +118,17 @@ def count(network: nn.Module, conditions: sampling.Conditions | None = None, sha
     """
     # Parameters, which want gradients: of tensors that do not, the counter misses what attention multiplies.
     weightless = {id(tensor): nn.Parameter(tensor.detach().to("meta")) for tensor in network.parameters()}
-    twin = copy.deepcopy(network, weightless).to("meta").float()
-    x_t = torch.empty(1, *(shape or _blocks.input_shape(network)), device="meta")
-    described, outputs = _blocks.describe(network), {}
-
-    def measure(name: str) -> Callable:
-        return lambda module, inputs, output: outputs.__setitem__(name, sum(
-            part.numel() for part in tree_leaves(output) if isinstance(part, torch.Tensor)))
-
-    for block in described:
-        twin.get_submodule(block.modules[-1]).register_forward_hook(measure(block.name))
-    with FlopCounterMode(display=False, depth=None) as counter:
-        known = conditions is not None and conditions.given
-        given = conditions.given if known else _blocks.example_conditions(network, 1, "meta")
-        given = tree_map_only(torch.Tensor, lambda rows: rows.to("meta"), given)
-        predicted = twin(x_t, timestep=torch.zeros(1, device="meta", dtype=torch.long), **given)
-    outputs["net"] = predicted[0].numel()
+    described, shape = _blocks.describe(network), shape or _blocks.input_shape(network)
+    known = conditions is not None and conditions.given
+    given = conditions.given if known else _blocks.example_conditions(network, 1, network.device)
+    try:
+        twin = copy.deepcopy(network, weightless).to("meta").float()
+        on_meta = tree_map_only(torch.Tensor, lambda rows: rows.to("meta"), given)
+        counter, outputs = _counted(twin, described, torch.empty(1, *shape, device="meta"), on_meta)
+    except NotImplementedError:  # it reads the numbers of a mask, and on the meta device there are none
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            x_t = torch.zeros(1, *shape, dtype=network.dtype, device=network.device)
+            counter, outputs = _counted(network, described, x_t, given)
     root = type(network).__name__
     flops = {path.removeprefix(f"{root}."): {str(operator): n for operator, n in operators.items()}
              for path, operators in counter.get_flop_counts().items()}
@@ -146,6 +142,25 @@ def count(network: nn.Module, conditions: sampling.Conditions | None = None, sha
     total = sum(p.numel() for p in network.parameters())
     return Costs(macs, attention, parameters, outputs, counter.get_total_flops() // 2 - sum(macs.values()),
                  total - sum(parameters.values()), passes=2 if conditions and conditions.null else 1)
+
+
+def _counted(network: nn.Module, described: _blocks.Blocks, x_t: torch.Tensor, given: Mapping
+             ) -> tuple[FlopCounterMode, dict[str, int]]:
+    """Call a network once, counting, and give how many numbers each block outputs."""
+    outputs: dict[str, int] = {}
+
+    def measure(name: str) -> Callable:
+        return lambda module, inputs, output: outputs.__setitem__(name, sum(
+            part.numel() for part in tree_leaves(output) if isinstance(part, torch.Tensor)))
+
+    hooks = [network.get_submodule(block.modules[-1]).register_forward_hook(measure(block.name)) for block in described]
+    try:
+        with FlopCounterMode(display=False, depth=None) as counter:
+            predicted = network(x_t, timestep=torch.zeros(1, device=x_t.device, dtype=torch.long), **given)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counter, outputs | {"net": predicted[0].numel()}
 
 
 @torch.no_grad()
@@ -184,7 +199,7 @@ def count_requests(requests: Requests, plan: Plan) -> Costs:
         return value[:1] if value.ndim and len(value) == len(sample) else value
 
     given = {name: tree_map_only(torch.Tensor, one, value) for name, value in list(arguments.items())[1:]
-             if value is not None and name not in ("timestep", "return_dict")}
+             if name not in ("timestep", "return_dict")}
     passes = len(sample) * len(calls) // few.steps // requests.batch
     return replace(count(network, sampling.Conditions(given), sample.shape[1:]), passes=passes)
 

@@ -77,7 +77,7 @@ class Engine:
         self._given: Tensor | None = None  # the given pass's output at this step
         self._group: _Group | None = None  # the passes that the network runs for just now
         self._told = False  # that the next call's step is known
-        self._pair: tuple[Tensor, Tensor] | None = None  # outputs of the two passes of the first batch that held both
+        self._pair: tuple[Tensor, ...] | None = None  # outputs of the first batch of two passes; () once looked at
         self._asked: Tensor | None = None  # at what latents the first call of this step asked, if it had no name
         self.thread: int | None = None  # whose run it is; None until its first call
         if self.on:
@@ -164,6 +164,10 @@ class Engine:
         if not self._done:
             raise PlanError(f"{self.plan.title} is on the pipeline, but its network was not called: was unet or "
                             "transformer replaced? Leave the block, and make a new one.")
+        if self._asked is not None and not set(self._cache) <= self._done:
+            raise PlanError(f"step {self.step} made fewer calls of the network than the step before, and calls without "
+                            "names are told apart by their order: name them (cache_context), or run the pipeline "
+                            "without a plan.")
         if len(self._now.passes) > 1 and (missing or shapes != {images}):
             raise PlanError(f"the plan has passes {', '.join(self._now.passes)}, but the network was called for "
                             f"{', '.join(sorted(self._done))} with {sorted(shapes)} rows a pass where there are "
@@ -172,15 +176,17 @@ class Engine:
     def check_order(self, output: Tensor) -> None:
         """Refuse a pipeline that holds the given pass first: told by what it made of the first batch of two.
 
-        Guidance gives a multiple of ``mean + (2 g - 1) (given - null) / 2``, with g above 1: beyond the mean of both
-        passes it goes towards the given one.
+        Guidance gives a multiple of ``mean + (2 g - 1) (given - null) / 2``: with g above one half it lies, beyond the
+        mean of both passes, on the given one's side.
 
         Parameters
         ----------
         output : Tensor, (n, C, ...), what the pipeline gave its scheduler
         """
-        pair, self._pair = self._pair, None
-        if pair is None or pair[0][:, :output.shape[1]].shape != output.shape:
+        if not self._pair:
+            return
+        pair, self._pair = self._pair, ()
+        if pair[0][:, :output.shape[1]].shape != output.shape:
             return
         null, given, guided = (part[:, :output.shape[1]].float().flatten() for part in (*pair, output))
         mean, apart = (null + given) / 2, given - null
@@ -188,8 +194,9 @@ class Engine:
         share = (guided @ mean) / (mean @ mean)
         beyond = torch.cosine_similarity(guided - share * mean, apart, dim=0) * share.sign()
         if beyond < -0.5:
-            raise PlanError(f"in this pipeline's batches the given pass comes first, and {self.plan.title} takes the "
-                            "first half for the null pass: take a plan of one pass, which holds for both.")
+            raise PlanError("the guided output lies on the null pass's side: either this pipeline's batches hold the "
+                            f"given pass first, where {self.plan.title} takes the first half for the null pass, or its "
+                            "guidance_scale is below 0.5. Take a plan of one pass, which holds for both.")
 
     def run(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
         """Give what the network gives at the current step: its `forward` runs for the passes that compute."""
@@ -225,7 +232,7 @@ class Engine:
                 fresh[number] = part
         self._done |= set(self._names)
         outputs = self._outputs(memories, fresh)
-        if len(fresh) == 2 and self.step == self._first and self.led:
+        if len(fresh) == 2 and self.led and self._pair is None:
             self._pair = outputs[0], outputs[1]
         if len(groups) == 1 and all(self._now.net[memory.sheet][self.step] == COMPUTE for memory in memories):
             return output
@@ -459,8 +466,11 @@ class _Pass:
     kept: dict[int, list[tuple[int, Tensor]]] = field(default_factory=dict)
 
     def put(self, place: int, step: int, value: Tensor, keep: int) -> None:
-        """Copy a value in, to be one of `keep`; it takes the place of one of the same step (a call made again)."""
-        older = [pair for pair in self.kept.get(place, ()) if pair[0] != step]
+        """Copy a value in, to be one of `keep`, in the place of one of the same step (a call made again).
+
+        Those of another shape (a text of another length) are forgotten.
+        """
+        older = [pair for pair in self.kept.get(place, ()) if pair[0] != step and pair[1].shape == value.shape]
         self.kept[place] = [(step, value.clone()), *older[:keep - 1]]
 
     def forget(self, life: _blocks.Life, step: int) -> None:

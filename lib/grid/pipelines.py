@@ -265,7 +265,8 @@ class Requests:
     seed: int = 0
 
     def __post_init__(self):
-        kind, told = type(self.pipe).__name__, {name.removesuffix("_embeds") for name in self.options} & set(BATCHED)
+        kind, by = type(self.pipe).__name__, self._by
+        told = by is not None and any(name == by or name.startswith(f"{by}_embeds") for name in self.options)
         if isinstance(self.said, str):
             raise ValueError("said: give a list of prompts, not one string")
         try:
@@ -280,15 +281,15 @@ class Requests:
             raise ValueError(f"{', '.join(sorted(own))}: is given by number here; leave it out.")
         if not {"num_inference_steps", "generator"} <= self._takes:
             raise ValueError(f"a {kind} cannot be called for images of numbered noise under a plan.")
-        if self.said and self._by is None:
+        if self.said and by is None:
             raise ValueError(f"a {kind} takes neither prompts nor classes: give none.")
-        if not self.said and not told and self._by is not None:
-            raise ValueError(f"a {kind} draws what it is asked for: give it {self._by.replace('_', ' ')}s.")
+        if not self.said and not told and by is not None:
+            raise ValueError(f"a {kind} draws what it is asked for: give it {by.replace('_', ' ')}s.")
         if self.batch < 1:
             raise ValueError(f"batch: {self.batch} images a call; make it 1 or more")
         if self.batch > 1 and not self.said and "batch_size" not in self._takes:
             raise ValueError(f"a {kind} that is given embeddings makes one image a call: set the batch to 1.")
-        read = self._class if self._by == "class_labels" else self._prompt
+        read = self._class if by == "class_labels" else self._prompt
         object.__setattr__(self, "said", tuple(map(read, self.said)))
 
     def _class(self, said: str | int) -> int:
@@ -302,15 +303,16 @@ class Requests:
 
     def _prompt(self, said: str | int) -> str:
         """Give a prompt as text, if the pipeline's tokenizer can read it."""
-        tokenizer = getattr(self.pipe, "tokenizer", None)
-        if tokenizer is not None:
-            try:
-                tokenizer(str(said))
-            except Exception as error:  # whatever a tokenizer raises of a word that it does not know
-                strange = [word for word in str(said).split() if word not in tokenizer.get_vocab()]
-                raise ValueError(f"prompt {str(said)!r}: this pipeline's tokenizer cannot read it ({error}). Words "
-                                 f"that it does not know: {', '.join(strange)}") from None
-        return str(said)
+        said, tokenizer = str(said), getattr(self.pipe, "tokenizer", None)
+        try:
+            if tokenizer is not None:
+                tokenizer(said)
+        except Exception as error:  # whatever a tokenizer raises of a word that it does not know
+            known = tokenizer.get_vocab()
+            strange = ", ".join(word for word in said.split() if word not in known)
+            raise ValueError(f"prompt {said!r}: this pipeline's tokenizer cannot read it; use other words than "
+                             f"{strange}") from error
+        return said
 
     @property
     def _takes(self) -> set[str]:

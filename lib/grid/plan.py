@@ -48,7 +48,7 @@ class _Part(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    def __init__(self, **values):
+    def __init__(self, /, **values):
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -153,7 +153,7 @@ class Learned(_Part):
     B: Numbers = ()
 
 
-Steps = Annotated[tuple[int | float, ...], Field(min_length=1)]
+Steps = Annotated[tuple[float, ...], Field(min_length=1)]
 
 
 class Plan(_Part):
@@ -222,10 +222,8 @@ class Plan(_Part):
 
     @field_validator("timesteps", "grid")
     @classmethod
-    def _plain(cls, steps: tuple[int | float, ...]) -> tuple[int | float, ...]:
-        if not all(abs(t) < 1e9 for t in steps):
-            raise ValueError("must be numbers that can be timesteps")
-        return tuple(int(t) if t == int(t) else float(t) for t in steps)
+    def _plain(cls, steps: tuple[float, ...]) -> tuple[int | float, ...]:
+        return tuple(int(t) if t == int(t) else t for t in steps)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -584,13 +582,15 @@ class Plan(_Part):
         except (OSError, ValueError, RecursionError) as error:  # unreadable; not UTF-8 or not JSON
             raise PlanError(f"{path}: cannot be read as JSON ({error}). Was it cut off? Make it again.") from None
         try:
-            return cls(**_from_json(content))
+            try:
+                values = _from_json(content)
+            except (LookupError, TypeError, AttributeError) as error:
+                raise PlanError(f"does not hold a plan ({error!r}): make it again with Plan.save") from None
+            return cls(**values)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from None
         except RecursionError:
             raise PlanError(f"{path}: is nested deeper than any plan") from None
-        except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
-            raise PlanError(f"{path}: does not hold a plan ({type(error).__name__}: {error})") from None
 
     def check_fits(self, blocks: Sequence[str], schedule: NoiseSchedule) -> None:
         """Refuse a model with other blocks or another noise schedule.

@@ -261,7 +261,7 @@ class _Job:
             else:
                 with self._alive(trial.number):
                     error = self.error(plan)
-                error = error if error == error else math.inf  # Optuna takes NaN for a failure, and would ask again
+                error = math.inf if math.isnan(error) else error  # Optuna takes NaN for a failure, and would ask again
                 told = study.tell(trial, [error, cost], skip_if_finished=True)  # by one who took this worker for dead
                 if told.state == TrialState.COMPLETE:
                     self.seen.add(trial.number)  # no need to decode it again
