@@ -112,9 +112,17 @@ def test_equal_agreements_are_not_drawn_on_each_other():
 def test_a_row_without_a_ratio_says_its_word():
     table = rows(ratio=[1.0, np.nan, 2.0], plan_over_control=[1.0, np.nan, 2.0]).assign(
         ratio_word="as good", plan_over_control_word="as good", plan="mine")
-    for figure in (figures.ratios(table, "ratio"), figures.beside_controls(table)):
-        assert [text.get_text() for axes in figure.axes for text in axes.texts] == ["at the floor: as good"]
+    for figure, ratios in ((figures.ratios(table, "ratio"), []), (figures.beside_controls(table), ["1", "2"])):
+        said = [text.get_text() for axes in figure.axes for text in axes.texts]
+        assert sorted(said) == [*ratios, "at the floor: as good"]
         figure.canvas.draw()
+
+
+def test_a_mark_is_filled_where_it_is_sure_who_wins():
+    words = ["better", "undecided", "worse"]
+    table = rows(plan_over_control=[0.5, 1.0, 2.0]).assign(plan_over_control_word=words, plan="mine")
+    marks = [line for line in figures.beside_controls(table).axes[0].lines if line.get_marker() == "o"]
+    assert [mark.get_markerfacecolor() for mark in marks] == ["0.3", "1.0", "0.3"]
 
 
 def test_both_judges_words_are_drawn_at_the_floor_too():
