@@ -282,7 +282,7 @@ class _ResidualHook(_LayerHook):
     def new_forward(self, module: nn.Module, *args, **kwargs) -> Tensor | tuple[Tensor | None, ...]:
         if self.engine.on and not self.engine.runs(self.place):
             inputs = self._inputs(args, kwargs)
-            return self._changed(inputs, self.engine.value(self.place) if self.engine.reads(self.place) else None)
+            return self._changed(inputs, self.engine.get(self.place) if self.engine.reads(self.place) else None)
         output = self.original(*args, **kwargs)
         if self.engine.on:
             _GIVEN[module] = None if isinstance(output, Tensor) else tuple(
