@@ -168,7 +168,7 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
     controls, steps, methods, claimed, cached = report.findings("mine").splitlines()
     assert "**3 of 6 plans of the methods and our extensions beat" in controls
     assert "(3 better, 0 as good, 0 undecided, 3 worse)." in controls, "two controls that are one count once"
-    assert "In 3 cases that control is a few full steps" in controls
+    assert "In 3 of them that control is just a few full steps." in controls
     assert "*shortest path, 7-8 steps*, 7.0 times fewer MACs at 0.6 [0.5, 0.7] of its score" in steps
     assert "Even *DDIM, uniform 30* passes this test" in steps
     assert "*DiP-GO, 22%*, 4.0 times fewer MACs" in methods

@@ -274,5 +274,5 @@ def enough(found: Plan, ladder: Iterable[Plan], best: Plan, n: int) -> str:
     if found.steps < best.steps:
         return f"With {found.steps} steps in place of {best.steps} the best teacher's score is surely at most 5 % worse"
     tried = ", ".join(map(str, sorted({plan.steps for plan in ladder})))
-    return (f"No fewer than the best teacher's {best.steps} steps are surely at most 5 % worse at n = {n} (tried: "
-            f"{tried}); that is not to say that fewer are worse")
+    return (f"Of the numbers of steps that were tried ({tried}) none is surely at most 5 % worse than the best "
+            f"teacher's {best.steps} at n = {n}, so these count as the fewest; that is not to say that fewer are worse")

@@ -183,7 +183,7 @@ def findings(study: str) -> str:
     counts = {word: (strongest["plan_over_control_word"] == word).sum() for word in WORDS}
     found.append(f"**{counts['better']} of {len(strongest)} plans of the methods and our extensions beat the strongest "
                  f"control of the same MACs** ({', '.join(f'{count} {word}' for word, count in counts.items())}). "
-                 f"In {strongest['name'].str.match(FULL).sum()} cases that control is a few full steps and no more.")
+                 f"In {strongest['name'].str.match(FULL).sum()} of them that control is just a few full steps.")
     even = kept[kept["family"] == "DDIM, uniform"]
     if len(steps) and len(even):
         shortest = even.loc[even["macs_ratio"].idxmax()]
@@ -192,7 +192,7 @@ def findings(study: str) -> str:
         found.append("**Fewer steps of a good solver go far.** The fewest that are surely at most 5 % worse than "
                      f"DDIM's whole run: {cheapest(steps)}.{more}")
     methods = kept[kept["name"].str.startswith(METHODS)]
-    found.append("**The cheapest plan of a method, ours included, that is surely at most 5 % worse**: "
+    found.append("**The cheapest plan of a method, or of ours, that passes the same test** (a control may do better): "
                  + (cheapest(methods) if len(methods) else "none") + ".")
     claims = pd.read_csv(reports / "06_comparison" / "tables" / "claims.csv")["holds"]
     claims = claims[claims != "-"].str.partition(" (")[0].value_counts()  # without the images that would decide
@@ -217,8 +217,8 @@ def pruner(study: str) -> str:
         "updates": rows["updates"].map("{:.0f}".format), "kept by its own gates": kept})
     table = markdown(shown.replace(MISSING, "-", regex=True))
     return (f"{table}\n\n*Untrained steps*: whole steps left out evenly, with the same budget and backup; *untrained* "
-            "rows: such steps that forecast, over those that hold. *Kept by its own gates* near 100 %: looks ended "
-            "that training before gates had closed.")
+            "rows: such steps that forecast, over those that hold. *Kept by its own gates* near 100 %: that "
+            "training was ended before gates had closed.")
 
 
 def _everything(study: str) -> pd.DataFrame:
