@@ -195,14 +195,15 @@ class Fitting:
             raise ValueError("a part of the pipeline is offloaded layer by layer, and a fit looks at weights: offload "
                              "whole networks (enable_model_cpu_offload), or none")
         self.blocks, self.full = blocks.describe(self.network), self.full_of(pipe, effort.steps, self._own_steps())
-        self.costs, self.guided = cost.count_requests(self.requests["search"], self.full), self._has_passes()
+        self.costs = cost.count_requests(self.requests["search"], self.full)
+        drawn, self.guided = self._two_steps()
         asked = [[bank, list(request.said), _fingerprint(request.options), request.batch, request.seed]
                  for bank, request in self.requests.items()]
         weights = {name: _fingerprint(part.state_dict()) for name, part in parts.items()}
         about = [type(pipe).__name__, self.full.key, asdict(effort), asked, weights, str(self.network.dtype),
                  pipe.scheduler.to_json_string(), self.network.device.type, torch.get_num_threads()]
         self.key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-        self.work = self._folder(work)
+        self.work = self._folder(work, drawn)
 
     @staticmethod
     def full_of(pipe: DiffusionPipeline, steps: int, own: Sequence[float] = ()) -> Plan:
@@ -227,22 +228,19 @@ class Fitting:
             return self.full.at(np.interp(behind, *self.full.way).tolist())
         return Plan.few_steps(count, {1: "uniform", 2: "quadratic"}[power], self.full, self.full.order)
 
-    def _has_passes(self) -> bool:
-        """Try whether the pipeline's passes can be told apart, by two steps."""
+    def _two_steps(self) -> tuple[Tensor, bool]:
+        """Give the images of two steps, and whether the pipeline's passes can be told apart."""
         asked, few = self.requests["search"], self.full.at(self.full.timesteps[:2])
         try:
-            asked.images(few.guided(), "search", range(asked.batch))
+            return asked.images(few.guided(), "search", range(asked.batch)), True
         except PlanError:
-            return False
-        return True
+            return asked.images(few, "search", range(asked.batch)), False
 
-    def _folder(self, work: Path) -> Path:
+    def _folder(self, work: Path, drawn: Tensor) -> Path:
         """Give the folder of what was worked out for this pipeline: one that draws the same images in two steps.
 
         What changes images and is no weight (FreeU, the scale of an adapter) is seen in that alone.
         """
-        asked = self.requests["search"]
-        drawn = asked.images(self.full.at(self.full.timesteps[:2]), "search", range(asked.batch))
         for number in itertools.count():
             folder = work / f"{self.key}-{number}"
             folder.mkdir(parents=True, exist_ok=True)

@@ -168,7 +168,7 @@ def at_floor(axes: Axes, place: float, word: str) -> None:
     """Write in place of a ratio, where a score is at the floor, what its difference says: on the side of its word."""
     x, side = {"better": (0.02, "left"), "worse": (0.98, "right")}.get(word, (0.5, "center"))
     axes.annotate(f"at the floor: {word}", (x, place), xycoords=("axes fraction", "data"), ha=side, va="center",
-                  fontsize=6)
+                  fontsize=6, bbox={"fc": "w", "ec": "none", "pad": 1})  # no line of the axes through the words
 
 
 def training_curve(history: pd.DataFrame, label: str = "loss (MSE of epsilon)") -> Figure:
