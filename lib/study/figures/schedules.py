@@ -118,7 +118,7 @@ def rank_agreement(agreement: pd.DataFrame, many: int) -> Figure:
 def dividends(table: pd.DataFrame) -> Figure:
     """Draw what a partial step after each full one is worth at equal executed MACs: below 1 it pays.
 
-    A line is a branch, named at its most expensive point; colours and markers say what is reused.
+    A line is a branch, numbered above its most expensive point; colours and markers say what is reused.
 
     Parameters
     ----------
@@ -135,8 +135,9 @@ def dividends(table: pd.DataFrame) -> Figure:
                 bars = [line[value] - line[f"{value}_low"], line[f"{value}_high"] - line[value]]
                 axes.errorbar(line["calls"], line[value], bars, marker=marker, ms=4, lw=1, ls=style, elinewidth=0.8,
                               capsize=2, color=colour, label=reuse if named else None)
-            axes.annotate(f"branch {branch}", (part["calls"].max(), 1), xycoords=("data", "axes fraction"), fontsize=6,
+            axes.annotate(str(branch), (part["calls"].max(), 1), xycoords=("data", "axes fraction"), fontsize=6,
                           color="0.4", ha="center", va="bottom")
+        axes.text(0, 1, "branch:", transform=axes.transAxes, fontsize=6, color="0.4", va="bottom")
         axes.axhline(1, color="0.5", lw=0.8)
         axes.set(xscale="log", yscale="log", xlabel="executed MACs (in full network calls)")
         axes.set_title(solvers[order], pad=14)
