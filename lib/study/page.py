@@ -153,7 +153,7 @@ def _grounded(body: str) -> str:
         leads = found[1].startswith(("http://", "https://")) or found[1].removeprefix("#") in anchors
         return found[0] if leads else found[2]
 
-    return re.sub(r"<a href=['\"]([^'\"]*)['\"][^>]*>(.*?)</a>", link, body)
+    return re.sub(r"<a href=['\"]([^'\"]*)['\"][^>]*>(.*?)</a>", link, body, flags=re.S)
 
 
 def _title(body: str) -> str:
