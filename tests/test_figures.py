@@ -5,6 +5,7 @@ from collections import defaultdict
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgba
 
 from lib.grid.plan import COMPUTE, HOLD, LINE, PARABOLA, Plan
 from lib.study import figures
@@ -110,19 +111,27 @@ def test_equal_agreements_are_not_drawn_on_each_other():
 
 
 def test_a_row_without_a_ratio_says_its_word():
-    table = rows(ratio=[1.0, np.nan, 2.0], plan_over_control=[1.0, np.nan, 2.0]).assign(
-        ratio_word="as good", plan_over_control_word="as good", plan="mine")
-    for figure, ratios in ((figures.ratios(table, "ratio"), []), (figures.beside_controls(table), ["1", "2"])):
-        said = [text.get_text() for axes in figure.axes for text in axes.texts]
-        assert sorted(said) == [*ratios, "at the floor: as good"]
-        figure.canvas.draw()
+    figure = figures.ratios(rows(ratio=[1.0, np.nan, 2.0]).assign(ratio_word="as good"), "ratio")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["at the floor: as good"]
+    figure.canvas.draw()
 
 
-def test_a_mark_is_filled_where_it_is_sure_who_wins():
-    words = ["better", "undecided", "worse"]
-    table = rows(plan_over_control=[0.5, 1.0, 2.0]).assign(plan_over_control_word=words, plan="mine")
-    marks = [line for line in figures.beside_controls(table).axes[0].lines if line.get_marker() == "o"]
-    assert [mark.get_markerfacecolor() for mark in marks] == ["0.3", "1.0", "0.3"]
+def test_a_plan_beside_its_controls_is_coloured_by_the_word_and_its_strongest_control_is_framed():
+    """A pair that was not compared stays blank, and one without a ratio says so."""
+    words = ["better", "as good", "undecided", "worse", "worse"]
+    table = pd.DataFrame({"plan": ["mine", "mine", "mine", "yours", "yours"], "name": ["a", "b", "c", "b", "c"],
+                          "plan_over_control": [0.5, 1.0, 1.0, 2.0, np.nan], "plan_over_control_word": words,
+                          "strongest": [False, True, False, False, True]})
+    axes = figures.beside_controls(table).axes[0]
+    mesh, = axes.collections
+    colours = {word: tuple(np.round(to_rgba(figures.WORDS[word][0]), 3)) for word in words}
+    drawn = np.round(mesh.to_rgba(mesh.get_array()).reshape(2, 3, 4), 3)
+    cells = {(0, 0): "better", (0, 1): "as good", (0, 2): "undecided", (1, 1): "worse", (1, 2): "worse"}
+    assert {place: tuple(drawn[place]) for place in cells} == {place: colours[word] for place, word in cells.items()}
+    assert bool(mesh.get_array().reshape(2, 3).mask[1, 0])
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {
+        (0.5, 0.5): "0.5", (1.5, 0.5): "1", (2.5, 0.5): "1", (1.5, 1.5): "2", (2.5, 1.5): "floor"}
+    assert {patch.get_xy() for patch in axes.patches} == {(1, 0), (2, 1)}
 
 
 def test_both_judges_words_are_drawn_at_the_floor_too():

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from lib.grid.plan import COMPUTE, DROP, GIVEN, HOLD, LINE, PARABOLA, Plan
@@ -529,39 +530,37 @@ def judges(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def beside_controls(table: pd.DataFrame) -> Figure:
-    """Draw each plan's score over its controls' at equal executed MACs, with intervals: left of 1 the plan wins.
+WORDS = {"better": (PALETTE[0], "white"), "as good": ("0.85", "black"), "undecided": ("white", "black"),
+         "worse": (PALETTE[3], "white")}
+"""What an interval says of a plan over its control, and the colours of such a cell and of the ratio in it."""
 
-    A mark is filled where it is sure who wins, and the ratio stands at the panel's right edge.
+
+def beside_controls(table: pd.DataFrame) -> Figure:
+    """Draw each plan's score over its controls' at equal executed MACs as a table: a plan a row, a control a column.
+
+    A cell's colour is what the ratio's interval says, its number the ratio; "floor" where there is none (`estimates`).
+    The plan's strongest control is framed.
     """
-    plans, order = (list(dict.fromkeys(table[column])) for column in ("plan", "name"))
-    wide = min(3, len(plans))
-    high = -(-len(plans) // wide)
-    figure, panels = plt.subplots(high, wide, figsize=(WIDE, high * (0.2 * len(order) + 1)), sharex=True, sharey=True,
-                                  squeeze=False)
-    for axes in panels.flat[len(plans):]:
-        axes.set_axis_off()
-    for axes, plan in zip(panels.flat, plans):
-        rows = table[table["plan"] == plan]
-        value = rows["plan_over_control"]
-        bars = [value - rows["plan_over_control_low"], rows["plan_over_control_high"] - value]
-        places = [order.index(control) for control in rows["name"]]
-        axes.errorbar(value, places, xerr=bars, fmt="none", color="0.3", capsize=2, elinewidth=1)
-        for place, ratio, word in zip(places, value, rows["plan_over_control_word"]):
-            if np.isnan(ratio):
-                at_floor(axes, place, word)
-                continue
-            axes.plot(ratio, place, "o", ms=4, color="0.3", mfc="0.3" if word in ("better", "worse") else "1.0")
-            axes.text(1.01, place, f"{ratio:.3g}", transform=axes.get_yaxis_transform(), fontsize=5.5, va="center")
-        axes.axvline(1, color="0.7", lw=1, zorder=0)
-        axes.set_xscale("log")
-        axes.set_title(plan, fontsize=7)
-        axes.tick_params(axis="y", labelsize=7)
-        axes.tick_params(axis="x", labelbottom=True)
-        plain_logarithm(axes.xaxis)
-    panels[0, 0].set_yticks(range(len(order)), order)
-    panels[0, 0].invert_yaxis()
-    figure.supxlabel("\u2190 plan better      plan's score / control's score      control better \u2192", fontsize=8)
+    cells = table.pivot(index="plan", columns="name", values=["plan_over_control", "plan_over_control_word"])
+    plans, names = (list(dict.fromkeys(table[column])) for column in ("plan", "name"))
+    ratios, words = (cells[column].loc[plans, names] for column in ("plan_over_control", "plan_over_control_word"))
+    texts = ratios.map("{:.3g}".format).where(ratios.notna(), "floor")
+    figure, axes = plt.subplots(figsize=(WIDE, 0.22 * len(plans) + 1.6))
+    sns.heatmap(words.map(list(WORDS).index, na_action="ignore").astype(float), annot=texts, fmt="", cbar=False,
+                cmap=ListedColormap([ground for ground, _ in WORDS.values()]), vmin=0, vmax=len(WORDS), ax=axes,
+                linewidths=0.5, linecolor="0.8", annot_kws={"fontsize": 6.5})
+    for text in axes.texts:
+        place = text.get_position()
+        text.set_color(WORDS[words.iloc[int(place[1]), int(place[0])]][1])
+    for row in table[table["strongest"]].itertuples():
+        corner = names.index(row.name), plans.index(row.plan)
+        axes.add_patch(Rectangle(corner, 1, 1, fill=False, ec="black", lw=2, zorder=3, clip_on=False))
+    axes.set(xlabel="", ylabel="")
+    axes.set_xticklabels(names, rotation=35, ha="right", rotation_mode="anchor", fontsize=7)
+    axes.set_yticklabels(plans, rotation=0, fontsize=7)
+    keys = [Patch(fc=ground, ec="0.8", label=f"plan {word}") for word, (ground, _) in WORDS.items()]
+    keys.append(Patch(fc="none", ec="black", lw=2, label="strongest control"))
+    figure.legend(handles=keys, loc="outside upper center", ncols=len(keys), fontsize=7, frameon=False)
     return figure
 
 
