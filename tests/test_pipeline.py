@@ -437,6 +437,7 @@ def test_a_finished_stage_leaves_numbers_and_no_state(tmp_path, monkeypatch):
     assert there.work.exists()
     there.finish({"b": 1.0, "a": 2, "ratio_few": float("nan")}, {"seconds": 0.5})  # of a row at the floor
     assert json.loads((there.out / "metrics.json").read_text()) == {"a": 2, "b": 1.0}
+    assert json.loads((there.out / "timings.json").read_text()) == {"minutes": pytest.approx(0, abs=1), "seconds": 0.5}
     assert not there.work.exists()
 
 

@@ -225,6 +225,7 @@ def test_what_is_done_of_a_study_is_published_where_that_is_asked_for(tmp_path, 
     stage.mkdir(parents=True)
     (stage / "metrics.json").write_text("{}")
     (stage / "meta.json").write_text('{"commit": "abc"}')
+    (stage / "timings.json").write_text('{"minutes": 1.5}')
     with pytest.raises(FileNotFoundError, match="01_teacher_analysis of study smoke is not done"):
         report.publish("smoke")
     report.publish("smoke", so_far=True)
@@ -232,6 +233,7 @@ def test_what_is_done_of_a_study_is_published_where_that_is_asked_for(tmp_path, 
     assert report.published("smoke") == ["00_teacher_training"]
     written = (tmp_path / "reports" / "smoke" / "README.md").read_text()
     assert "**Not run to its end**: without 01_teacher_analysis, 02_block" in written and "commit abc" in written
+    assert "Minutes: 00 1.5; together 2," in written
 
 
 def test_where_caching_pays_is_drawn_of_all_studies_that_mean_something(tmp_path, monkeypatch):

@@ -106,6 +106,10 @@ def write_readme(study: str) -> None:
     about = ", ".join(f"{name} {value}" for name, value in meta.items() if isinstance(value, str | int | float))
     parts = [f"# The study *{study}*", f"Made by the pipeline: `make study STUDY={study}`. {about}.",
              "That command also writes `index.html` here: the same with all prose, as one page."]
+    timings = {run: json.loads((target / run / "timings.json").read_text()) for run in runs}
+    if taken := {run: found["minutes"] for run, found in timings.items() if "minutes" in found}:
+        parts.append(f"Minutes: {', '.join(f'{run[:2]} {minutes:g}' for run, minutes in taken.items())}; together "
+                     f"{sum(taken.values()):.0f}, of notebooks that partly ran side by side.")
     if missing:
         parts.append(f"**Not run to its end**: without {', '.join(missing)}.")
     if said := _said(study, runs):

@@ -12,6 +12,7 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -51,7 +52,7 @@ class Stage:
 
     def __init__(self, notebook: str, values: params.Common):
         os.chdir(paths.ROOT)  # as in the pipeline: paths in parameters begin there
-        self.notebook, self.params = notebook, values
+        self.notebook, self.params, self.begun = notebook, values, time.monotonic()
         self.out = paths.writable(paths.DATA / values.study / notebook)
         self.work = paths.writable(paths.DATA / values.study / ".resume" / f"{notebook}-{self._digest()}")
         threads = min(values.threads, free_processors())
@@ -136,11 +137,12 @@ class Stage:
         ----------
         metrics : flat, finite numbers that repeat on one machine; names carry their units. Ratios alone may be NaN, at
             the floor, and are left out
-        timings : flat, measured seconds and ratios of seconds
+        timings : flat, measured seconds and ratios of seconds; `minutes`, since the stage was made, are added
         """
         write_json(self.out / "metrics.json", {name: value for name, value in metrics.items()
                                                if not (np.isnan(value) and re.search("ratio|product|over_", name))})
-        write_json(self.out / "timings.json", timings)
+        minutes = round((time.monotonic() - self.begun) / 60, 1)
+        write_json(self.out / "timings.json", {**timings, "minutes": minutes})
         write_json(self.out / "meta.json", {"params": self.params.model_dump(), "commit": _commit(),
                                             "threads": torch.get_num_threads(), "precision": self.params.precision,
                                             "machine": platform.machine(), "python": platform.python_version(),
