@@ -65,6 +65,8 @@ def test_a_plan_for_a_budget(kind, prompts, batch, guided, tmp_path, monkeypatch
     assert {"fewer steps", "searched steps"} <= controls, "alone, or as one"
     costs = [(row["steps"], row["macs"], row["PSNR"]) for name, row in rows.items() if name in found["beside"]]
     assert len(set(costs)) == len(costs), "no control stands twice"
+    for name in found["beside"]:
+        assert Plan.load(out.with_suffix(certificate.control_suffix(name))).steps == rows[name]["steps"]
     assert {"PSNR", "SSIM", "pyramid"} <= set(rows[fewer])
     assert "full run" in " ".join(found["verdict"]) and "<img" in (tmp_path / "plan.html").read_text()
     assert not list(tmp_path.glob("*.unfinished")) and not pipe.scheduler.__class__.__name__.startswith("_")
@@ -285,7 +287,9 @@ def test_images_that_are_not_numbers_end_a_fit(tmp_path):
 
 
 @pytest.mark.parametrize(("ratio", "longer", "sentence"), [
-    ((0.8, 0.7, 0.9), 0.0, ""), ((1.0, 0.98, 1.02), 0.0, "Fewer steps do as well here: fewer steps may be taken"),
+    ((0.8, 0.7, 0.9), 0.0, ""),
+    ((1.0, 0.98, 1.02), 0.0, "Fewer steps do as well here: fewer steps may be taken in "
+     "the plan's place (each is a plan in a file beside it, whose name ends in .fewer_steps.json)."),
     ((0.9, 0.7, 1.1), 0.0, "What is not told apart may be with more images"),
     ((1.3, 1.2, 1.4), 0.2, "Fewer steps come as near or nearer, but take longer than the plan. Where that time may be "
      "spent, take them, or fit again with the budget 1.21s, by prediction 20% more than the plan takes")])
@@ -297,14 +301,14 @@ def test_a_verdict_says_what_was_found(ratio, longer, sentence):
                        reuses=True)
     contrast = Contrast(Estimate(*ratio), Estimate(0.0, -1.0, 1.0), 0.05, 32)
     said = certificate.verdict(rows.set_index("name"), {"fewer steps": contrast})
-    assert ("4.00 [3.90, 4.10] times less than the full run, which takes 4 s. Predicted were 1 s, 3.90 times less; at "
+    assert ("4.00 [3.90, 4.10] times less than the full run, which takes 4 s. The prediction was 1 s, 3.90 times less; at "
             "the speed of these rounds that is 1.03 s, 3% more than measured.") in said[0]
     assert f"{ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}] times as far, over 32 images." in said[1]
     assert ("1 s: 0% longer, by prediction 20% longer" in said[1]) == bool(longer)
     assert (sentence in said[-1]) if sentence else len(said) == 2
     slowed = rows.assign(seconds=1.5 * rows["seconds"], steps=9).set_index("name")
     slowed = certificate.verdict(slowed, {"fewer steps": contrast})
-    assert "Predicted were 1 s, 3.90 times less; at the speed of these rounds that is 1.54 s, 3% more" in slowed[0]
+    assert "The prediction was 1 s, 3.90 times less; at the speed of these rounds that is 1.54 s, 3% more" in slowed[0]
     assert "The full run took 54% longer in these rounds than predicted" in slowed[1]
     alone = rows.assign(seconds=[1.3, 1.0, 4.0]).set_index("name")
     assert "It takes longer than it was fitted to: 27%." in certificate.verdict(alone, {"fewer steps": contrast})

@@ -5,6 +5,7 @@ import html
 import io
 import json
 import platform
+import re
 from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
@@ -39,13 +40,15 @@ def certify(fitting: Fitting, found: Fitted, about: Mapping[str, str], out: Path
     Parameters
     ----------
     about : what else the certificate says of the fit
-    out : Path of the plan; ``.certificate.json`` and ``.html`` lie beside it
+    out : Path of the plan; ``.certificate.json`` and ``.html`` lie beside it, and each control as a plan of its own
     """
     plans = {FULL: fitting.full, FITTED: found.plan, **found.controls}
     asked, count = fitting.requests["report"], fitting.effort.report_images
     made = {name: asked.images(plan, "report", range(count), title=name) for name, plan in plans.items()}
     own = f"own scheduler ({type(asked.pipe.scheduler).__name__})"
     made[own] = asked.plain("report", range(count), fitting.effort.steps, own)
+    for name, plan in found.controls.items():
+        plan.save(out.with_suffix(control_suffix(name)))
     table = _rows(fitting, plans, made, own)
     beside = {name: pairs.nearer(made[FITTED], made[name], made[FULL]) for name in found.controls}
     words = verdict(table.set_index("name"), beside)
@@ -55,6 +58,11 @@ def certify(fitting: Fitting, found: Fitted, about: Mapping[str, str], out: Path
                "beside": {name: contrast.columns("over") for name, contrast in beside.items()}}
     out.with_suffix(".certificate.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
     out.with_suffix(".html").write_text(_page(about, words, table, made, found.plan, out))
+
+
+def control_suffix(name: str) -> str:
+    """Give the suffix of a control's file, beside the fitted plan's: "fewer steps" gives .fewer_steps.json."""
+    return f".{re.sub('[^a-z0-9]+', '_', name.lower())}.json"
 
 
 def _where(fitting: Fitting) -> dict[str, str]:
@@ -104,7 +112,7 @@ def verdict(rows: pd.DataFrame, beside: Mapping[str, Contrast]) -> list[str]:
     off, times = abs(slower * promised / plan["seconds"] - 1), rows.loc[FULL, "predicted"] / promised
     said = [f"The fitted plan takes {plan['seconds']:.3g} s a call, {plan['faster']:.2f} [{plan['faster_low']:.2f}, "
             f"{plan['faster_high']:.2f}] times less than the full run, which takes {rows.loc[FULL, 'seconds']:.3g} s. "
-            f"Predicted were {promised:.3g} s, {times:.2f} times less; at the speed of these rounds that is "
+            f"The prediction was {promised:.3g} s, {times:.2f} times less; at the speed of these rounds that is "
             f"{slower * promised:.3g} s, {off:.0%} {'more' if slower * promised > plan['seconds'] else 'less'} than "
             f"measured. PSNR to the full run's images: {text(plan, 'PSNR')} dB."]
     if not plan["reuses"]:
@@ -132,7 +140,8 @@ def verdict(rows: pd.DataFrame, beside: Mapping[str, Contrast]) -> list[str]:
     as_good = [name for name, contrast in beside.items()
                if contrast.word in ("as good", "worse") and name != "DeepCache"]
     if enough := [name for name in as_good if longer[name] <= MARGIN]:
-        said.append(f"Fewer steps do as well here: {' and '.join(enough)} may be taken in the plan's place.")
+        said.append(f"Fewer steps do as well here: {' and '.join(enough)} may be taken in the plan's place "
+                    f"(each is a plan in a file beside it, whose name ends in {control_suffix(enough[0])}).")
     elif as_good:
         soonest = rows.loc[as_good, "predicted"].idxmin()
         said.append(f"{soonest[0].upper()}{soonest[1:]} come as near or nearer, but take longer than the plan. Where "
