@@ -301,8 +301,8 @@ def test_a_verdict_says_what_was_found(ratio, longer, sentence):
                        reuses=True)
     contrast = Contrast(Estimate(*ratio), Estimate(0.0, -1.0, 1.0), 0.05, 32)
     said = certificate.verdict(rows.set_index("name"), {"fewer steps": contrast})
-    assert ("4.00 [3.90, 4.10] times less than the full run, which takes 4 s. The prediction was 1 s, 3.90 times less; at "
-            "the speed of these rounds that is 1.03 s, 3% more than measured.") in said[0]
+    assert ("4.00 [3.90, 4.10] times less than the full run, which takes 4 s. The prediction was 1 s, 3.90 times less; "
+            "at the speed of these rounds that is 1.03 s, 3% more than measured.") in said[0]
     assert f"{ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}] times as far, over 32 images." in said[1]
     assert ("1 s: 0% longer, by prediction 20% longer" in said[1]) == bool(longer)
     assert (sentence in said[-1]) if sentence else len(said) == 2
