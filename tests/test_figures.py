@@ -35,12 +35,14 @@ def test_the_front_draws_scores_where_there_are_no_ratios(ratios):
 def test_a_panel_of_the_front_holds_few_families_and_none_is_lost():
     flexiffusion = [f"Flexiffusion, {k}" for k in range(8)]
     families = ["DDIM, uniform", "DPM-Solver++, uniform", "DDIM, quadratic", "searched steps", "teacher, longer",
+                "columns (one gate a step)",
                 *flexiffusion, "DiP-GO", "DiffNAS", "shortest path"]
     table = pd.concat([rows(ratio=[1.0, 1.5, 2.5], score=[1.0, 2.0, 3.0]).assign(family=family) for family in families])
     figure = figures.front(table)
     panels = [axes.get_legend_handles_labels()[1] for axes in figure.axes]
     assert panels == [flexiffusion[:6], [*flexiffusion[6:], "DiP-GO", "DiffNAS"],
-                      ["searched steps", "shortest path", "DDIM, quadratic", "teacher, longer"]]
+                      ["searched steps", "columns (one gate a step)", "shortest path", "DDIM, quadratic",
+                       "teacher, longer"]]
     assert figures._panels(["Flexiffusion", "DiP-GO", "TaylorSeer"]) == [["Flexiffusion", "DiP-GO"], ["TaylorSeer"]]
     assert all(len(axes.containers) == len(panel) + 2 for axes, panel in zip(figure.axes, panels))
     figure.canvas.draw()
@@ -69,6 +71,32 @@ def test_five_curves_and_what_reuse_is_worth_are_drawn_at_the_floor_too(ratios):
     assert dividends.axes[0].get_ylabel().startswith("distance" if floor else "score")
     for figure in (curves, reuse, dividends):
         figure.canvas.draw()
+
+
+def test_a_block_s_shares_of_macs_and_of_time_are_written_above_its_bars():
+    table = pd.DataFrame({"block": ["mid", "stem and head"], "macs": [3, 1], "seconds": [0.01, 0.09]})
+    figure = figures.macs_and_seconds(table)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["75.0", "25.0", "10.0", "90.0"]
+    figure.canvas.draw()
+
+
+def test_a_control_s_label_says_of_which_solver_its_steps_are():
+    """In the panel of DDIM, too, searched steps are of DPM-Solver++."""
+    table = rows(ratio=[1.0, 1.5, 2.5], score=[1.0, 2.0, 3.0]).assign(
+        family=["hold", "evenly spaced", "searched steps"], order=1, macs_percent=[10, 20, 30])
+    labels = figures.forecasts(table, "ratio").legends[0].get_texts()
+    assert [label.get_text() for label in labels] == ["hold", "evenly spaced (the panel's solver)",
+                                                      "searched steps (DPM-Solver++)"]
+
+
+def test_steps_that_a_plan_s_coarser_walk_leaves_out_are_white_in_its_map(teacher):
+    """They are named in the legend; where the plan walks all of the teacher's steps, there is no such entry."""
+    for plan, words in ((teacher, ["holds", "computes"]),
+                        (Plan.few_steps(3, "uniform", teacher), ["left out", "holds", "computes"])):
+        axes, = figures.plan_map(plan).axes
+        assert [word.get_text() for word in axes.get_legend().texts] == words
+        cells = np.ma.masked_invalid(axes.collections[0].get_array().reshape(len(plan.blocks), -1))
+        assert (~np.ma.getmaskarray(cells)).all(axis=0).sum() == plan.steps
 
 
 def test_of_each_way_the_curve_takes_the_best_at_each_cost():
@@ -111,8 +139,10 @@ def test_equal_agreements_are_not_drawn_on_each_other():
 
 
 def test_a_row_without_a_ratio_says_its_word():
-    figure = figures.ratios(rows(ratio=[1.0, np.nan, 2.0]).assign(ratio_word="as good"), "ratio")
-    assert [text.get_text() for text in figure.axes[0].texts] == ["at the floor: as good"]
+    table = rows(ratio=[1.0, np.nan, 2.0], ratio_difference=[0.0, 0.2, 1.0]).assign(ratio_word="as good")
+    figure = figures.ratios(table, "ratio")
+    assert [text.get_text() for text in figure.axes[0].texts] == [
+        "no ratio (a score is at the floor): as good, difference 0.2 [-0.1, 0.5]"]
     figure.canvas.draw()
 
 
@@ -144,11 +174,14 @@ def test_both_judges_words_are_drawn_at_the_floor_too():
 
 
 def test_a_drawn_step_reads_what_computes_and_the_backups_that_computing_cells_need(teacher, described):
-    """DeepCache's partial step: the last block reads its neighbour's backup, and no other is drawn."""
+    """DeepCache's partial step: the last block reads its neighbour's held output, and no other is drawn."""
     states = np.array(Plan.deepcache(2, described.branch(0), teacher).computes[:2], dtype=int)
     reads = sum(len([name for name in block.reads if name in described.names]) for block in described)
-    assert len(drawings.wiring(described, states).axes[0].patches) == reads + 1 + 1
-    assert len(drawings.wiring(described, columns=2).axes[0].patches) == 2 * reads + len(described)
+    cached, supernet = (drawings.wiring(described, *given).axes[0] for given in ((states,), (None, 2)))
+    assert len(cached.patches) == reads + 1 + 1
+    assert len(supernet.patches) == 2 * reads + len(described)
+    words = [[text.get_text() for text in axes.get_legend().texts] for axes in (cached, supernet)]
+    assert words == [["reads", "held output (cache)"], ["reads", "backup"]]
 
 
 def test_a_drawn_forecast_is_the_curve_through_the_last_outputs():
@@ -171,6 +204,7 @@ def test_segments_and_an_elastic_block_are_drawn_with_their_words(teacher, descr
     assert places["three"] == (2 * length + teacher.steps - 1) / 2
     axes = drawings.elastic_block([1, 3], [8, 16], (3, 1, 8)).axes[0]
     words = [text.get_text() for text in axes.texts]
+    assert {"$h$", "$+ e(t)$", "kernel of $W_1$", "kernel of $W_2$"} <= set(words), "the formula's letters"
     assert words.count("1 x 1") == words.count("3 x 3") == 2 and {"8", "16"} <= set(words)
     green = {(patch.get_x(), patch.get_y(), patch.get_height()) for patch in axes.patches
              if patch.get_facecolor()[:3] == figures.COLOURS["DiffNAS"]}
@@ -199,7 +233,18 @@ def test_each_level_shows_the_loss_that_its_local_choice_may_have():
     for axes, loss in zip(figure.axes, losses.values()):
         limit, = (line for line in axes.lines if line.get_linestyle() == "--")
         assert list(limit.get_ydata()) == pytest.approx([3 * loss] * 2)
+        assert limit.get_label() == "$s$ x reference ($s$ = 3.00)"
     figure.canvas.draw()
+
+
+def test_trainings_of_one_kind_share_a_colour_and_a_name():
+    history = pd.DataFrame([{"name": name, "training": seed, "step": step, "loss": 1 / step + 0.1 * seed}
+                            for name in ("a", "b") for seed in (0, 1) for step in (1, 2)])
+    axes, = students.curves(history, "loss").axes
+    first, second = axes.lines[:2], axes.lines[2:]
+    assert [len({line.get_color() for line in some}) for some in (first, second, axes.lines)] == [1, 1, 2]
+    assert [float(line.get_ydata()[1]) for line in axes.lines] == [0.5, 0.6, 0.5, 0.6]
+    assert axes.get_legend_handles_labels()[1] == ["a", "b"]
 
 
 def test_gradients_that_agree_nearly_alike_are_drawn_apart():
@@ -223,6 +268,12 @@ def test_held_out_losses_have_a_label_at_every_tick():
     assert {"0.08", "0.1", "0.2"} <= {label.get_text() for label in axes.get_yticklabels()}
 
 
+def test_a_training_is_drawn_from_its_first_update():
+    history = pd.DataFrame({"pruner": "DiP-GO", "update": range(3), "consistency": 0.1, "sparsity": 1.0, "kept": 1.0})
+    lines = [line for axes in pruning.training(history).axes for line in axes.lines]
+    assert len(lines) == 3 and all(list(line.get_xdata()) == [1, 2, 3] for line in lines)
+
+
 def test_maps_of_gates_have_a_legend_and_maps_of_scores_a_colour_bar():
     gates, scores = np.eye(3, dtype=bool), np.linspace(0, 1, 9).reshape(3, 3)
     legend = pruning.maps({"a": gates, "b": ~gates}, list("xyz"), "gate")
@@ -230,7 +281,7 @@ def test_maps_of_gates_have_a_legend_and_maps_of_scores_a_colour_bar():
     words, patches = legend.axes[0].get_legend().texts, legend.axes[0].get_legend().get_patches()
     assert [word.get_text() for word in words] == ["gate 0: holds", "gate 1: computes"]
     assert [patch.get_facecolor()[:3] for patch in patches] == [pruning.GATES(end)[:3] for end in (0.0, 1.0)]
-    bar = pruning.maps({"a": gates, "b": scores}, list("xyz"), "score, gate")
+    bar = pruning.maps({"a": gates, "b": scores}, list("xyz"), "gate score")
     assert len(bar.axes) == 3 and bar.axes[0].get_legend() is None
     for figure in (legend, bar):
         figure.canvas.draw()

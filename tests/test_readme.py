@@ -152,7 +152,7 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
     beside = pd.DataFrame({
         "strongest": [True, True, True, False], "plan_over_control_word": ["worse", "worse", "better", "better"],
         "plan": ["A", "A", "B", "B"], "score": 1.0, "steps": ["7-8", "9", "50", "50"], "kind": "control",
-        "name": ["shortest path", "learned steps", "genetic search", "none"], "macs": [700, 500, 500, 500],
+        "name": ["shortest path", "learned steps", "searched steps, passes", "none"], "macs": [700, 500, 500, 500],
         "macs_ratio": [7.0, 8.0, 9.0, 9.0], "ddim_ratio": [0.6, 2.0, 0.1, 0.1]})
     beside = beside.assign(ddim_ratio_low=beside["ddim_ratio"] - 0.1, ddim_ratio_high=beside["ddim_ratio"] + 0.1)
     claims = pd.DataFrame({"holds": ["yes", "no", "no (n = 9)", "-"]})
@@ -168,7 +168,7 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
     controls, steps, methods, claimed, cached = report.findings("mine").splitlines()
     assert "**3 of 6 plans of the methods and our extensions beat" in controls
     assert "(3 better, 0 as good, 0 undecided, 3 worse)." in controls, "two controls that are one count once"
-    assert "In 3 of them that control is just a few full steps." in controls
+    assert "In 3 of them that control is just a few full steps." in controls, "not where null passes are left out"
     assert "*shortest path, 7-8 steps*, 7.0 times fewer MACs at 0.6 [0.5, 0.7] of its score" in steps
     assert "Even *DDIM, uniform 30* passes this test" in steps
     assert "*DiP-GO, 22%*, 4.0 times fewer MACs" in methods

@@ -68,7 +68,8 @@ def test_a_plan_over_its_controls():
                          "plan_over_control_word": ["undecided", "better", "better"],
                          "nearness_over_control_word": ["better", "worse", "worse"], "strongest": [False, True, False]})
     assert settings.over_controls(rows) == {
-        "as many DDIM steps": 0.9, "as many DDIM steps, word": "undecided", "nearer than as many DDIM steps": "better",
+        "as many DDIM steps": 0.9, "as many DDIM steps, word": "undecided",
+        "nearness over as many DDIM steps, word": "better",
         "DeepCache": 0.5, "DeepCache, word": "better", "strongest": "DeepCache, branch 0",
         "over the strongest": 0.5, "over the strongest, word": "better"}
     alone = settings.over_controls(rows.iloc[[0, 2]].assign(strongest=[True, False]))

@@ -85,14 +85,15 @@ def over_controls(rows: pd.DataFrame) -> dict:
 
     Returns
     -------
-    over : the plan's score over that of as many DDIM steps and of DeepCache, each with its word; whether it lies nearer
-        to the best teacher's images than as many DDIM steps; and its strongest control, with score and word
+    over : the plan's score over that of as many DDIM steps and of DeepCache, each with its word; the word
+        of its distance to the best teacher's images over that of as many DDIM steps; and its strongest control, with
+        its score over that one's and the word
     """
     rows = rows.set_index("name")
     ddim, caches = rows.loc["DDIM, uniform"], rows.filter(like="DeepCache", axis=0)
     strongest = rows[rows["strongest"]].iloc[0]
     return {"as many DDIM steps": ddim["plan_over_control"], "as many DDIM steps, word": ddim["plan_over_control_word"],
-            "nearer than as many DDIM steps": ddim["nearness_over_control_word"],
+            "nearness over as many DDIM steps, word": ddim["nearness_over_control_word"],
             "DeepCache": caches["plan_over_control"].min(),
             "DeepCache, word": (caches["plan_over_control_word"].tolist() or ["-"])[0],
             "strongest": strongest.name, "over the strongest": strongest["plan_over_control"],

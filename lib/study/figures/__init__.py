@@ -18,6 +18,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from lib.grid.plan import COMPUTE, DROP, GIVEN, HOLD, LINE, PARABOLA, Plan
+from lib.judging import estimates
 
 NARROW, WIDE = 3.3, 6.9  # inches
 
@@ -39,8 +40,8 @@ CONTROLS = {"DDIM, uniform": ("0.45", "o", "-"), "DDIM, quadratic": ("0.6", "s",
             "shortest path": ("0.3", "d", ""), "shortest path (teacher)": ("0.3", "d", ""),
             "shortest path (student)": ("0.55", "d", ""), "learned steps (teacher)": ("0.0", "*", ""),
             "learned steps (student)": ("0.35", "*", ""), "genetic search": ("0.55", "3", ""),
-            "genetic search, columns": ("0.35", "4", ""), "columns (whole steps)": ("0.25", "|", ""),
-            "annealed columns (whole steps)": ("0.5", "_", ""), "searched steps (teacher)": ("0.0", ">", ""),
+            "genetic search, columns": ("0.35", "4", ""), "columns (one gate a step)": ("0.25", "|", ""),
+            "annealed columns (one gate a step)": ("0.5", "_", ""), "searched steps (teacher)": ("0.0", ">", ""),
             "searched steps (student)": ("0.35", ">", ""), "thin": ("0.5", "p", ""), "random": ("0.7", "x", ""),
             "global, raw": ("0.4", "2", ""), "global, relative": ("0.6", "1", ""), "torch-pruning": ("0.3", "H", ""),
             "first-block caching": ("0.35", "^", "--"), "cache-dit": ("0.6", "v", ":"),
@@ -165,11 +166,12 @@ def scores(axis: Axis, rescale: Callable[..., None], table: pd.DataFrame, name: 
         (axes.axhline if upright else axes.axvline)(linear, color="0.8", lw=0.8, ls=":", zorder=0)
 
 
-def at_floor(axes: Axes, place: float, word: str) -> None:
+def at_floor(axes: Axes, place: float, word: str, difference: str) -> None:
     """Write in place of a ratio, where a score is at the floor, what its difference says: on the side of its word."""
     x, side = {"better": (0.02, "left"), "worse": (0.98, "right")}.get(word, (0.5, "center"))
-    axes.annotate(f"at the floor: {word}", (x, place), xycoords=("axes fraction", "data"), ha=side, va="center",
-                  fontsize=6, bbox={"fc": "w", "ec": "none", "pad": 1})  # no line of the axes through the words
+    axes.annotate(f"no ratio (a score is at the floor): {word}, difference {difference}", (x, place),
+                  xycoords=("axes fraction", "data"), ha=side, va="center", fontsize=6,
+                  bbox={"fc": "w", "ec": "none", "pad": 1})  # no line of the axes through the words
 
 
 def training_curve(history: pd.DataFrame, label: str = "loss (MSE of epsilon)") -> Figure:
@@ -185,13 +187,15 @@ def training_curve(history: pd.DataFrame, label: str = "loss (MSE of epsilon)") 
 def macs_and_seconds(table: pd.DataFrame) -> Figure:
     """Draw each block's share of MACs beside its share of the measured time (columns block, macs, seconds)."""
     shares = table.assign(MACs=table["macs"] / table["macs"].sum(), time=table["seconds"] / table["seconds"].sum())
-    figure, axes = plt.subplots(figsize=(WIDE, 2.3))
+    figure, axes = plt.subplots(figsize=(WIDE, 2.6))
     x = np.arange(len(shares))
-    axes.bar(x - 0.2, 100 * shares["MACs"], 0.4, label="MACs", color=PALETTE[0])
-    axes.bar(x + 0.2, 100 * shares["time"], 0.4, label="measured time", color="0.7")
+    for shift, name, label, colour in ((-0.2, "MACs", "MACs", PALETTE[0]), (0.2, "time", "measured time", "0.7")):
+        bars = axes.bar(x + shift, 100 * shares[name], 0.4, label=label, color=colour)
+        axes.bar_label(bars, fmt="%.1f", fontsize=6, rotation=90, padding=2)
     axes.set_xticks(x, shares["block"], rotation=45, ha="right")
     axes.set(ylabel="share of a network call (%)")
-    axes.legend()
+    axes.margins(y=0.2)  # room for the numbers
+    axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -248,16 +252,17 @@ def forecasts(table: pd.DataFrame, ylabel: str) -> Figure:
     orders = sorted(table["order"].unique(), reverse=True)
     figure, panels = plt.subplots(1, len(orders), figsize=(WIDE, 3), sharey=True, squeeze=False)
     looks = REUSE_LOOKS | {"evenly spaced": ("0.0", "D"), "searched steps": ("0.3", ">")}
+    labels = {"evenly spaced": "evenly spaced (the panel's solver)", "searched steps": "searched steps (DPM-Solver++)"}
     for axes, order in zip(panels[0], orders):
         for family, rows in table[table["order"] == order].groupby("family", sort=False):
             rows, (colour, marker) = rows.sort_values("macs_percent"), looks[family]
             bars = [rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]]
-            line = "--" if family in ("evenly spaced", "searched steps") else "-"
+            line = "--" if family in labels else "-"
             axes.errorbar(rows["macs_percent"], rows[value], bars, color=colour, marker=marker, ls=line, ms=4, lw=1,
-                          elinewidth=0.8, capsize=2, label=family)
+                          elinewidth=0.8, capsize=2, label=labels.get(family, family))
         if value == "ratio":
             axes.axhline(1, color="0.8", lw=0.8, zorder=0)
-        axes.set(xscale="log", xlabel="executed MACs (% of the teacher's)",
+        axes.set(xscale="log", xlabel="executed MACs (% of the best teacher's)",
                  title={1: "DDIM (order 1)", 2: "DPM-Solver++ (order 2)"}[order])
         plain_logarithm(axes.xaxis)
         scores(axes.yaxis, axes.set_yscale, table, value)
@@ -297,7 +302,7 @@ def caching(table: pd.DataFrame) -> Figure:
 
 
 def plan_map(plan: Plan, name: str = GIVEN) -> Figure:
-    """Draw a pass of a plan on the teacher's steps: what computes, holds, forecasts; null steps, and dropped ones.
+    """Draw a pass of a plan on the teacher's steps: what computes, holds, forecasts; white is left out.
 
     Cells that nobody reads, computing ones among them, are drawn as held: they do not run.
     """
@@ -313,7 +318,7 @@ def plan_map(plan: Plan, name: str = GIVEN) -> Figure:
     axes.set_yticks(np.arange(len(plan.blocks)) + 0.5, plan.blocks, fontsize=7)
     axes.set(xlabel="step (noise to image)", ylabel="block")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend = {"null step": "white"} if np.isnan(drawn).any() else {}
+    legend = {"left out": "white"} if np.isnan(drawn).any() else {}
     legend |= {STATES[state][0]: STATES[state][1] for state in shown}
     axes.legend([plt.Rectangle((0, 0), 1, 1, fc=c, ec="0.6") for c in legend.values()], list(legend),
                 ncols=len(legend), loc="lower right", bbox_to_anchor=(1, 1), fontsize=7)
@@ -396,7 +401,7 @@ def front(table: pd.DataFrame, links: Mapping[str, str] = MappingProxyType({})) 
         axes.remove()
     figure.supylabel({"ratio": "score / the best teacher's score (dashed: 5 % worse)",
                       "score": SCORES}[value], fontsize=9)
-    figure.supxlabel("times fewer executed MACs than the teacher (marks of equal cost stand side by side);\n"
+    figure.supxlabel("times fewer executed MACs than the best teacher (marks of equal cost stand side by side);\n"
                      "lower axis: the honest factor, over the fewest steps that are surely at most 5 % worse",
                      fontsize=9)
     _honest(panels, groups, (table["honest_factor"] / table["macs_ratio"]).median())
@@ -428,7 +433,7 @@ def _panels(families: Sequence[str]) -> list[list[str]]:
     groups: dict[str, list[str]] = {}
     for family in families:
         method = family.partition(",")[0]
-        placed = "placed" if re.search("steps|coefficients|path|search", family) else "else"
+        placed = "placed" if re.search("step|coefficients|path|search", family) else "else"
         groups.setdefault(method if method in METHODS else placed, []).append(family)
     panels: list[list[str]] = []
     for names in (METHODS, ("placed", "else")):  # controls share no panel with methods
@@ -441,9 +446,9 @@ def _panels(families: Sequence[str]) -> list[list[str]]:
     return [panel for panel in panels if panel] or [[]]
 
 
-PLACED = "(searched|learned) (steps|coefficients)|shortest path"
+PLACED = "(searched|learned) (steps|coefficients)(?!, passes)|shortest path"
 """What the names of controls begin with whose full steps a search or a path placed, or a gradient, with or without the
-solver's coefficients."""
+solver's coefficients; not those that leave out null passes, whose steps are not full."""
 CURVES = {"DDIM, fewer even steps": ("DDIM, uniform", "0.5", "o", "-"),
           "DPM-Solver++, fewer even steps": ("DPM-Solver\\+\\+, uniform", "0.0", "D", "-"),
           "placed steps: searched, learned, shortest path": (PLACED, PALETTE[2], "*", "-"),
@@ -569,7 +574,7 @@ def ratios(table: pd.DataFrame, label: str, mark: float | None = None) -> Figure
 
     Parameters
     ----------
-    table : columns name, ratio, ratio_low, ratio_high; optionally part (a gap stands between parts), and least and
+    table : columns name, and those of a `Contrast` named ratio; optionally part (a gap stands between parts), least and
         greatest (of single trainings: a grey band)
     label : of the axis
     mark : a second line, such as 1.05; None for none
@@ -582,7 +587,7 @@ def ratios(table: pd.DataFrame, label: str, mark: float | None = None) -> Figure
         if "least" in table:
             axes.plot([row.least, row.greatest], [places[-1]] * 2, color="0.88", lw=5, solid_capstyle="butt")
         if np.isnan(row.ratio):
-            at_floor(axes, places[-1], row.ratio_word)
+            at_floor(axes, places[-1], row.ratio_word, estimates.text(row._asdict(), "ratio_difference"))
         colour = COLOURS.get(row.name.partition(",")[0], "0.3")
         axes.errorbar(row.ratio, places[-1], xerr=[[row.ratio - row.ratio_low], [row.ratio_high - row.ratio]], fmt="o",
                       ms=4, capsize=2, elinewidth=1, color=colour)

@@ -40,8 +40,8 @@ def wiring(blocks: Blocks, states: np.ndarray | None = None, columns: int = 3) -
     Parameters
     ----------
     blocks : Blocks
-    states : (columns, blocks), int, of `STATES`: colours the cells, and keeps the backups that a computing cell reads.
-        None leaves all white, with all backups, as in DiP-GO's SuperNet
+    states : (columns, blocks), int, of `STATES`: colours the cells, and keeps the backups that a computing cell reads,
+        as a cache's. None leaves all white, with all backups, as in DiP-GO's SuperNet
     columns : int, drawn where there are no states
     """
     columns = columns if states is None else len(states)
@@ -69,7 +69,8 @@ def wiring(blocks: Blocks, states: np.ndarray | None = None, columns: int = 3) -
     axes.set_xticks(range(columns), [f"step {step}" for step in range(columns)])
     axes.set_xlim(-0.35, columns - 0.75)
     axes.tick_params(length=0)
-    axes.legend([plt.Line2D([], [], **read), plt.Line2D([], [], **backup)], ["reads", "backup"], fontsize=7, ncols=2,
+    labels = ["reads", "backup" if states is None else "held output (cache)"]
+    axes.legend([plt.Line2D([], [], **read), plt.Line2D([], [], **backup)], labels, fontsize=7, ncols=2,
                 loc="lower right", bbox_to_anchor=(1, 1))
     return figure
 
@@ -113,12 +114,12 @@ def elastic_block(kernels: Sequence[int], widths: Sequence[int], chosen: tuple[i
     """
     figure, axes = plt.subplots(figsize=(WIDE, 2.3))
     on, off = COLOURS["DiffNAS"], "0.9"
-    for x, title, kernel in ((1.2, "conv1", chosen[0]), (6.6, "conv2", chosen[1])):
+    for x, title, kernel in ((1.2, "kernel of $W_1$", chosen[0]), (6.6, "kernel of $W_2$", chosen[1])):
         axes.text(x + 0.6, 3.45, title, ha="center", fontsize=8)
         for i, size in enumerate(kernels):
             axes.add_patch(Rectangle((x, 0.3 + i), 1.2, 0.8, fc=on if size == kernel else off, ec="0.5"))
             axes.text(x + 0.6, 0.7 + i, f"{size} x {size}", ha="center", va="center", fontsize=8)
-    axes.text(4.5, 3.45, "channels between", ha="center", fontsize=8)
+    axes.text(4.5, 3.45, "width (channels)", ha="center", fontsize=8)
     for width in reversed(widths):  # the widest first, so that the nested ones lie on it
         high = 2.8 * width / max(widths)
         axes.add_patch(Rectangle((4.1, 0.3), 0.8, high, fc=on if width <= chosen[2] else off, ec="0.5"))
@@ -127,8 +128,8 @@ def elastic_block(kernels: Sequence[int], widths: Sequence[int], chosen: tuple[i
         axes.annotate("", (end, 1.7), (start, 1.7), arrowprops={"arrowstyle": "-|>", "color": "0.4"})
     axes.plot([0.05, 0.05, 9.2, 9.2], [1.45, 0, 0, 1.45], color="0.6", ls=":", lw=1)
     axes.text(9.2, 1.7, "+", ha="center", va="center", fontsize=12)
-    axes.text(3.25, 1.85, "+ time", ha="center", fontsize=7)
-    axes.text(0.1, 1.7, "x", ha="right", va="center")
+    axes.text(3.25, 1.85, "$+ e(t)$", ha="center", fontsize=8)
+    axes.text(0.1, 1.7, "$h$", ha="right", va="center")
     axes.set(xlim=(-0.2, 9.6), ylim=(-0.2, 3.8))
     axes.axis("off")
     return figure

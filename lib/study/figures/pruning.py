@@ -20,13 +20,14 @@ GATES = LinearSegmentedColormap.from_list("gates", [STATES[HOLD][1], STATES[COMP
 
 
 def training(history: pd.DataFrame) -> Figure:
-    """Draw both losses and the kept fraction of the MACs over the updates, a line a pruner.
+    """Draw both losses and the kept fraction of the MACs over the updates, counted from 1, a line a pruner.
 
     The consistency loss, which jumps with each update's images, is meaned over a twentieth of the longest training.
 
     Parameters
     ----------
-    history : columns pruner, update, consistency, sparsity, kept; pruners beside those of `TONES` take further colours
+    history : columns pruner, update (from 0), consistency, sparsity, kept; pruners beside those of `TONES` take
+        further colours
     """
     figure, panels = plt.subplots(1, 3, figsize=(WIDE, 2.6))
     labels = {"consistency": "consistency loss", "sparsity": "sparsity term", "kept": "kept MACs (%)"}
@@ -35,7 +36,7 @@ def training(history: pd.DataFrame) -> Figure:
         for name, rows in history.groupby("pruner", sort=False):
             drawn = rows[column].rolling(window, min_periods=1).mean() if column == "consistency" else rows[column]
             scale = 100 if column == "kept" else 1
-            axes.plot(rows["update"], scale * drawn, lw=1.1, color=TONES.get(name), label=name)
+            axes.plot(rows["update"] + 1, scale * drawn, lw=1.1, color=TONES.get(name), label=name)
         axes.set(xlabel="update", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     figure.legend(*panels[1].get_legend_handles_labels(), fontsize=6, ncols=4, loc="outside upper center")
@@ -72,7 +73,7 @@ def maps(panels: Mapping[str, np.ndarray], rows: list[str], label: str) -> Figur
 
 
 def freedom(table: pd.DataFrame) -> Figure:
-    """Draw how much of what a plan reuses lies outside whole reused columns, over the kept fraction.
+    """Draw how much of what a plan reuses lies outside wholly reused steps, over the kept fraction.
 
     Parameters
     ----------
@@ -82,6 +83,6 @@ def freedom(table: pd.DataFrame) -> Figure:
     for name, rows in table[~table["pruner"].str.contains("columns")].groupby("pruner", sort=False):  # those have none
         axes.plot(100 * rows["keep"], 100 * rows["outside_macs"], marker="o", ms=3, lw=1, color=TONES[name], label=name,
                   ls=":" if name == "untrained" else "-")
-    axes.set(xlabel="kept MACs (%)", ylabel="reused MACs outside\nwhole columns (%)")
+    axes.set(xlabel="kept MACs (%)", ylabel="reused MACs outside\nwhole steps (%)")
     axes.legend(fontsize=6)
     return figure

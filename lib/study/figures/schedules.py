@@ -81,7 +81,7 @@ def learning(history: pd.DataFrame) -> Figure:
         axes.set(xlabel="updates", yscale="log")
         axes.set_title(f"{count} steps", fontsize=8)
         plain_logarithm(axes.yaxis)
-    panels[0, 0].set(ylabel="squared distance to the\nbest teacher's features")
+    panels[0, 0].set(ylabel="mean distance to the\nbest teacher's features")
     panels[0, -1].legend(fontsize=7)
     return figure
 

@@ -26,12 +26,19 @@ def short(path: str) -> str:
 
 
 def curves(history: pd.DataFrame, label: str) -> Figure:
-    """Draw training losses over the share of the steps done, a line a name (columns name, step, loss)."""
+    """Draw training losses over the share of the steps done, a line a training, a colour a name.
+
+    Parameters
+    ----------
+    history : columns name, training, step, loss
+    label : of the losses
+    """
     names = list(dict.fromkeys(history["name"]))
     figure, axes = plt.subplots(figsize=(NARROW if len(names) == 1 else WIDE, 2.4))
     for name, colour in zip(names, sns.color_palette("colorblind", len(names))):
-        rows = history[history["name"] == name]
-        axes.plot(100 * rows["step"] / rows["step"].max(), rows["loss"], lw=1, color=colour, label=name)
+        for number, (_, rows) in enumerate(history[history["name"] == name].groupby("training")):
+            axes.plot(100 * rows["step"] / rows["step"].max(), rows["loss"], lw=0.8, color=colour,
+                      label=None if number else name)
     axes.set(xlabel="training (%)", ylabel=label, yscale="log")
     plain_logarithm(axes.yaxis)
     if len(names) > 1:
@@ -107,7 +114,8 @@ def trade(tables: Mapping[str, pd.DataFrame], picks: pd.DataFrame, tolerance: fl
         axes.set_axis_off()
     limits = tolerance * picks[picks["name"] == "reference"].set_index("level")["loss"]
     for axes, (level, table) in zip(panels.flat, tables.items()):
-        axes.axhline(limits[level], color=COLOURS["DiffNAS"], lw=0.8, ls="--", label=f"{tolerance:.2f} x reference")
+        axes.axhline(limits[level], color=COLOURS["DiffNAS"], lw=0.8, ls="--",
+                     label=f"$s$ x reference ($s$ = {tolerance:.2f})")
         axes.plot(table["macs"] / 1e6, table["loss"], ".", ms=2, color="0.8", rasterized=True, label="candidates")
         for size, row in enumerate(picks[picks["level"] == level].itertuples(), start=2):  # rings, where some agree
             colour, marker = next(CHOICES[kind] for kind in CHOICES if row.name.startswith(kind))
