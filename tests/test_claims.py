@@ -28,7 +28,10 @@ def test_a_cheaper_way_is_judged_by_its_ratio_or_at_the_floor_by_the_difference(
                      "holds": "no",
                      "measured": "2.26 times fewer MACs at 3.60 [3.50, 3.70] times the score"}
     found = claims.cheaper("DiffNAS", "half", "20 steps", row | compared("ratio", np.nan), "ratio", "-")
-    assert found["measured"] == "2.26 times fewer MACs at a score higher by 0.50 [0.25, 0.75]"
+    assert found["measured"] == "2.26 times fewer MACs at a score higher by 0.5 [0.25, 0.75]"
+    turned = {f"ratio_difference{end}": value for end, value in (("", -0.5), ("_low", -0.75), ("_high", 0.25))}
+    found = claims.cheaper("DiffNAS", "half", "20 steps", row | compared("ratio", np.nan) | turned, "ratio", "-")
+    assert found["measured"] == "2.26 times fewer MACs at a score lower by 0.5 [-0.25, 0.75]"
 
 
 def test_a_loss_is_judged_as_notebook_03_did():
@@ -37,7 +40,7 @@ def test_a_loss_is_judged_as_notebook_03_did():
         "paper": "DiffNAS", "claimed": "joint helps", "setting": "3 trainings", "holds": "yes", "control": "-",
         "measured": "0.763 [0.659, 0.883] times the score"}
     at_floor = claims.joint_loss(row | compared("ratio", np.nan) | {"holds": "no"})
-    assert at_floor["measured"] == "a score higher by 0.50 [0.25, 0.75]"
+    assert at_floor["measured"] == "a score higher by 0.5 [0.25, 0.75]"
 
 
 SCHEDULE = {"here": "PLMS, T = 50", "times": 5.614, **compared("ratio", 1.6), "as many DDIM steps": 1.844,

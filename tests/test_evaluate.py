@@ -383,6 +383,13 @@ def test_an_estimate_is_written_so_that_its_ends_differ(ends, said):
     assert estimates.text(dict(zip(("ratio", "ratio_low", "ratio_high"), ends)), "ratio") == said
 
 
+@pytest.mark.parametrize(("ends", "said"), [
+    ((0.5, 0.25, 0.75), "higher by 0.5 [0.25, 0.75]"), ((0.0, -0.1, 0.1), "higher by 0 [-0.1, 0.1]"),
+    ((-0.5, -0.75, 0.25), "lower by 0.5 [-0.25, 0.75]")])
+def test_a_difference_says_which_way_it_goes(ends, said):
+    assert estimates.shift(dict(zip(("gap", "gap_low", "gap_high"), ends)), "gap") == said
+
+
 def test_a_shrunk_covariance_is_sound_where_a_plain_one_is_not():
     """40 samples of 64 features: nearer to the truth (the unit matrix), and no direction of no variance."""
     features = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))

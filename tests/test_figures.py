@@ -69,6 +69,7 @@ def test_five_curves_and_what_reuse_is_worth_are_drawn_at_the_floor_too(ratios):
     assert ("floor" in reuse.axes[0].get_ylabel()) == floor
     dividends = schedules.dividends(table)
     assert dividends.axes[0].get_ylabel().startswith("distance" if floor else "score")
+    assert dividends.axes[0].get_xlabel() == "executed MACs (in full steps)", "of two network calls under guidance"
     for figure in (curves, reuse, dividends):
         figure.canvas.draw()
 
@@ -97,6 +98,15 @@ def test_steps_that_a_plan_s_coarser_walk_leaves_out_are_white_in_its_map(teache
         assert [word.get_text() for word in axes.get_legend().texts] == words
         cells = np.ma.masked_invalid(axes.collections[0].get_array().reshape(len(plan.blocks), -1))
         assert (~np.ma.getmaskarray(cells)).all(axis=0).sum() == plan.steps
+
+
+def test_a_step_between_the_teacher_s_is_drawn_at_the_nearest(teacher):
+    """The axis says so."""
+    first, second, *_ = teacher.timesteps
+    plan = teacher.at([first, second + 1])
+    axes, = figures.step_kinds({"plan": plan}).axes
+    assert list(axes.collections[0].get_array().ravel()) == [2, 2] + [0] * (teacher.steps - 2)
+    assert "others at the nearest" in axes.get_xlabel()
 
 
 def test_of_each_way_the_curve_takes_the_best_at_each_cost():

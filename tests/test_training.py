@@ -40,7 +40,7 @@ def start(tmp_path, name, out, pause):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     return subprocess.Popen([sys.executable, script, tmp_path / name, tmp_path / out, str(pause)],
-                            stdout=subprocess.PIPE, text=True)
+                            stderr=subprocess.PIPE, text=True)
 
 
 def test_killed_and_resumed_it_ends_in_the_weights_of_an_unbroken_run(tmp_path):
@@ -56,7 +56,7 @@ def test_killed_and_resumed_it_ends_in_the_weights_of_an_unbroken_run(tmp_path):
     process.communicate()
     assert not (tmp_path / "killed.safetensors").exists()
     process = start(tmp_path, "killed", "killed.safetensors", 0)
-    said, _ = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 0 and "resuming from step" in said
     assert (tmp_path / "killed.safetensors").read_bytes() == (tmp_path / "unbroken.safetensors").read_bytes()
 

@@ -183,6 +183,17 @@ def text(row: Mapping, name: str) -> str:
     return f"{value:.{digits}g} [{low:.{digits}g}, {high:.{digits}g}]"
 
 
+def shift(row: Mapping, name: str) -> str:
+    """Write out a difference of which `columns` were made: "higher by 0.5 [0.25, 0.75]".
+
+    Below 0 it is "lower by", and value and interval have their signs turned.
+    """
+    value, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
+    if value < 0:
+        return f"lower by {text(columns(name, Estimate(-value, -high, -low)), name)}"
+    return f"higher by {text(row, name)}"
+
+
 def jackknife(value: Callable[[Tensor], float], sample: Tensor, groups: int = GROUPS) -> np.ndarray:
     """Give a statistic of a sample, then the same with one block of rows after another left out.
 

@@ -34,10 +34,9 @@ def kept(row: Mapping, value: str) -> str:
     ----------
     row, value : as `holds` takes them
     """
-    at_floor = pd.isna(row[value])
-    name = f"{value}_difference" if at_floor else value
-    interval = "{:.2f} [{:.2f}, {:.2f}]".format(*(row[f"{name}{end}"] for end in ("", "_low", "_high")))
-    return f"a score higher by {interval}" if at_floor else f"{interval} times the score"
+    if pd.isna(row[value]):
+        return f"a score {estimates.shift(row, f'{value}_difference')}"
+    return "{:.2f} [{:.2f}, {:.2f}] times the score".format(*(row[f"{value}{end}"] for end in ("", "_low", "_high")))
 
 
 def over(word: str, ratio: float, name: str) -> str:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -205,5 +206,5 @@ def _resume(work: Path, model: nn.Module, ema: EMAModel, optimizer) -> tuple[int
         for name, tensor in slots.items():
             if tensor.shape == weight.shape:
                 slots[name] = torch.empty_like(weight).copy_(tensor)
-    tqdm.write(f"resuming from step {state['step']} ({work.name})")
+    tqdm.write(f"resuming from step {state['step']} ({work.name})", file=sys.stderr)
     return state["step"], state["history"], state["recent"]

@@ -326,7 +326,7 @@ def plan_map(plan: Plan, name: str = GIVEN) -> Figure:
 
 
 def step_kinds(plans: Mapping[str, Plan]) -> Figure:
-    """Draw one strip a plan: full, partial and null steps over the teacher's steps."""
+    """Draw one strip a plan: full, partial and null steps over the teacher's steps, others at the nearest of these."""
     figure, axes = plt.subplots(figsize=(WIDE, 0.26 * len(plans) + 0.75))
     colours = list(KINDS)
     steps = len(next(iter(plans.values())).grid)
@@ -338,7 +338,7 @@ def step_kinds(plans: Mapping[str, Plan]) -> Figure:
                     linewidth=0.4)
     axes.set_yticks(np.arange(len(plans)) + 0.5, list(plans), fontsize=7)
     axes.invert_yaxis()
-    axes.set(xlabel="step (noise to image)")
+    axes.set(xlabel="the teacher's step (noise to image; others at the nearest)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend([plt.Rectangle((0, 0), 1, 1, fc=KINDS[kind], ec="0.6") for kind in colours],
                 [f"{kind} step" for kind in colours], ncols=3, loc="lower right", bbox_to_anchor=(1, 1), fontsize=7)

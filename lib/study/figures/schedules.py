@@ -139,7 +139,7 @@ def dividends(table: pd.DataFrame) -> Figure:
                           color="0.4", ha="center", va="bottom")
         axes.text(0, 1, "branch:", transform=axes.transAxes, fontsize=6, color="0.4", va="bottom")
         axes.axhline(1, color="0.5", lw=0.8)
-        axes.set(xscale="log", yscale="log", xlabel="executed MACs (in full network calls)")
+        axes.set(xscale="log", yscale="log", xlabel="executed MACs (in full steps)")
         axes.set_title(solvers[order], pad=14)
         plain_logarithm(axes.xaxis)
         plain_logarithm(axes.yaxis)
