@@ -13,7 +13,7 @@ from nbconvert import MarkdownExporter
 
 from lib.judging.controls import summary
 from lib.judging.estimates import MARGIN, WORDS, text
-from lib.study import figures, paths
+from lib.study import claims, figures, paths
 from lib.study.figures import METHODS, PLACED
 from lib.study.page import page
 from lib.study.params import ParamsError, load, notebooks
@@ -29,6 +29,11 @@ FULL = f"(DDIM|DPM-Solver[+]{{2}}), |{PLACED}"
 
 REUSED = {"hold": "held", "line": "forecast by a line", "parabola": "forecast by a parabola"}
 """What findings call the ways to reuse a block's output."""
+
+CHANGES = {"recipe": "the recipe, its plan by {}", "post-processing": "the recipe, its plan by {}",
+           "untrained": "no training, left-out steps forecast by a {}", "rate": "learning rate {}", "gates": "{}",
+           "noise": "noise {}", "backup": "reused cells forecast by a {}"}
+"""What the pruner's table calls its rows: by the part of the recipe that a row changes, and how."""
 
 MISSING = r".*\bnan\b.*"
 """A cell of a table that has a number which is none."""
@@ -168,61 +173,69 @@ def _said(study: str, runs: list[str]) -> str:
     return pruner(study) if "05_pruner_training" in runs and load(study)["05_pruner_training"].ablations else ""
 
 
+def verdict(study: str) -> str:
+    """Give as one point how many plans did better than their strongest control, and which."""
+    table = _beside(study)
+    strongest = table[table["strongest"]].drop_duplicates("plan")  # two controls may be one plan
+    words, steps = strongest["plan_over_control_word"], strongest["name"].str.match(FULL).sum()
+    better = strongest["plan"][words == "better"]
+    others = ", ".join(f"{(words == word).sum()} {word}" for word in WORDS if word != "better")
+    named = f": {', '.join(f'*{plan}*' for plan in better)}" if len(better) else ""
+    return (f"* **{len(better)} of {len(strongest)} plans of the methods and our extensions did better than the "
+            f"strongest control of the same MACs**{named} ({others}). For {steps} of them that control is a few full "
+            "steps.")
+
+
 def findings(study: str) -> str:
     """Give a study's findings as Markdown, a sentence and a number each: what the bar is, what won, what holds.
 
     The cheapest are looked for among all rows, on the report's own noise; the tables set them beside their controls.
     """
     table, reports = _everything(study), paths.REPORTS / study
-    kept = table[table["ddim_ratio_high"] <= 1 + MARGIN]  # surely at most 5 % worse than DDIM's whole run
+    kept = table[table["ddim_ratio_high"] <= 1 + MARGIN]  # surely at most 5 % worse than DDIM's full run
     steps = kept[kept["family"].str.match(FULL) & ~kept["family"].str.contains("student")]
     found = []
 
     def cheapest(rows: pd.DataFrame) -> str:
         row = rows.sort_values(["macs_ratio", "ddim_ratio"], ascending=[False, True]).iloc[0]
-        return f"*{row['name']}*, {row['macs_ratio']:.1f} times fewer MACs at {text(row, 'ddim_ratio')} of its score"
+        name = row["name"].replace(" (teacher)", "")
+        return f"*{name}*, {row['macs_ratio']:.1f} times fewer MACs at {text(row, 'ddim_ratio')} times the score"
 
-    beside = _beside(study)
-    strongest = beside[beside["strongest"]].drop_duplicates("plan")  # two controls may be one plan
-    counts = {word: (strongest["plan_over_control_word"] == word).sum() for word in WORDS}
-    found.append(f"**{counts['better']} of {len(strongest)} plans of the methods and our extensions beat the strongest "
-                 f"control of the same MACs** ({', '.join(f'{count} {word}' for word, count in counts.items())}). "
-                 f"In {strongest['name'].str.match(FULL).sum()} of them that control is just a few full steps.")
     even = kept[kept["family"] == "DDIM, uniform"]
     if len(steps) and len(even):
         shortest = even.loc[even["macs_ratio"].idxmax()]
-        more = (f" Even *{shortest['name']}* passes this test: a plan that costs more proves nothing by passing it."
+        more = (f" Even *{shortest['name']}* keeps it: a plan that costs more proves nothing by keeping it."
                 if shortest["macs_ratio"] > 1 else "")
-        found.append("**Fewer steps of a good solver go far.** The fewest that are surely at most 5 % worse than "
-                     f"DDIM's whole run: {cheapest(steps)}.{more}")
+        found.append(f"**The fewest full steps that keep the score**: {cheapest(steps)}.{more}")
     methods = kept[kept["name"].str.startswith(METHODS)]
-    found.append("**The cheapest plan of a method, or of ours, that passes the same test** (a control may do better): "
+    found.append("**The cheapest plan of a method, or of our extensions, that keeps it**: "
                  + (cheapest(methods) if len(methods) else "none") + ".")
-    claims = pd.read_csv(reports / "06_comparison" / "tables" / "claims.csv")["holds"]
-    claims = claims[claims != "-"].str.partition(" (")[0].value_counts()  # without the images that would decide
-    found.append(f"**Of {claims.sum()} tests of the papers' claims**: "
-                 + ", ".join(f"{count} {word}" for word, count in claims.items()) + ".")
+    found.append(f"**Do the papers' claims hold?** {claims.tally(_claims(study))}.")
     pays = pd.read_csv(reports / "04_schedule_search" / "tables" / "dividends.csv").dropna(subset="nearness")
     wins = {reuse: f"{(rows['nearness_high'] < 1).sum()} of {len(rows)}"
             for reuse, rows in pays.groupby("reuse", sort=False)}
     cached = "; ".join(f"{REUSED.get(reuse, reuse)} {cases}" for reuse, cases in wins.items())
-    found.append("**Cases in which cached deep features bring images surely nearer to the whole run's** than the same "
-                 f"MACs spent on full steps do: {cached}.")
-    return "\n".join(f"* {sentence}" for sentence in found)
+    found.append("**Does caching pay?** Cases in which cached deep features come surely nearer to the better solver's "
+                 f"full run than more full steps of the same MACs: {cached}.")
+    return "\n".join([verdict(study), *(f"* {sentence}" for sentence in found)])
 
 
 def pruner(study: str) -> str:
-    """Give as Markdown what DiP-GO's recipe, and changes of one part of it, are worth over steps left out evenly."""
+    """Give as Markdown what DiP-GO's recipe, and changes of one part of it, are worth over steps left out evenly.
+
+    Marked are trainings that ended when most gates were open still: such a change was not tried in earnest.
+    """
     rows = pd.read_csv(paths.REPORTS / study / "05_pruner_training" / "tables" / "ablation.csv")
-    kept = rows["kept there"].map("{:.0%}".format)
+    names = [CHANGES.get(part, f"{part}: {{}}").format(variant) for part, variant in zip(rows["part"], rows["variant"])]
+    opened = rows["kept there"] > 0.5
     shown = pd.DataFrame({
-        "DiP-GO": rows["part"] + ": " + rows["variant"], "score over untrained steps [95 %]": _intervals(rows, "ratio"),
-        "that is": rows["ratio_word"], "its MACs": rows["executed"].map("{:.1%}".format),
-        "updates": rows["updates"].map("{:.0f}".format), "kept by its own gates": kept})
-    table = markdown(shown.replace(MISSING, "-", regex=True))
-    return (f"{table}\n\n*Untrained steps*: whole steps left out evenly, with the same budget and backup; *untrained* "
-            "rows: such steps that forecast, over those that hold. *Kept by its own gates* near 100 %: that "
-            "training was ended before gates had closed.")
+        "DiP-GO, one part changed": pd.Series(names).where(~opened, [f"{name} (gates still open)" for name in names]),
+        "score over untrained steps [95 %]": _intervals(rows, "ratio"), "that is": rows["ratio_word"],
+        "MACs": rows["executed"].map("{:.1%}".format)})
+    return (f"{markdown(shown.replace(MISSING, '-', regex=True))}\n\n*Untrained steps*: steps left out evenly, with the "
+            "same budget; what is reused is held or forecast as in that row. Rows without training: steps that "
+            "forecast, over those that hold. *Gates still open*: training ended early, so that change was hardly "
+            "tried.")
 
 
 def _everything(study: str) -> pd.DataFrame:
@@ -272,7 +285,20 @@ def transformer_table(study: str) -> str:
 
 
 def students_table(study: str) -> str:
-    """Give as Markdown what block search gives, beside the teacher that was trained on."""
+    """Give as Markdown what block search gives, beside the teacher that was trained longer."""
+    return _scored(*_students(study))
+
+
+def students_in_brief(study: str) -> str:
+    """Give the same in fewer columns."""
+    table, columns = _students(study)
+    left_out = ("training", "raw", "second score [95 %]", "least and greatest of the trainings")
+    brief = {title: cells for title, cells in columns.items() if title not in left_out}
+    return _scored(table, brief).replace("trained on", "trained longer")
+
+
+def _students(study: str) -> tuple[pd.DataFrame, dict[str, pd.Series]]:
+    """Give the students, and the columns of their table."""
     tables = paths.REPORTS / study / "02_block_search" / "tables"
     seconds = pd.read_csv(tables / "seconds.csv")[["name", *FASTER]]
     table = pd.read_csv(tables / "students.csv").merge(seconds, on="name")
@@ -283,13 +309,18 @@ def students_table(study: str) -> str:
                "over the teacher's, trained on [95 %]": _intervals(table, "ratio"),
                "least and greatest of the trainings": [f"{row.least:.3g}, {row.greatest:.3g}"
                                                        for row in table.itertuples()]}
-    return _scored(table, columns)
+    return table, columns
 
 
 def claims_table(study: str) -> str:
-    """Give as Markdown what the papers claim, and whether it holds here."""
-    claims = pd.read_csv(paths.REPORTS / study / "06_comparison" / "tables" / "claims.csv")
-    return markdown(claims.rename(columns={"measured": "measured here", "holds": "holds?"}))
+    """Give as Markdown what the papers claim, and whether it holds here; without what this study does not test."""
+    return markdown(_claims(study).rename(columns={"measured": "measured here", "holds": "holds?"}))
+
+
+def _claims(study: str) -> pd.DataFrame:
+    """Give the claims that a study tests."""
+    table = pd.read_csv(paths.REPORTS / study / "06_comparison" / "tables" / "claims.csv")
+    return table[table["holds"] != "-"]
 
 
 def _ways(table: pd.DataFrame) -> str:
@@ -369,8 +400,8 @@ PAGE = {"Every way to sample": (results_table, PLANNING), "Beside their controls
         "Every way to sample the transformer": (transformer_table, ["07_transformer"])}
 """The tables at the top of a page, and the notebooks that they need."""
 
-TABLES = {"findings": findings, "results": results_table, "controls": controls_table, "transformer": transformer_table,
-          "students": students_table, "claims": claims_table, "pruner": pruner}
+TABLES = {"findings": findings, "verdict": verdict, "results": results_table, "controls": controls_table,
+          "transformer": transformer_table, "students": students_in_brief, "claims": claims_table, "pruner": pruner}
 
 
 def filled(readme: str) -> str:
