@@ -60,7 +60,7 @@ def test_a_claim_about_clip_is_judged_by_prompts_where_there_are_some():
     assert alone["control"] == "worse (1.84) over as many DDIM steps; worse (3.20) over searched steps"
     prompted = claims.schedule(SCHEDULE | PROMPTED | {"claimed": "5.1 times, CLIP all but equal"})
     assert prompted["holds"] == "undecided (n = 500)"
-    assert prompted["measured"] == plain["measured"] + ("; prompt score 0.903, the whole run's 0.947 (kept: undecided; "
+    assert prompted["measured"] == plain["measured"] + ("; prompt score 0.903, the full run's 0.947 (kept: undecided; "
                                                         "fewest DDIM steps that keep it: 3)")
     assert claims.schedule(SCHEDULE | PROMPTED | {"claimed": "2.6 times"})["holds"] == "no", "no word of CLIP"
 

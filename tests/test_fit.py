@@ -313,7 +313,7 @@ def test_a_verdict_says_what_was_found(ratio, longer, sentence):
     alone = rows.assign(seconds=[1.3, 1.0, 4.0]).set_index("name")
     assert "It takes longer than it was fitted to: 27%." in certificate.verdict(alone, {"fewer steps": contrast})
     full_steps = certificate.verdict(rows.assign(reuses=False).set_index("name"), {"fewer steps": contrast})
-    assert "It reuses nothing: it is 9 full steps" in full_steps[1]
+    assert "It reuses nothing: it is 9 full steps. So fewer steps are the answer" in full_steps[1]
 
 
 def test_a_fit_knows_pictures_by_their_pixels():

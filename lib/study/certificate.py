@@ -116,8 +116,8 @@ def verdict(rows: pd.DataFrame, beside: Mapping[str, Contrast]) -> list[str]:
             f"{slower * promised:.3g} s, {off:.0%} {'more' if slower * promised > plan['seconds'] else 'less'} than "
             f"measured. PSNR to the full run's images: {text(plan, 'PSNR')} dB."]
     if not plan["reuses"]:
-        said.append(f"It reuses nothing: it is {plan['steps']:.0f} full steps, for within the budget nothing came "
-                    "nearer on fresh noise.")
+        said.append(f"It reuses nothing: it is {plan['steps']:.0f} full steps. So fewer steps are the answer here: "
+                    "within the budget nothing came nearer on fresh noise.")
     if abs(slower - 1) > MARGIN:
         word = "longer" if slower > 1 else "less"
         said.append(f"The full run took {abs(slower - 1):.0%} {word} in these rounds than predicted: the machine has "

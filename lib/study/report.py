@@ -30,7 +30,7 @@ FULL = f"(DDIM|DPM-Solver[+]{{2}}), |{PLACED}"
 REUSED = {"hold": "held", "line": "forecast by a line", "parabola": "forecast by a parabola"}
 """What findings call the ways to reuse a block's output."""
 
-CHANGES = {"recipe": "the recipe, its plan by {}", "post-processing": "the recipe, its plan by {}",
+CHANGES = {"recipe": "the recipe, its plan made by {}", "post-processing": "the recipe, its plan made by {}",
            "untrained": "no training, left-out steps forecast by a {}", "rate": "learning rate {}", "gates": "{}",
            "noise": "noise {}", "backup": "reused cells forecast by a {}"}
 """What the pruner's table calls its rows: by the part of the recipe that a row changes, and how."""
@@ -179,11 +179,10 @@ def verdict(study: str) -> str:
     strongest = table[table["strongest"]].drop_duplicates("plan")  # two controls may be one plan
     words, steps = strongest["plan_over_control_word"], strongest["name"].str.match(FULL).sum()
     better = strongest["plan"][words == "better"]
-    others = ", ".join(f"{(words == word).sum()} {word}" for word in WORDS if word != "better")
+    others = ", ".join(f"{(words == word).sum()} {word}" for word in WORDS if word != "better" and word in set(words))
     named = f": {', '.join(f'*{plan}*' for plan in better)}" if len(better) else ""
-    return (f"* **{len(better)} of {len(strongest)} plans of the methods and our extensions did better than the "
-            f"strongest control of the same MACs**{named} ({others}). For {steps} of them that control is a few full "
-            "steps.")
+    return (f"* **{len(better)} of {len(strongest)} plans of the methods and our extensions did better than their "
+            f"strongest control**{named} ({others}). For {steps} of them that control is a few full steps.")
 
 
 def findings(study: str) -> str:
@@ -199,14 +198,14 @@ def findings(study: str) -> str:
     def cheapest(rows: pd.DataFrame) -> str:
         row = rows.sort_values(["macs_ratio", "ddim_ratio"], ascending=[False, True]).iloc[0]
         name = row["name"].replace(" (teacher)", "")
-        return f"*{name}*, {row['macs_ratio']:.1f} times fewer MACs at {text(row, 'ddim_ratio')} times the score"
+        return f"*{name}*, {row['macs_ratio']:.1f} times fewer MACs at {text(row, 'ddim_ratio')} of its score"
 
     even = kept[kept["family"] == "DDIM, uniform"]
     if len(steps) and len(even):
         shortest = even.loc[even["macs_ratio"].idxmax()]
         more = (f" Even *{shortest['name']}* keeps it: a plan that costs more proves nothing by keeping it."
                 if shortest["macs_ratio"] > 1 else "")
-        found.append(f"**The fewest full steps that keep the score**: {cheapest(steps)}.{more}")
+        found.append(f"**The fewest full steps that keep the full run's score**: {cheapest(steps)}.{more}")
     methods = kept[kept["name"].str.startswith(METHODS)]
     found.append("**The cheapest plan of a method, or of our extensions, that keeps it**: "
                  + (cheapest(methods) if len(methods) else "none") + ".")
@@ -215,8 +214,8 @@ def findings(study: str) -> str:
     wins = {reuse: f"{(rows['nearness_high'] < 1).sum()} of {len(rows)}"
             for reuse, rows in pays.groupby("reuse", sort=False)}
     cached = "; ".join(f"{REUSED.get(reuse, reuse)} {cases}" for reuse, cases in wins.items())
-    found.append("**Does caching pay?** Cases in which cached deep features come surely nearer to the better solver's "
-                 f"full run than more full steps of the same MACs: {cached}.")
+    found.append("**Does caching pay?** Cached features come surely nearer to the better solver's full run than more "
+                 f"full steps of the same MACs in these cases: {cached}.")
     return "\n".join([verdict(study), *(f"* {sentence}" for sentence in found)])
 
 
@@ -232,10 +231,10 @@ def pruner(study: str) -> str:
         "DiP-GO, one part changed": pd.Series(names).where(~opened, [f"{name} (gates still open)" for name in names]),
         "score over untrained steps [95 %]": _intervals(rows, "ratio"), "that is": rows["ratio_word"],
         "MACs": rows["executed"].map("{:.1%}".format)})
-    return (f"{markdown(shown.replace(MISSING, '-', regex=True))}\n\n*Untrained steps*: steps left out evenly, with the "
-            "same budget; what is reused is held or forecast as in that row. Rows without training: steps that "
-            "forecast, over those that hold. *Gates still open*: training ended early, so that change was hardly "
-            "tried.")
+    table = markdown(shown.replace(MISSING, "-", regex=True))
+    return (f"{table}\n\n*Untrained steps*: steps left out evenly at the same budget, forecast where the row's cells "
+            "are. Rows of *no training*: such steps forecast, over those held. *Gates still open*: the training ended "
+            "before it had chosen what to reuse.")
 
 
 def _everything(study: str) -> pd.DataFrame:
@@ -290,11 +289,11 @@ def students_table(study: str) -> str:
 
 
 def students_in_brief(study: str) -> str:
-    """Give the same in fewer columns."""
+    """Give the same in fewer columns, without the judges' names."""
     table, columns = _students(study)
     left_out = ("training", "raw", "second score [95 %]", "least and greatest of the trainings")
     brief = {title: cells for title, cells in columns.items() if title not in left_out}
-    return _scored(table, brief).replace("trained on", "trained longer")
+    return _scored(table, brief).partition("; features")[0].replace("trained on", "trained longer") + "."
 
 
 def _students(study: str) -> tuple[pd.DataFrame, dict[str, pd.Series]]:

@@ -463,7 +463,7 @@ def curves(table: pd.DataFrame) -> Figure:
 
     Parameters
     ----------
-    table : as `front` takes it, with ddim_ratio and its interval: over the score of DDIM's whole run
+    table : as `front` takes it, with ddim_ratio and its interval: over the score of DDIM's full run
     """
     table = table[~table["family"].str.contains("student")]
     value = "score" if table["ddim_ratio"].isna().any() else "ddim_ratio"
@@ -477,7 +477,7 @@ def curves(table: pd.DataFrame) -> Figure:
                       elinewidth=0.8, capsize=1.5, label=label)
     if value == "ddim_ratio":
         axes.axhline(1, color="0.6", lw=0.8, ls="--", zorder=0)
-    ylabel = {"ddim_ratio": "score / that of DDIM's whole run\n(less is better)", "score": SCORES}[value]
+    ylabel = {"ddim_ratio": "score / that of DDIM's full run\n(less is better)", "score": SCORES}[value]
     axes.set(xscale="log", xlabel="times fewer executed MACs", ylabel=ylabel)
     plain_logarithm(axes.xaxis)
     axes.xaxis.set_major_locator(FixedLocator([1, 1.5, 2, 3, 4, 5, 6, 7, 8, 10, 15, 20, 30, 50]))
