@@ -161,9 +161,10 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
     beside = pd.DataFrame({
         "strongest": [True, True, True, False], "plan_over_control_word": ["worse", "worse", "better", "better"],
         "plan": ["A", "A", "B", "B"], "score": 1.0, "steps": ["7-8", "9", "50", "50"], "kind": "control",
-        "name": ["shortest path", "learned steps", "searched steps, passes", "none"], "macs": [700, 500, 500, 500],
-        "macs_ratio": [7.0, 8.0, 9.0, 9.0], "ddim_ratio": [0.6, 2.0, 0.1, 0.1]})
-    beside = beside.assign(ddim_ratio_low=beside["ddim_ratio"] - 0.1, ddim_ratio_high=beside["ddim_ratio"] + 0.1)
+        "name": ["shortest path (teacher)", "learned steps", "searched steps, passes", "none"],
+        "macs": [700, 500, 500, 500], "macs_ratio": [7.0, 8.0, 9.0, 9.0], "ddim_ratio": [0.6, 2.0, 0.1, 0.1]})
+    beside = beside.assign(ddim_ratio_low=beside["ddim_ratio"] - 0.1, ddim_ratio_high=beside["ddim_ratio"] + 0.1,
+                           plan_over_control_low=0.5, plan_over_control_high=1.0)
     claims = pd.DataFrame({"holds": ["yes", "no", "no (n = 9)", "-"]})
     pays = pd.DataFrame({"reuse": ["hold", "line", "line"], "nearness": [1.2, 0.8, np.nan],
                          "nearness_high": [1.3, 0.9, np.nan]})
@@ -180,6 +181,13 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
     named = "*04_schedule_searchB*, *05_pruner_trainingB*, *06_comparisonB*"
     assert f": {named} (" in controls and report.verdict("mine") == controls
     assert "For 3 of them that control is a few full steps." in controls, "not where null passes are left out"
+    tables = tmp_path / "mine" / "04_schedule_search" / "tables"
+    equal = {"plan": "04_schedule_searchB", "name": "shortest path", "strongest": False, "plan_over_control_low": 1.0,
+             "plan_over_control_high": 1.0}
+    pd.concat([pd.read_csv(tables / "controls.csv"), pd.DataFrame([equal])]).to_csv(tables / "controls.csv")
+    found = report.verdict("mine")
+    assert "*04_schedule_searchB*, which is the same as *shortest path*, another control, *05" in found
+    assert found.endswith("Plans that are themselves such steps, the same as a control's: 1.")
     assert "*shortest path, 7-8 steps*, 7.0 times fewer MACs at 0.6 [0.5, 0.7] of its score" in steps
     assert "Even *DDIM, uniform 30* keeps it" in steps
     assert "*DiP-GO, 22%*, 4.0 times fewer MACs" in methods

@@ -174,15 +174,23 @@ def _said(study: str, runs: list[str]) -> str:
 
 
 def verdict(study: str) -> str:
-    """Give as one point how many plans did better than their strongest control, and which."""
+    """Give as one point how many plans did better than their strongest control, and which.
+
+    A search may end in full steps alone: its plan then is one of its controls, image for image.
+    """
     table = _beside(study)
+    equal = (table["plan_over_control_low"] == 1) & (table["plan_over_control_high"] == 1)
+    same = table[equal & table["name"].str.match(FULL)].drop_duplicates("plan").set_index("plan")["name"]
     strongest = table[table["strongest"]].drop_duplicates("plan")  # two controls may be one plan
     words, steps = strongest["plan_over_control_word"], strongest["name"].str.match(FULL).sum()
     better = strongest["plan"][words == "better"]
     others = ", ".join(f"{(words == word).sum()} {word}" for word in WORDS if word != "better" and word in set(words))
-    named = f": {', '.join(f'*{plan}*' for plan in better)}" if len(better) else ""
+    named = ", ".join(f"*{plan}*" + (f", which is the same as *{same[plan]}*, another control" if plan in same else "")
+                      for plan in better)
+    alike = f" Plans that are themselves such steps, the same as a control's: {len(same)}." if len(same) else ""
     return (f"* **{len(better)} of {len(strongest)} plans of the methods and our extensions did better than their "
-            f"strongest control**{named} ({others}). For {steps} of them that control is a few full steps.")
+            f"strongest control**{': ' * bool(named)}{named} ({others}). For {steps} of them that control is a few full "
+            f"steps.{alike}")
 
 
 def findings(study: str) -> str:
@@ -233,7 +241,7 @@ def pruner(study: str) -> str:
         "MACs": rows["executed"].map("{:.1%}".format)})
     table = markdown(shown.replace(MISSING, "-", regex=True))
     return (f"{table}\n\n*Untrained steps*: steps left out evenly at the same budget, forecast where the row's cells "
-            "are. Rows of *no training*: such steps forecast, over those held. *Gates still open*: the training ended "
+            "are. *No training*: such steps that forecast, over such that hold. *Gates still open*: the training ended "
             "before it had chosen what to reuse.")
 
 
