@@ -189,8 +189,8 @@ def verdict(study: str) -> str:
                       for plan in better)
     alike = f" Plans that are themselves such steps, the same as a control's: {len(same)}." if len(same) else ""
     return (f"* **{len(better)} of {len(strongest)} plans of the methods and our extensions did better than their "
-            f"strongest control**{': ' * bool(named)}{named} ({others}). For {steps} of them that control is a few full "
-            f"steps.{alike}")
+            f"strongest control**{': ' * bool(named)}{named} ({others}). For {steps} of them that control is a few "
+            f"full steps.{alike}")
 
 
 def findings(study: str) -> str:
