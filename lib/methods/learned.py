@@ -1,4 +1,4 @@
-"""Few steps that are learned: by gradient through the whole run, or by a dynamic programme. No cell reuses anything.
+"""Few steps that are learned: by gradient through the full run, or by a dynamic programme. No cell reuses anything.
 
 This is the control that any cache has to beat. `learn` moves the timesteps, and where one wants the solver's
 coefficients too, so that few steps end where the teacher's many do (LD3, arXiv 2405.15506; coefficients as in DSS,

@@ -79,7 +79,7 @@ class Board:
 
     @cached_property
     def _table(self) -> controls.Table:
-        """What builds rows, on the report's noise, over DPM-Solver++'s whole run and its fewest good steps."""
+        """What builds rows, on the report's noise, over DPM-Solver++'s full run and its fewest good steps."""
         extractors = extractor.load(paths.DATA / "shipped" / "judges" / self.name)
         bank = Bank("report", self.model, extractors, count=self.values.score_images, seed=self.values.report_seed,
                     precision=self.values.precision, work=paths.writable(paths.DATA / "leaderboard" / self.name))
@@ -117,7 +117,7 @@ def page(boards: Mapping[str, pd.DataFrame]) -> str:
     """Give the boards as Markdown: what a row means, how to add one, a table and a picture a teacher."""
     parts = ["# Leaderboard", "Plans on the two teachers that ship, on the same noise: `score` and `second` are "
              "distances to the data set by two judges that ship (0 is as good as the data), `over DDIM` the score over "
-             "that of DDIM's whole run, `honest factor` how many times fewer MACs than the fewest plain steps that are "
+             "that of DDIM's full run, `honest factor` how many times fewer MACs than the fewest plain steps that are "
              "as good. Times (ms an image) are of whose machine added a row; all else repeats. Five lines:",
              "```sh\npython - <<'END'\nfrom pathlib import Path\nfrom lib.study.leaderboard import Board\n"
              "plan = Board('digits').teacher.at((999, 799, 599, 399, 199))  # any plan: see lib/README.md\n"
