@@ -126,6 +126,29 @@ def test_notebooks_are_written_with_all_outputs_for_code_hosts(text, tmp_path, m
     assert shown.read_bytes() == base64.b64decode(PIXEL) and f"04_schedule_search/shown/{shown.name})" in written
 
 
+def test_a_run_has_todays_prose_where_its_code_is_todays(tmp_path, monkeypatch):
+    """And its own where the code is another, as its outputs may not fit today's prose."""
+    new = nbformat.v4
+
+    def write(path, prose, code, **outputs):
+        cells = [new.new_markdown_cell(prose), new.new_code_cell("keep = 0.5"), new.new_code_cell(code, **outputs)]
+        if outputs:
+            cells.insert(2, new.new_code_cell("keep = 0.3", metadata={"tags": ["injected-parameters"]}))
+        path.mkdir(parents=True)
+        nbformat.write(new.new_notebook(cells=cells), path / ("notebook.ipynb" if outputs else "mine.ipynb"))
+
+    for place in ("DATA", "NOTEBOOKS"):
+        monkeypatch.setattr(paths, place, tmp_path / place)
+    write(tmp_path / "NOTEBOOKS", "new words", "print(keep)")
+    stream = new.new_output("stream", text="0.3")
+    write(tmp_path / "DATA" / "same" / "mine", "old words", "print(keep)", outputs=[stream])
+    write(tmp_path / "DATA" / "other" / "mine", "old words", "print(2 * keep)", outputs=[stream])
+    found = page.executed("same", "mine").cells
+    assert [cell.source for cell in found] == ["new words", "keep = 0.5", "keep = 0.3", "print(keep)"]
+    assert found[-1].outputs == [stream]
+    assert page.executed("other", "mine").cells[0].source == "old words"
+
+
 def test_formulas_are_mathml_but_not_in_code(text):
     assert text.count("<math") == 2 * len(params.NOTEBOOKS) and "<msqrt>" in text and "$$" not in text
     assert "a $ in code $ stays" in text

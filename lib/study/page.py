@@ -84,14 +84,36 @@ def document(title: str, body: str) -> str:
             f"<style>{STYLE}</style></head><body>{body}</body></html>\n")
 
 
+def executed(study: str, notebook: str) -> nbformat.NotebookNode:
+    """Read a notebook that a study has run, with today's prose where its code is today's.
+
+    A run depends on the code of its notebook alone, so the prose may have been mended since.
+    """
+    ran = nbformat.read(paths.DATA / study / notebook / "notebook.ipynb", 4)
+    today = nbformat.read(paths.NOTEBOOKS / f"{notebook}.ipynb", 4)
+    code = [cell for cell in ran.cells if cell.cell_type == "code"]
+    sources = [cell.source for cell in today.cells if cell.cell_type == "code"]
+    if [cell.source for cell in code if not _injected(cell)] == sources:
+        ran.cells = []
+        for cell in today.cells:
+            ran.cells.append(code.pop(0) if cell.cell_type == "code" else cell)
+            while code and _injected(code[0]):
+                ran.cells.append(code.pop(0))
+    return ran
+
+
+def _injected(cell: nbformat.NotebookNode) -> bool:
+    """Whether a cell holds the study's parameters, as papermill puts them behind the notebook's own."""
+    return "injected-parameters" in cell.metadata.get("tags", [])
+
+
 def _section(study: str, notebook: str) -> str:
-    executed = nbformat.read(paths.DATA / study / notebook / "notebook.ipynb", 4)
     folder, parts, place = paths.DATA / study / notebook / "figures", [], ""
-    for cell in executed.cells:
+    for cell in executed(study, notebook).cells:
         if cell.cell_type == "markdown":
             parts.append(_prose(cell.source, notebook))
             place = next(iter(re.findall(r"^#+ (.*)", cell.source, re.M)[::-1]), place)
-        elif "injected-parameters" in cell.metadata.get("tags", []):
+        elif _injected(cell):
             parts.append(f"<details><summary>Parameters</summary><pre>{html.escape(cell.source)}</pre></details>")
         else:
             parts += [_output(output, f"{notebook[:2]}, {place}", folder) for output in cell.outputs]

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 from nbconvert import MarkdownExporter
 
@@ -15,7 +14,7 @@ from lib.judging.controls import summary
 from lib.judging.estimates import MARGIN, WORDS, text
 from lib.study import claims, figures, paths
 from lib.study.figures import METHODS, PLACED
-from lib.study.page import page
+from lib.study.page import executed, page
 from lib.study.params import ParamsError, load, notebooks
 
 KEPT = ("metrics.json", "timings.json", "meta.json", "figures/*.png", "figures/plans/*.png", "figures/*.csv",
@@ -142,8 +141,8 @@ def write_notebooks(study: str) -> None:
     """
     target, exporter, runs = paths.REPORTS / study, MarkdownExporter(), published(study)
     for notebook in runs:
-        executed = nbformat.read(paths.DATA / study / notebook / "notebook.ipynb", 4)
-        for cell in executed.cells:
+        ran = executed(study, notebook)
+        for cell in ran.cells:
             if cell.cell_type == "markdown":
                 cell.source = re.sub(LINK, lambda found: f"]({_from_reports(found[1], runs)})", cell.source)
             for output in cell.get("outputs", []):
@@ -151,7 +150,7 @@ def write_notebooks(study: str) -> None:
                     output.data = {"text/markdown": f"![{name.replace('_', ' ')}]({notebook}/figures/{name}.png)"}
                 if "text/html" in output.get("data", {}):  # code hosts show the text of a style
                     output.data["text/html"] = re.sub(r"<style.*?</style>", "", output.data["text/html"], flags=re.S)
-        text, resources = exporter.from_notebook_node(executed, {"output_files_dir": f"{notebook}/shown"})
+        text, resources = exporter.from_notebook_node(ran, {"output_files_dir": f"{notebook}/shown"})
         (target / f"{notebook}.md").write_text(text)
         for name, content in resources["outputs"].items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
