@@ -1,6 +1,7 @@
 """Scores: torch-fidelity's numbers, and intervals that mean what they say."""
 
 import copy
+import shutil
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -258,6 +259,9 @@ def test_a_bank_samples_once_and_keeps_features(unet, schedule, teacher, extract
     first = bank()
     first.features(plan)
     first.save(tmp_path / "features.safetensors")
+    ended = bank(seed=2, work=tmp_path / "ended")
+    shutil.rmtree(tmp_path / "ended")  # as a stage does that ends
+    assert len(ended.features(plan)) == 5 and not (tmp_path / "ended").exists()
     monkeypatch.setattr(banks.sampling, "sample", lambda *_, **__: pytest.fail("sampled again"))
     seen = bank().features(plan, by=second_judge.name)
     assert torch.equal(bank().features(plan), features), "from the work folder"

@@ -72,9 +72,10 @@ class Bank:
         if missing := self.extractors.keys() - found.keys():
             images = sampling.sample(self.model, plan, self.noise(), precision=self.precision, title=title)
             found.update({one: extractor.embed(self.extractors[one], images) for one in missing})
-            partial = path.with_suffix(f".{os.getpid()}")  # workers may write the same features at once
-            save_file(found, partial)
-            partial.replace(path)
+            if self.work.exists():  # it goes when the stage ends: then there is nothing to resume any more
+                partial = path.with_suffix(f".{os.getpid()}")  # workers may write the same features at once
+                save_file(found, partial)
+                partial.replace(path)
         return found[by or self.first]
 
     def save(self, path: Path) -> None:
