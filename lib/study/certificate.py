@@ -5,7 +5,6 @@ import html
 import io
 import json
 import platform
-import re
 from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
@@ -24,6 +23,7 @@ from lib.judging import pairs
 from lib.judging.estimates import MARGIN, Contrast, Estimate, columns, text
 from lib.methods.fitting import Fitted, Fitting
 from lib.study import figures, page
+from lib.study.stage import Stage
 
 FULL, FITTED = "full run", "fitted plan"
 SHOWN = 8
@@ -62,7 +62,7 @@ def certify(fitting: Fitting, found: Fitted, about: Mapping[str, str], out: Path
 
 def control_suffix(name: str) -> str:
     """Give the suffix of a control's file, beside the fitted plan's: "fewer steps" gives .fewer_steps.json."""
-    return f".{re.sub('[^a-z0-9]+', '_', name.lower())}.json"
+    return f".{Stage.key(name)}.json"
 
 
 def _where(fitting: Fitting) -> dict[str, str]:
@@ -141,7 +141,8 @@ def verdict(rows: pd.DataFrame, beside: Mapping[str, Contrast]) -> list[str]:
                if contrast.word in ("as good", "worse") and name != "DeepCache"]
     if enough := [name for name in as_good if longer[name] <= MARGIN]:
         said.append(f"Fewer steps do as well here: {' and '.join(enough)} may be taken in the plan's place "
-                    f"(each is a plan in a file beside it, whose name ends in {control_suffix(enough[0])}).")
+                    "(each is a plan in a file beside it, whose name ends in "
+                    f"{' or '.join(map(control_suffix, enough))}).")
     elif as_good:
         soonest = rows.loc[as_good, "predicted"].idxmin()
         said.append(f"{soonest[0].upper()}{soonest[1:]} come as near or nearer, but take longer than the plan. Where "

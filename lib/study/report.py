@@ -34,6 +34,8 @@ CHANGES = {"recipe": "the recipe, its plan made by {}", "post-processing": "the 
            "noise": "noise {}", "backup": "reused cells forecast by a {}"}
 """What the pruner's table calls its rows: by the part of the recipe that a row changes, and how."""
 
+JUDGES = ("extractor", "second_extractor")
+"""The columns of a table of scores that name the networks in whose features they were taken."""
 MISSING = r".*\bnan\b.*"
 """A cell of a table that has a number which is none."""
 
@@ -300,7 +302,7 @@ def students_in_brief(study: str) -> str:
     table, columns = _students(study)
     left_out = ("training", "raw", "second score [95 %]", "least and greatest of the trainings")
     brief = {title: cells for title, cells in columns.items() if title not in left_out}
-    return _scored(table, brief).partition("; features")[0].replace("trained on", "trained longer") + "."
+    return _scored(table.drop(columns=[*JUDGES], errors="ignore"), brief).replace("trained on", "trained longer")
 
 
 def _students(study: str) -> tuple[pd.DataFrame, dict[str, pd.Series]]:
@@ -368,12 +370,13 @@ def _marked(names: pd.Series) -> pd.Series:
 
 
 def _scored(table: pd.DataFrame, columns: dict[str, pd.Series]) -> str:
-    """Write the columns that are not empty as a table, and below it on how many images and by whose features it is."""
+    """Write the columns that are not empty as a table; below it on how many images, and by whose features if told."""
     shown = pd.DataFrame({"name": _marked(table["name"]),
                           **{title: cells for title, cells in columns.items() if len(cells)}})
     written = markdown(shown.replace(MISSING, "-", regex=True))
-    judges = [str(table[column].iloc[0]) for column in ("extractor", "second_extractor") if column in table]
-    return f"{written}\n\nn = {table['n'].iloc[0]:,} images a row; features of {' and '.join(judges)}."
+    judges = [str(table[column].iloc[0]) for column in JUDGES if column in table]
+    features = f"; features of {' and '.join(judges)}" if judges else ""
+    return f"{written}\n\nn = {table['n'].iloc[0]:,} images a row{features}."
 
 
 def markdown(shown: pd.DataFrame) -> str:
