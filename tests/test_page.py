@@ -35,7 +35,8 @@ def text(tmp_path, monkeypatch, teacher):
     figure = new.new_code_cell('stage.figure(picture, table, "front")', outputs=[
         new.new_output("stream", name="stderr", text="a progress bar"), new.new_output("stream", text="1 < 2 steps"),
         new.new_output("display_data", {"image/png": PIXEL}, metadata={"figure": "front"}),
-        new.new_output("display_data", {"text/html": '<table border="1" class="dataframe"><td>7.5</td></table>'})])
+        new.new_output("display_data", {"text/html": '<table border="1" class="dataframe"><td>7.5</td></table>'}),
+        new.new_output("display_data", {"text/markdown": "**Answer:** *held* steps", "text/plain": "<an object>"})])
     given = new.new_code_cell("keep = 0.3", metadata={"tags": ["injected-parameters"]})
     for notebook in params.NOTEBOOKS:
         (tmp_path / "mine" / notebook / "figures").mkdir(parents=True)
@@ -85,6 +86,7 @@ def test_links_of_the_real_notebooks_lead_somewhere_in_both_copies(notebook):
 def test_it_holds_all_that_was_found(text):
     count = len(params.NOTEBOOKS)
     assert text.count(f"data:image/png;base64,{PIXEL}") == count and text.count("<td>7.5<") == count
+    assert text.count("<strong>Answer:</strong> <em>held</em> steps") == count and "an object" not in text
     assert text.count("1 &lt; 2 steps") == count and "a progress bar" not in text
     assert text.count("keep = 0.3") == count and "1.05" in text and "commit abc" in text
     assert "04, Step 1 - Look &amp; see: front. Bars: 95 % intervals." in text

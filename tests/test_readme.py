@@ -159,10 +159,13 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
     every = pd.DataFrame(ways, columns=["name", "kind", "family", "macs_ratio", "ddim_ratio"])
     every = every.assign(steps=5, ddim_ratio_low=every["ddim_ratio"] - 0.02, ddim_ratio_high=every["ddim_ratio"] + 0.02)
     beside = pd.DataFrame({
-        "strongest": [True, True, True, False], "plan_over_control_word": ["worse", "worse", "better", "better"],
-        "plan": ["A", "A", "B", "B"], "score": 1.0, "steps": ["7-8", "9", "50", "50"], "kind": "control",
-        "name": ["shortest path (teacher)", "learned steps", "searched steps, passes", "none"],
-        "macs": [700, 500, 500, 500], "macs_ratio": [7.0, 8.0, 9.0, 9.0], "ddim_ratio": [0.6, 2.0, 0.1, 0.1]})
+        "strongest": [True, True, True, False, True], "plan": ["A", "A", "B", "B", "B again"], "score": 1.0,
+        "plan_over_control_word": ["worse", "worse", "better", "better", "better"], "kind": "control",
+        "plan_macs": [1, 1, 2, 2, 2], "steps": ["7-8", "9", "50", "50", "50"],
+        "name": ["shortest path (teacher)", "learned steps", "searched steps, passes", "none",
+                 "searched steps, passes"],
+        "macs": [700, 500, 500, 500, 500], "macs_ratio": [7.0, 8.0, 9.0, 9.0, 9.0],
+        "ddim_ratio": [0.6, 2.0, 0.1, 0.1, 0.1]})
     beside = beside.assign(ddim_ratio_low=beside["ddim_ratio"] - 0.1, ddim_ratio_high=beside["ddim_ratio"] + 0.1,
                            plan_over_control_low=0.5, plan_over_control_high=1.0)
     claims = pd.DataFrame({"holds": ["yes", "no", "no (n = 9)", "-"]})
@@ -170,14 +173,15 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
                          "nearness_high": [1.3, 0.9, np.nan]})
     for notebook, name, table in (("06_comparison", "everything", every), ("06_comparison", "claims", claims),
                                   ("04_schedule_search", "dividends", pays),
-                                  *((notebook, "controls", beside.assign(plan=notebook + beside["plan"]))
-                                    for notebook in report.PLANNING)):
+                                  *((notebook, "controls", beside.assign(plan=notebook + beside["plan"],
+                                                                         plan_over_control_difference=place))
+                                    for place, notebook in enumerate(report.PLANNING))):
         folder = tmp_path / "mine" / notebook / "tables"
         folder.mkdir(parents=True, exist_ok=True)
         table.to_csv(folder / f"{name}.csv", index=False)
     controls, steps, methods, claimed, cached = report.findings("mine").splitlines()
     assert "**3 of 6 plans of the methods and our extensions did better" in controls
-    assert "(3 worse)." in controls, "two controls that are one count once"
+    assert "(3 worse)." in controls, "two controls that are one count once, so do two plans"
     named = "*04_schedule_searchB*, *05_pruner_trainingB*, *06_comparisonB*"
     assert f": {named} (" in controls and report.verdict("mine") == controls
     assert "For 3 of them that control is a few full steps." in controls, "not where null passes are left out"

@@ -28,6 +28,7 @@ th, td { padding: .2rem .35rem; border-bottom: 1px solid #e5e5e5; text-align: ri
 td { white-space: nowrap; } th:first-child, td:first-child { text-align: left; white-space: normal; }
 thead th { border-bottom: 2px solid #999; vertical-align: bottom; }
 pre { background: #f6f6f6; padding: .6rem; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.said { background: #f6f6f6; padding: .1rem .6rem; margin: .5rem 0; }
 code { font-size: .9em; background: #f6f6f6; } math[display=block] { overflow-x: auto; overflow-y: hidden; }
 details { font-size: .85rem; color: #555; }
 @media print { body { max-width: none; font-size: 10pt; } nav, details { display: none; } .wide { overflow: visible; }
@@ -132,6 +133,8 @@ def _output(output: nbformat.NotebookNode, place: str, folder: Path) -> str:
         return figure(data["image/png"].strip(), place, caption)
     if "text/html" in data:
         return f"<div class='wide'>{re.sub(' border=.1. class=.dataframe.', '', data['text/html'])}</div>"
+    if "text/markdown" in data:
+        return f"<div class='said'>{_prose(data['text/markdown'])}</div>"
     text = output.get("text") if output.get("name") == "stdout" else data.get("text/plain")
     return f"<pre>{html.escape(text)}</pre>" if text else ""
 

@@ -183,6 +183,7 @@ def verdict(study: str) -> str:
     equal = (table["plan_over_control_low"] == 1) & (table["plan_over_control_high"] == 1)
     same = table[equal & table["name"].str.match(FULL)].drop_duplicates("plan").set_index("plan")["name"]
     strongest = table[table["strongest"]].drop_duplicates("plan")  # two controls may be one plan
+    strongest = strongest.drop_duplicates(["plan_macs", "plan_over_control_difference"])  # a plan found by two searches
     words, steps = strongest["plan_over_control_word"], strongest["name"].str.match(FULL).sum()
     better = strongest["plan"][words == "better"]
     others = ", ".join(f"{(words == word).sum()} {word}" for word in WORDS if word != "better" and word in set(words))

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
-from IPython.display import display
+from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 from ruamel.yaml import YAML
 
@@ -111,6 +111,11 @@ class Stage:
         figures.save(picture, numbers, self.folder("figures"), name)
         display(picture, metadata={"figure": name})
         plt.close(picture)
+
+    @staticmethod
+    def say(label: str, text: str) -> None:
+        """Show a paragraph that a notebook computed, in Markdown, its label in bold."""
+        display(Markdown(f"**{label}:** {text}"))
 
     def strip(self, images: torch.Tensor, name: str) -> None:
         """Write images of a plan to figures/plans/<key of its name>.png: the report's front leads there."""
