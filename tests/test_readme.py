@@ -17,7 +17,7 @@ def test_its_tables_are_what_the_reports_say():
     assert report.filled(README) == README, "run: python -m lib.study.report readme"
     assert sorted(re.findall(r"<!-- (\w+:\w+) -->", README)) == [
         "claims:digits", "claims:letters", "findings:digits", "findings:letters", "pruner:dipgo_sweep",
-        "students:digits_full", "verdict:digits_full"]
+        "rivals:equal_training", "students:equal_training", "verdict:digits_full"]
 
 
 def test_it_is_read_in_minutes():
@@ -140,6 +140,23 @@ def test_the_students_table_says_how_small_how_fast_and_how_good(tmp_path, monke
     assert below == "n = 5,000 images a row."
 
 
+def test_rivals_stand_beside_what_they_change(tmp_path, monkeypatch):
+    """A loss beside the noise loss, all else beside the method; where single trainings differ nothing is sure."""
+    monkeypatch.setattr(paths, "REPORTS", tmp_path)
+    tables = tmp_path / "mine" / "03_joint_loss_ablation" / "tables"
+    tables.mkdir(parents=True)
+    rows = pd.DataFrame([["schedule", "fixed", 1.2, "worse", True], ["choice", "thin", 0.5, "better", False],
+                         ["start", "weights: teacher", np.nan, "as good", True]],
+                        columns=["part", "name", "ratio", "ratio_word", "agree"])
+    rows = rows.assign(ratio_low=rows["ratio"] - 0.1, ratio_high=rows["ratio"] + 0.1, least=1.0, greatest=1.5,
+                       second_ratio_word="worse", training="9 steps")
+    rows.to_csv(tables / "ablation.csv", index=False)
+    assert report.rivals("mine").splitlines()[2:] == [
+        "| loss: fixed | 9 steps | loss: noise only | 1.2 [1.1, 1.3] | 1, 1.5 | worse | worse |",
+        "| network: thin | 9 steps | the method | 0.5 [0.4, 0.6] | 1, 1.5 | undecided | worse |",
+        "| weights: teacher | 9 steps | the method | - | 1, 1.5 | as good | worse |"]
+
+
 def test_the_claims_stand_as_notebook_06_wrote_them(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "REPORTS", tmp_path)
     tables = tmp_path / "mine" / "06_comparison" / "tables"
@@ -190,13 +207,13 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
              "plan_over_control_high": 1.0}
     pd.concat([pd.read_csv(tables / "controls.csv"), pd.DataFrame([equal])]).to_csv(tables / "controls.csv")
     found = report.verdict("mine")
-    assert "*04_schedule_searchB*, which is the same as *shortest path*, another control, *05" in found
+    assert "*04_schedule_searchB*, step for step *shortest path*, another control, *05" in found
     assert found.endswith("Plans that are themselves such steps, the same as a control's: 1.")
     assert "*shortest path, 7-8 steps*, 7.0 times fewer MACs at 0.6 [0.5, 0.7] of its score" in steps
     assert "Even *DDIM, uniform 30* keeps it" in steps
     assert "*DiP-GO, 22%*, 4.0 times fewer MACs" in methods
     assert claimed.endswith("** 1 yes, 0 undecided, 2 no."), "without what the study does not test"
-    assert "these cases: held 0 of 1; forecast by a line 1 of 1." in cached
+    assert "MACs do: held 0 of 1; forecast by a line 1 of 1." in cached
 
 
 def test_a_pruners_recipe_is_told_from_its_table(tmp_path, monkeypatch):

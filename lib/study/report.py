@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 from nbconvert import MarkdownExporter
 
+from lib.judging import trainings
 from lib.judging.controls import summary
 from lib.judging.estimates import MARGIN, WORDS, text
 from lib.study import claims, figures, paths
@@ -33,6 +34,9 @@ CHANGES = {"recipe": "the recipe, its plan made by {}", "post-processing": "the 
            "untrained": "no training, left-out steps forecast by a {}", "rate": "learning rate {}", "gates": "{}",
            "noise": "noise {}", "backup": "reused cells forecast by a {}"}
 """What the pruner's table calls its rows: by the part of the recipe that a row changes, and how."""
+
+RIVALS = {"schedule": "loss", "choice": "network"}
+"""What the rivals' table calls what its rows change."""
 
 JUDGES = ("extractor", "second_extractor")
 """The columns of a table of scores that name the networks in whose features they were taken."""
@@ -183,11 +187,11 @@ def verdict(study: str) -> str:
     equal = (table["plan_over_control_low"] == 1) & (table["plan_over_control_high"] == 1)
     same = table[equal & table["name"].str.match(FULL)].drop_duplicates("plan").set_index("plan")["name"]
     strongest = table[table["strongest"]].drop_duplicates("plan")  # two controls may be one plan
-    strongest = strongest.drop_duplicates(["plan_macs", "plan_over_control_difference"])  # a plan found by two searches
+    strongest = strongest.drop_duplicates(["plan_macs", "plan_over_control_difference"])  # so may two searches' finds
     words, steps = strongest["plan_over_control_word"], strongest["name"].str.match(FULL).sum()
     better = strongest["plan"][words == "better"]
     others = ", ".join(f"{(words == word).sum()} {word}" for word in WORDS if word != "better" and word in set(words))
-    named = ", ".join(f"*{plan}*" + (f", which is the same as *{same[plan]}*, another control" if plan in same else "")
+    named = ", ".join(f"*{plan}*" + (f", step for step *{same[plan]}*, another control" if plan in same else "")
                       for plan in better)
     alike = f" Plans that are themselves such steps, the same as a control's: {len(same)}." if len(same) else ""
     return (f"* **{len(better)} of {len(strongest)} plans of the methods and our extensions did better than their "
@@ -200,7 +204,7 @@ def findings(study: str) -> str:
 
     The cheapest are looked for among all rows, on the report's own noise; the tables set them beside their controls.
     """
-    table, reports = _everything(study), paths.REPORTS / study
+    table, beside, reports = _everything(study), _beside(study), paths.REPORTS / study
     kept = table[table["ddim_ratio_high"] <= 1 + MARGIN]  # surely at most 5 % worse than DDIM's full run
     steps = kept[kept["family"].str.match(FULL) & ~kept["family"].str.contains("student")]
     found = []
@@ -208,7 +212,9 @@ def findings(study: str) -> str:
     def cheapest(rows: pd.DataFrame) -> str:
         row = rows.sort_values(["macs_ratio", "ddim_ratio"], ascending=[False, True]).iloc[0]
         name = row["name"].replace(" (teacher)", "")
-        return f"*{name}*, {row['macs_ratio']:.1f} times fewer MACs at {text(row, 'ddim_ratio')} of its score"
+        worth = f"; {claims.strongest(beside, name)}, its strongest control" if name in set(beside["plan"]) else ""
+        return (f"*{name}*, {row['macs_ratio']:.1f} times fewer MACs at {text(row, 'ddim_ratio')} of its score"
+                f"{worth}")
 
     even = kept[kept["family"] == "DDIM, uniform"]
     if len(steps) and len(even):
@@ -224,8 +230,8 @@ def findings(study: str) -> str:
     wins = {reuse: f"{(rows['nearness_high'] < 1).sum()} of {len(rows)}"
             for reuse, rows in pays.groupby("reuse", sort=False)}
     cached = "; ".join(f"{REUSED.get(reuse, reuse)} {cases}" for reuse, cases in wins.items())
-    found.append("**Does caching pay?** Cached features come surely nearer to the better solver's full run than more "
-                 f"full steps of the same MACs in these cases: {cached}.")
+    found.append("**Does caching pay?** Cases in which cached features come surely nearer to the better solver's full "
+                 f"run than more full steps of the same MACs do: {cached}.")
     return "\n".join([verdict(study), *(f"* {sentence}" for sentence in found)])
 
 
@@ -306,6 +312,18 @@ def students_in_brief(study: str) -> str:
     return _scored(table.drop(columns=[*JUDGES], errors="ignore"), brief).replace("trained on", "trained longer")
 
 
+def rivals(study: str) -> str:
+    """Give as Markdown what another loss, network or beginning is worth over the student that the method trains."""
+    rows = pd.read_csv(paths.REPORTS / study / "03_joint_loss_ablation" / "tables" / "ablation.csv")
+    names = [name if ":" in name else f"{RIVALS[part]}: {name}" for part, name in zip(rows["part"], rows["name"])]
+    shown = pd.DataFrame({
+        "student": names, "training": rows["training"],
+        "beside": rows["part"].map({"schedule": "loss: noise only"}).fillna("the method"),
+        "ratio of the scores [95 %]": _intervals(rows, "ratio"), "least and greatest of the trainings": _range(rows),
+        "that is": [trainings.word(row) for row in rows.to_dict("records")], "second judge": rows["second_ratio_word"]})
+    return markdown(shown.replace(MISSING, "-", regex=True))
+
+
 def _students(study: str) -> tuple[pd.DataFrame, dict[str, pd.Series]]:
     """Give the students, and the columns of their table."""
     tables = paths.REPORTS / study / "02_block_search" / "tables"
@@ -316,8 +334,7 @@ def _students(study: str) -> tuple[pd.DataFrame, dict[str, pd.Series]]:
                "times fewer parameters": table["parameters_ratio"].map("{:.2f}".format),
                "times faster [95 %]": _faster(table), **_judged(table),
                "over the teacher's, trained on [95 %]": _intervals(table, "ratio"),
-               "least and greatest of the trainings": [f"{row.least:.3g}, {row.greatest:.3g}"
-                                                       for row in table.itertuples()]}
+               "least and greatest of the trainings": _range(table)}
     return table, columns
 
 
@@ -407,11 +424,13 @@ def controls_table(study: str) -> str:
 PAGE = {"Every way to sample": (results_table, PLANNING), "Beside their controls": (controls_table, PLANNING),
         "What the papers claim": (claims_table, ["06_comparison"]),
         "The students": (students_table, ["02_block_search"]),
+        "Other losses, networks and beginnings": (rivals, ["03_joint_loss_ablation"]),
         "Every way to sample the transformer": (transformer_table, ["07_transformer"])}
 """The tables at the top of a page, and the notebooks that they need."""
 
 TABLES = {"findings": findings, "verdict": verdict, "results": results_table, "controls": controls_table,
-          "transformer": transformer_table, "students": students_in_brief, "claims": claims_table, "pruner": pruner}
+          "transformer": transformer_table, "students": students_in_brief, "rivals": rivals, "claims": claims_table,
+          "pruner": pruner}
 
 
 def filled(readme: str) -> str:
@@ -428,6 +447,10 @@ def fill_readme() -> None:
 
 def _intervals(table: pd.DataFrame, column: str) -> pd.Series:
     return pd.Series([text(row, column) for row in table.to_dict("records")], table.index)
+
+
+def _range(table: pd.DataFrame) -> list[str]:
+    return [f"{row.least:.3g}, {row.greatest:.3g}" for row in table.itertuples()]
 
 
 def _faster(table: pd.DataFrame) -> pd.Series:
