@@ -53,7 +53,8 @@ def images(model: str, plan: Path, out: Path, *, said: Sequence[str | int] = (),
     paths.writable(out)
     own = np.array_split(np.arange(count), state.num_processes)[state.process_index].tolist()
     solver = {"solver": "dpmsolver++", "order": 2, "table": None} if walk.table else {}
-    full = walk.at(walk.grid, **solver)
+    grid = tuple(dict.fromkeys(walk.grid))
+    full = walk.at(grid[:2] + grid[1:] if walk.solver == "pndm" else grid, **solver)
     counted = costs(full)  # before anything is drawn: it may be refused
     made, seconds = _timed(draw, walk, own, "sampling" if state.is_main_process else None)
     if not made.isfinite().all():
@@ -80,7 +81,7 @@ def images(model: str, plan: Path, out: Path, *, said: Sequence[str | int] = (),
 def _by_pipeline(source: str, said: Sequence[str | int], options: dict, batch: int, seed: int, device: str,
                  precision: str) -> tuple[Draw, Callable[[Plan], cost.Costs]]:
     """Draw as the pipeline is called by its users, with its own decoder."""
-    asked = Requests(networks.pipeline(source, device, precision), tuple(said), options, batch, seed)
+    asked = Requests(networks.pipeline(source, device, precision), said, options, batch, seed)
     return (lambda plan, numbers, title: asked.images(plan, "report", numbers, title=title),
             lambda plan: cost.count_requests(asked, plan))
 
@@ -88,6 +89,10 @@ def _by_pipeline(source: str, said: Sequence[str | int], options: dict, batch: i
 def _by_model(source: str, seed: int, device: str, precision: str) -> tuple[Draw, Callable[[Plan], cost.Costs]]:
     """Draw what reads nothing, or classes that it draws itself, without a pipeline."""
     model = networks.load(source, device)
+    try:
+        blocks.describe(model.network)
+    except TypeError as error:
+        raise PlanError(f"no plan fits {source}: {error}") from None
     if reads := set(blocks.example_conditions(model.network, 1, "cpu")) - {"class_labels"}:
         raise ValueError(f"{source} reads {', '.join(sorted(reads))}: say what to draw, by --prompt or --prompts FILE")
     if model.latents is None and model.shape[0] not in (1, 3):

@@ -48,6 +48,7 @@ class Budget:
         ValueError
             If it is none of these, or no less than the full run.
         """
+        text = str(text)
         try:
             number = float(text.removesuffix("x").removesuffix("s"))
         except ValueError:
@@ -83,14 +84,14 @@ def begin(pipe: DiffusionPipeline, out: Path, *, prompts: Sequence[str | int] = 
     lib.grid.plan.PlanError
         If no plan fits the pipeline.
     """
-    effort = effort or Effort()
+    effort, out = effort or Effort(), Path(out)
     if out.suffix != ".json":
         raise ValueError(f"out: {out} is to hold a plan: name it .json")
     if out.is_dir():
         raise ValueError(f"out: {out} is a folder")
     paths.writable(out.parent)
     parts = [prompts[number::len(BANKS)] if len(prompts) >= len(BANKS) else prompts for number in range(len(BANKS))]
-    requests = {bank: Requests(pipe, tuple(part), options or {}, batch, effort.seed)
+    requests = {bank: Requests(pipe, part, options or {}, batch, effort.seed)
                 for bank, part in zip(BANKS, parts)}
     return Fitting(requests, effort, out.with_suffix(".unfinished"))
 

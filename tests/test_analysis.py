@@ -4,7 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import reference
+import tiny
 import torch
+from doors import full_plan
 
 from lib.grid import cost, sampling, solvers
 from lib.grid.model import Model
@@ -59,6 +61,23 @@ def test_errors_of_reuse_are_those_of_outputs_written_out(unet, schedule, teache
     assert rows.loc[8, "line"] == pytest.approx(far(outputs[6] + (places[8] - places[6]) * slope, 8), rel=1e-3)
     assert rows.loc[8, "since"] == 2 and set(found["pass"]) == {"given"}
     assert np.isnan(rows.loc[2, "line"]) and np.isnan(rows.loc[5, "parabola"])
+
+
+def test_on_a_transformer_errors_are_those_of_the_changes_that_cells_keep():
+    """A block whose change is held gives today's input and that change."""
+    pipe, _ = tiny.made(tiny.dit)
+    network, seen = pipe.transformer, []
+    plan = full_plan(pipe, 4)
+    held = plan.with_cells(np.repeat([[True], [False], [True], [False]], len(plan.blocks), axis=1))
+    model = Model(network, pipe.scheduler)
+    noise = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(0))
+    found = analysis.forecast_errors(model, held, noise).set_index(["block", "step"])
+    block = network.transformer_blocks[1]
+    handle = block.register_forward_hook(lambda m, i, o: seen.append((o - i[0]).flatten(1)))
+    sampling.sample(model, plan, noise)
+    handle.remove()
+    wanted = ((seen[0] - seen[1]).norm(dim=1) / seen[1].norm(dim=1)).mean()
+    assert found.loc[(plan.blocks[1], 1), "hold"] == pytest.approx(float(wanted), rel=1e-3)
 
 
 def test_each_cell_reuses_what_erred_least(teacher, described):

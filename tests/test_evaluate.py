@@ -277,6 +277,15 @@ def test_a_bank_samples_once_and_keeps_features(unet, schedule, teacher, extract
         bank(known=known).features(plan)
 
 
+def test_a_bank_refuses_images_that_are_not_numbers(unet, schedule, teacher, extractors, tmp_path):
+    broken = copy.deepcopy(unet)
+    with torch.no_grad():
+        broken.conv_out.bias.fill_(float("inf"))
+    bank = Bank("report", Model(broken, schedule), extractors, count=2, seed=0, precision="fp32", work=tmp_path)
+    with pytest.raises(FloatingPointError, match="of 2 steps are not numbers in precision fp32"):
+        bank.features(Plan.few_steps(2, "uniform", teacher))
+
+
 def test_the_extractors_come_back_from_their_folder_and_round_to_pixels(extractors, digits, tmp_path):
     trained_on_cuda = [copy.deepcopy(one).to(memory_format=torch.channels_last) for one in extractors]
     extractor.save(tmp_path, *trained_on_cuda)
@@ -361,7 +370,7 @@ def digits_with(digits, prompts):
 
 def test_extractors_learn_their_tasks_and_a_judge_that_cannot_be_is_refused(digits, tmp_path):
     fit = {"steps": 250, "seed": 0, "device": "cpu", "precision": "fp32"}
-    unlabelled = data.DataSet("mine", digits.images, torch.zeros_like(digits.labels), digits.train, digits.held_out)
+    unlabelled = data.DataSet("mine", digits.images, torch.full_like(digits.labels, 2), digits.train, digits.held_out)
     made = {task: extractor.fit(unlabelled, task, work=tmp_path / task, **fit) for task in ("classes", "denoising")}
     assert made["classes"].name.startswith("turns"), "without labels, how images were turned"
     with torch.no_grad():
@@ -375,6 +384,8 @@ def test_extractors_learn_their_tasks_and_a_judge_that_cannot_be_is_refused(digi
     assert extractor.embed(made["denoising"], seen).var(dim=0).mean() == pytest.approx(1, rel=0.2)
     with pytest.raises(ValueError, match="the first judge learns rotation already"):
         extractor.check_judge("rotation", unlabelled)
+    with pytest.raises(ValueError, match="the first judge learns rotation already"):
+        extractor.check_judge("rotation", replace(unlabelled, labels=unlabelled.labels + 3))
     extractor.check_judge("rotation", digits)
     with pytest.raises(ValueError, match="no extractor 'nonsense'"):
         extractor.check_judge("torch-fidelity:nonsense", digits)

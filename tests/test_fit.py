@@ -160,7 +160,8 @@ def test_costs_are_those_of_the_calls_that_the_pipeline_makes(tmp_path):
     assert alone.costs.passes == 1 and not alone.guided
 
 
-@pytest.mark.parametrize(("text", "share", "seconds"), [("4x", 0.25, None), ("0.25", 0.25, None), ("2.5s", None, 2.5)])
+@pytest.mark.parametrize(("text", "share", "seconds"), [("4x", 0.25, None), ("0.25", 0.25, None), ("2.5s", None, 2.5),
+                                                       (0.25, 0.25, None)])
 def test_budgets(text, share, seconds):
     assert Budget.of(text) == Budget(share, seconds)
 
@@ -186,8 +187,11 @@ def test_bad_requests_say_what_to_do(tmp_path):
                              ({"generator": torch.Generator()}, "generator: is given by number here")):
         with pytest.raises(ValueError, match=message):
             fit(pixels, "2x", tmp_path / "plan.json", options=options)
-    with pytest.raises(ValueError, match="said: give a list of prompts, not one string"):
-        Requests(pipe, "a digit")
+    for said in ("a", "a digit"):
+        with pytest.raises(ValueError, match="said: give a list of prompts, not one string"):
+            fit(pipe, "2x", str(tmp_path / "plan.json"), prompts=said)
+    with pytest.raises(ValueError, match="the options say what to draw, as prompts or classes do: give one of the two"):
+        fit(pipe, "2x", tmp_path / "plan.json", prompts=["a digit"], options={"prompt": "a digit"})
     with pytest.raises(PlanError, match="no plan fits a .*: LatteTransformer3DModel is not supported"):
         Requests(latte())
     with pytest.raises(ValueError, match="budget: 1000s is no less than the full run, which takes"):
@@ -284,6 +288,17 @@ def test_images_that_are_not_numbers_end_a_fit(tmp_path):
         pipe.unet.conv_out.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="the full run's images are not numbers: give the weights in fp32 or bf16"):
         fit(pipe, "2x", tmp_path / "plan.json", effort=SMALL)
+
+
+def test_a_plan_whose_images_are_not_numbers_is_the_farthest_there_is(monkeypatch):
+    pipe, options = tiny.made(tiny.ddim_pixels)
+    asked = Requests(pipe, (), options_of(options))
+    plan = Fitting.full_of(pipe, 10)
+    black = fitting.Distance(asked, "search", torch.zeros_like(asked.images(plan, "search", [0])), "")
+    assert 0 < black(plan) < 1
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.fill_(float("nan"))
+    assert black(plan) == float("inf")
 
 
 @pytest.mark.parametrize(("ratio", "longer", "sentence"), [

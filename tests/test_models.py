@@ -164,6 +164,30 @@ def test_the_command_line_draws_prompts_as_the_pipeline_does(tmp_path, monkeypat
     assert np.abs(found[0].astype(int) - found[1]).max() > 5
 
 
+def test_the_command_line_takes_a_plan_of_stock_pndm(tmp_path, monkeypatch, capsys):
+    """It walks the second timestep twice; the grid need not say so."""
+    arguments = saved(tiny.stable_diffusion, tmp_path)
+    full = Plan.load(tmp_path / "plan.json")
+    doubled = full.timesteps[:2] + full.timesteps[1:]
+    for grid in (full.grid, doubled):
+        full.at(doubled, solver="pndm", order=4, abscissa="step").replace(grid=grid).save(tmp_path / "plan.json")
+        command(monkeypatch, *arguments, "--prompt", "a digit")
+        assert "1.00 times fewer executed MACs" in capsys.readouterr().out
+
+
+def unknown_blocks():
+    model = tiny.plain_unet(in_channels=3, out_channels=3)
+    return tiny.DDIMPipeline(type(model).from_config(model.config, down_block_types=["ResnetDownsampleBlock2D"] * len(
+        model.config.down_block_types)), tiny.ddim()), {}
+
+
+def test_the_command_line_refuses_blocks_that_it_does_not_know(tmp_path, monkeypatch):
+    arguments = saved(tiny.dit, tmp_path)
+    unknown_blocks()[0].save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit, match="error: no plan fits .*other"):
+        command(monkeypatch, *("--model", tmp_path / "other", *arguments[2:]))
+
+
 @pytest.mark.parametrize(("kind", "message"), [
     (tiny.stable_diffusion, "reads encoder_hidden_states: say what to draw, by --prompt or --prompts FILE"),
     (tiny.stable_diffusion_xl, "reads added_cond_kwargs, encoder_hidden_states: say what to draw"),

@@ -356,6 +356,19 @@ def test_an_error_that_is_no_number_is_the_worst_there_is(teacher, tmp_path):
     assert sorted(one.error == float("inf") for one in found) == [False, False, True, True]
 
 
+def test_images_that_are_not_numbers_are_the_worst_there_is_too(teacher, tmp_path):
+    def breaks(plan):
+        raise FloatingPointError("not numbers")
+
+    found = search(Toy(teacher), breaks, macs, trials=3, population=4, seed=0, storage=tmp_path / "journal")
+    assert len(found) == 3 and all(one.error == float("inf") for one in found)
+
+
+def test_costs_are_whole_numbers_as_a_resumed_search_has_them(teacher, tmp_path):
+    with pytest.raises(TypeError, match="integer"):
+        search(Toy(teacher), error, lambda plan: 0.5, trials=3, population=4, seed=0, storage=tmp_path / "journal")
+
+
 def test_a_start_genome_that_was_being_evaluated_is_not_lost(teacher, tmp_path):
     def breaks(plan):
         raise KeyboardInterrupt

@@ -281,6 +281,8 @@ class Requests:
             raise ValueError(f"{', '.join(sorted(own))}: is given by number here; leave it out.")
         if not {"num_inference_steps", "generator"} <= self._takes:
             raise ValueError(f"a {kind} cannot be called for images of numbered noise under a plan.")
+        if self.said and told:
+            raise ValueError("the options say what to draw, as prompts or classes do: give one of the two, not both")
         if self.said and by is None:
             raise ValueError(f"a {kind} takes neither prompts nor classes: give none.")
         if not self.said and not told and by is not None:

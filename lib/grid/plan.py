@@ -354,11 +354,6 @@ class Plan(_Part):
             raise PlanError(f"the plan has passes {', '.join(self.passes)}, and none called {name!r}.")
         return self.passes.index(name)
 
-    def settled(self) -> Self:
-        """Give the plan with all dead cells at 0 and all forecasts of the order that there is: the same images."""
-        return self.replace(states=tuple(_rows(life.settled) for life in self.life),
-                            net=tuple(_rows([life.net])[0] for life in self.life))
-
     @cached_property
     def key(self) -> str:
         """A hash of all that changes an image (so not of grid, provenance and dead cells): equal keys, equal images."""
@@ -564,7 +559,7 @@ class Plan(_Part):
         content["cells"] = {name: ["".join(sign[state] for state in row) for row in sheet]
                             for name, sheet in zip(self.passes, self.states)}
         content["net"] = {name: "".join(sign[state] for state in net) for name, net in zip(self.passes, self.net)}
-        path.write_text(json.dumps(content, indent=1, default=_of_numpy) + "\n")
+        Path(path).write_text(json.dumps(content, indent=1, default=_of_numpy) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -23,17 +23,23 @@ from lib.judging.evaluate import Judge, Nearness
 
 
 @contextmanager
-def _outputs(network: ModelMixin) -> Iterator[dict[str, Tensor]]:
-    """Give what each block gave last, by its name, flattened to (n, D); it fills as the network is called."""
-    now: dict[str, Tensor] = {}
+def _outputs(network: ModelMixin, changes: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Give what each block gave last, by its name, flattened to (n, D); it fills as the network is called.
+
+    Parameters
+    ----------
+    changes : bool, whether of a transformer's block it is what the block added to its input, which is what cells keep
+    """
+    now, described = {}, _blocks.describe(network)
+    changes = changes and described.cache == "residual"
 
     def keep(name: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
-            now[name] = (output[0] if isinstance(output, tuple) else output).flatten(1).clone()
+            made = output[0] if isinstance(output, tuple) else output
+            now[name] = (made - inputs[0] if changes else made).flatten(1).clone()
         return hook
 
-    handles = [network.get_submodule(block.modules[-1]).register_forward_hook(keep(block.name))
-               for block in _blocks.describe(network)]
+    handles = [network.get_submodule(block.modules[-1]).register_forward_hook(keep(block.name)) for block in described]
     try:
         yield now
     finally:
@@ -109,6 +115,8 @@ REUSES = {"hold": HOLD, "line": LINE, "parabola": PARABOLA}
 def forecast_errors(model: Model, plan: Plan, noise: Tensor) -> pd.DataFrame:
     """Measure how far held and forecast outputs lie from what each block would give, where a plan's cells reuse.
 
+    On a transformer cells keep what a block adds to its input: there that stands for the output.
+
     All is computed, so x_t walks as in the full run of the plan's steps: the error of each reuse by itself, not what
     becomes of it.
 
@@ -128,7 +136,7 @@ def forecast_errors(model: Model, plan: Plan, noise: Tensor) -> pd.DataFrame:
     places = solvers.abscissae(plan.timesteps, plan.schedule, plan.abscissa).tolist()
     rows, known = [], {name: [] for name in described.names}  # of each block the last three computed (step, output)
     full = plan.at(plan.timesteps)
-    with _outputs(model.network) as now, Engine(model.network, full, model.noise_schedule) as engine:
+    with _outputs(model.network, changes=True) as now, Engine(model.network, full, model.noise_schedule) as engine:
         for step, _ in enumerate(walk(engine, noise.to(model.device), asked)):
             for name, computes in zip(described.names, plan.computes[step]):
                 if computes:

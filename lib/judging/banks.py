@@ -64,6 +64,11 @@ class Bank:
         ----------
         title : of a progress bar; None for none
         by : name of the extractor; None for the first
+
+        Raises
+        ------
+        FloatingPointError
+            If the images are not numbers.
         """
         found = self._features.setdefault(plan.key, {})
         path = self.work / f"{plan.key}.safetensors"
@@ -71,6 +76,9 @@ class Bank:
             found.update(load_file(path))
         if missing := self.extractors.keys() - found.keys():
             images = sampling.sample(self.model, plan, self.noise(), precision=self.precision, title=title)
+            if not images.isfinite().all():
+                raise FloatingPointError(f"images under a plan of {plan.steps} steps are not numbers in precision "
+                                         f"{self.precision}: take fp32, or forecast less")
             found.update({one: extractor.embed(self.extractors[one], images) for one in missing})
             if self.work.exists():  # it goes when the stage ends: then there is nothing to resume any more
                 partial = path.with_suffix(f".{os.getpid()}")  # workers may write the same features at once

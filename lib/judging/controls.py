@@ -259,6 +259,7 @@ def fewest(judge: Judge, features: Callable, ladder: Iterable[Plan], best: Plan)
     """Give the plan of the fewest steps that is surely at most 5 % worse than the best; the best, where none is.
 
     What is cheaper than T steps may be no cheaper than the steps that would have done: factors are honest over these.
+    Steps that pass by luck on the report's noise make these too few, and honest factors too small: never too large.
 
     Parameters
     ----------

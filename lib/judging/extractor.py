@@ -218,7 +218,7 @@ def fit(data: DataSet, task: str, *, steps: int, seed: int, device: str, precisi
         classes become turns.
     """
     images, answers = data.images[data.train], data.answers[data.train]
-    if task == "classes" and not answers.any():
+    if task == "classes" and _alike(answers):
         task = "rotation"
     if task == "rotation":
         answers = torch.arange(4).repeat_interleave(len(images))[:, None]
@@ -249,6 +249,11 @@ def fit(data: DataSet, task: str, *, steps: int, seed: int, device: str, precisi
     return made
 
 
+def _alike(labels: Tensor) -> bool:
+    """Whether all images have the same labels, so that these tell nothing."""
+    return bool((labels == labels[0]).all())
+
+
 def check_judge(judge: str, data: DataSet) -> None:
     """Refuse a second judge that cannot be had, or that would be the first again.
 
@@ -257,7 +262,7 @@ def check_judge(judge: str, data: DataSet) -> None:
     ValueError
         Saying what to take instead.
     """
-    if judge == "rotation" and not data.labels.any():
+    if judge == "rotation" and _alike(data.labels):
         raise ValueError("judge: the first judge learns rotation already, as the data have no labels: take denoising")
     borrowed(judge)
 

@@ -88,13 +88,13 @@ class WaySearch:
         error.key = f"{looked.key} {banks.of[self.wanted.model].key} {self.wanted.plan.key} {looked.first} rfid, shrunk"
         return error
 
-    def search(self, title: str, model: str, space: Space, price: Callable[[Way], float], *, number: int,
+    def search(self, title: str, model: str, space: Space, price: Callable[[Way], int], *, number: int,
                budget: float, trials: int, start: Iterable[Mapping] = ()) -> list[Found]:
         """Give all that a search on a model finds within a budget, in the order of evaluation.
 
         Parameters
         ----------
-        price : callable(way), what the budget is of; it is what `Found.macs` holds
+        price : callable(way), what the budget is of, such as MACs or microseconds; it is what `Found.macs` holds
         number : int, of the search: each draws other candidates
         trials, start : as `lib.methods.search.search` takes them
         """

@@ -8,6 +8,7 @@ ended and has partial steps, forecasts and guidance passes too. `lib.fit` is the
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -148,9 +149,9 @@ class Distance:
     key: str
 
     def __call__(self, plan: Plan) -> float:
-        """Sample the plan's images and compare them."""
+        """Sample the plan's images and compare them; infinite where they are not numbers."""
         made = self.requests.images(plan, self.bank, range(len(self.wanted)))
-        return float(pairs.root_mean_square(made.nan_to_num(), self.wanted).mean())
+        return float(pairs.root_mean_square(made, self.wanted).mean()) if made.isfinite().all() else math.inf
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,8 @@ class Fitted:
     Attributes
     ----------
     plan : Plan, the chosen one
-    controls : dict of name to Plan: the best of each family of no fewer seconds, chosen on the same images. Where two
-        families have the same best, one entry: "fewer steps = searched steps".
+    controls : dict of name to Plan: the best of each family, chosen on the same images, of no fewer seconds (searched
+        steps may take fewer). Where two families have the same best, one entry: "fewer steps = searched steps".
     distances : dict of name to float, of all that were compared on those images
     """
 
@@ -413,7 +414,7 @@ class Fitting:
         if self.guided:
             shorter = [free.encode(count, 2) for count in reversed(free.counts)]
             kinds = [[space.encode(genome, **way) for genome in kind] for kind in (*kinds, shorter)
-                     for way in ({}, {"begins": 0.2, "goes": 0.75}, {"every": 2, "holds": "difference"})]
+                     for way in space.ways]
         found = [next((genome for genome in kind if timing.of(space.decode(genome)) <= seconds), None)
                  for kind in kinds]
         return [genome for genome in found if genome is not None]
@@ -430,7 +431,7 @@ class Fitting:
         return space.encode(own) if self.guided else own
 
     def _choose(self, seconds: float, steps: Sequence[Found], everything: Sequence[Found]) -> Fitted:
-        """Compare the best of each kind on fresh noise and prompts; controls take no less time than the budget."""
+        """Compare the best of each kind on fresh noise and prompts; of controls searched steps alone may take less."""
         timing, (most, reach) = self.timing(), self._reach(seconds)
         families = {"fewer steps": self._few_steps(reach),
                     "searched steps": [candidate.plan for candidate in _best(steps)],

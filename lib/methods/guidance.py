@@ -72,11 +72,14 @@ class GuidedSpace:
         return dict(genome) | {"guidance_begins": begins, "guidance_goes": goes, "null_every": every,
                                "null_reuse": HOLD, "null_holds": holds}
 
-    def known(self) -> list[dict]:
-        """Give what everybody knows: the inner space's, guided throughout, in the middle, and at every second step.
+    @property
+    def ways(self) -> list[dict]:
+        """How everybody guides, as `encode` takes it: throughout, in the middle, and at every second step.
 
         The middle leaves out the first and the last fifth of the steps.
         """
-        ways = [{}, {"begins": 0.2, "goes": 0.75}]
-        ways += [{"every": 2, "holds": "difference"}] * (2 in self.everies)
-        return [self.encode(genome, **way) for genome in self.inner.known() for way in ways]
+        return [{}, {"begins": 0.2, "goes": 0.75}] + [{"every": 2, "holds": "difference"}] * (2 in self.everies)
+
+    def known(self) -> list[dict]:
+        """Give what everybody knows: the inner space's, guided in each of the `ways`."""
+        return [self.encode(genome, **way) for genome in self.inner.known() for way in self.ways]

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import operator
 import secrets
 import threading
 import time
@@ -195,7 +196,7 @@ class _Job:
         draw = optuna.create_study(sampler=RandomSampler(seed=0))
         plans = [self.space.decode(draw.ask(distributions).params) for _ in range(SAMPLES)]
         about = [{name: distribution_to_json(distribution) for name, distribution in distributions.items()},
-                 [(plan.key, int(self.macs(plan))) for plan in plans],
+                 [(plan.key, operator.index(self.macs(plan))) for plan in plans],
                  getattr(self.error, "key", None), self.budget, self.method]
         return f"{self.title} {hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]}"
 
@@ -260,8 +261,7 @@ class _Job:
                 time.sleep(0.1)
             else:
                 with self._alive(trial.number):
-                    error = self.error(plan)
-                error = math.inf if math.isnan(error) else error  # Optuna takes NaN for a failure, and would ask again
+                    error = self._error(plan)
                 told = study.tell(trial, [error, cost], skip_if_finished=True)  # by one who took this worker for dead
                 if told.state == TrialState.COMPLETE:
                     self.seen.add(trial.number)  # no need to decode it again
@@ -273,6 +273,14 @@ class _Job:
                 return
             if bar is not None:
                 _show(bar, self.look(study), before)
+
+    def _error(self, plan: Plan) -> float:
+        """Give a plan's error: infinite where there is none, as Optuna takes NaN for a failure, and would ask again."""
+        try:
+            error = self.error(plan)
+        except FloatingPointError:  # images that are not numbers
+            return math.inf
+        return math.inf if math.isnan(error) else error
 
     @staticmethod
     def _drop(study: optuna.Study, trial: optuna.Trial) -> None:
@@ -334,7 +342,7 @@ class _Job:
                 self._beat(trial.number)
             _ = trial.relative_params  # where all genes were given: else NSGA-II takes the trial into no population
             plan = self.space.decode(trial.params)
-            cost = self.macs(plan)
+            cost = operator.index(self.macs(plan))  # no fraction, which would be lost when a search is resumed
             if self.budget is None or cost <= self.budget:
                 return trial, plan, cost
             self._drop(study, trial)
