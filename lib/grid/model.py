@@ -130,6 +130,11 @@ class Model:
         """Map what the network denoises, (n, C, H, W), to images, (n, C', H', W'), about [-1, 1]."""
         return x_0 if self.latents is None else self.latents.decode(x_0)
 
+    def predict(self, x_t: Tensor, t: float | Tensor, **given: Tensor) -> Tensor:
+        """Call the network on x_t, (n, C, H, W), at a timestep: what it predicts, without a learned variance."""
+        timesteps = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+        return self.network(x_t, timestep=timesteps, **given).sample[:, :x_t.shape[1]]
+
     @cached_property
     def classes(self) -> int:
         """The number of classes of which the network draws one and reads nothing else; else 0."""

@@ -93,8 +93,7 @@ class Steps(nn.Module):
         table, state, x_t = self.table(timesteps), (), noise
 
         def predict(x_t: Tensor, step: int, passes: tuple[str, ...] = (), **given: Tensor) -> Tensor:
-            t = timesteps[step].to(x_t).expand(len(x_t))
-            return model.network(x_t, timestep=t, **given).sample[:, :x_t.shape[1]]
+            return model.predict(x_t, timesteps[step].to(x_t), **given)
 
         for step in range(self.start.steps):
             with sampling.autocast(x_t.device, precision):

@@ -137,8 +137,7 @@ def _executed(model: Model, teacher: Plan, noise: Tensor, enable: Callable[[Mode
     x_t, table, state, conditions = noise.to(model.device), solvers.of(teacher), (), model.asked(noise)
 
     def predict(x_t: Tensor, step: int, passes: tuple[str, ...] = (), **given: Tensor) -> Tensor:
-        t = torch.tensor(teacher.timesteps[step], device=x_t.device).expand(len(x_t))
-        return cached(x_t, t, **given).sample[:, :x_t.shape[1]]
+        return model.replace(network=cached).predict(x_t, teacher.timesteps[step], **given)
 
     with CacheMixin.cache_context(cached, "given"):
         for step in range(teacher.steps):

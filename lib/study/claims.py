@@ -27,16 +27,18 @@ def holds(row: Mapping, value: str) -> str:
     return f"{word} (n = {needed:,.0f})" if word == "undecided" and pd.notna(needed) else word
 
 
-def kept(row: Mapping, value: str) -> str:
+def kept(row: Mapping, value: str, of: str = "") -> str:
     """Write out how a score compares: by its ratio or, where a score is at the floor, by the difference.
 
     Parameters
     ----------
     row, value : as `holds` takes them
+    of : str, what it is compared with; left out where that stands elsewhere
     """
     if pd.isna(row[value]):
-        return f"a score {estimates.shift(row, f'{value}_difference')}"
-    return "{:.2f} [{:.2f}, {:.2f}] times the score".format(*(row[f"{value}{end}"] for end in ("", "_low", "_high")))
+        return f"a score {estimates.shift(row, f'{value}_difference')}{f' than that of {of}' * bool(of)}"
+    ratio = "{:.2f} [{:.2f}, {:.2f}]".format(*(row[f"{value}{end}"] for end in ("", "_low", "_high")))
+    return f"{ratio} times the score{f' of {of}' * bool(of)}"
 
 
 def over(word: str, ratio: float, name: str) -> str:

@@ -73,8 +73,7 @@ class SuperNet:
             return (mixed,) if isinstance(output, tuple) else mixed
 
         def predict(x_t: Tensor, step: int, passes: tuple[str, ...] = (), **given: Tensor) -> Tensor:
-            t = torch.as_tensor(self.plan.timesteps[step], device=x_t.device).expand(len(x_t))
-            return self.model.network(x_t, timestep=t, **given).sample[:, :x_t.shape[1]]
+            return self.model.predict(x_t, self.plan.timesteps[step], **given)
 
         modules = [self.model.network.get_submodule(block.modules[-1]) for block in self.blocks]
         handles = [module.register_forward_hook(mix) for module in modules]
