@@ -161,9 +161,10 @@ def free_processors() -> int:
     """Count the processors that other processes leave, at least 1.
 
     A thread that waits for one that others keep off its processor costs more than it gives: two threads beside one busy
-    process take tens of times as long as one thread there (`make bench`).
+    process take tens of times as long as one thread there (`make bench`). Of three looks the quietest counts: a whole
+    study hangs on the answer, and a short command may just be at work.
     """
-    taken = psutil.cpu_percent(interval=1) / 100 * psutil.cpu_count()
+    taken = min(psutil.cpu_percent(interval=1) for _ in range(3)) / 100 * psutil.cpu_count()
     return max(1, psutil.cpu_count() - math.ceil(taken - LIGHT))
 
 
