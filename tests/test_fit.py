@@ -290,7 +290,7 @@ def test_images_that_are_not_numbers_end_a_fit(tmp_path):
         fit(pipe, "2x", tmp_path / "plan.json", effort=SMALL)
 
 
-def test_a_plan_whose_images_are_not_numbers_is_the_farthest_there_is(monkeypatch):
+def test_a_plan_whose_images_are_not_numbers_is_the_farthest_there_is():
     pipe, options = tiny.made(tiny.ddim_pixels)
     asked = Requests(pipe, (), options_of(options))
     plan = Fitting.full_of(pipe, 10)

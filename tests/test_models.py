@@ -175,15 +175,12 @@ def test_the_command_line_takes_a_plan_of_stock_pndm(tmp_path, monkeypatch, caps
         assert "1.00 times fewer executed MACs" in capsys.readouterr().out
 
 
-def unknown_blocks():
-    model = tiny.plain_unet(in_channels=3, out_channels=3)
-    return tiny.DDIMPipeline(type(model).from_config(model.config, down_block_types=["ResnetDownsampleBlock2D"] * len(
-        model.config.down_block_types)), tiny.ddim()), {}
-
-
 def test_the_command_line_refuses_blocks_that_it_does_not_know(tmp_path, monkeypatch):
     arguments = saved(tiny.dit, tmp_path)
-    unknown_blocks()[0].save_pretrained(tmp_path / "other")
+    known = tiny.plain_unet(in_channels=3, out_channels=3)
+    unknown = type(known).from_config(known.config, down_block_types=["ResnetDownsampleBlock2D"] * len(
+        known.config.down_block_types))
+    tiny.DDIMPipeline(unknown, tiny.ddim()).save_pretrained(tmp_path / "other")
     with pytest.raises(SystemExit, match="error: no plan fits .*other"):
         command(monkeypatch, *("--model", tmp_path / "other", *arguments[2:]))
 

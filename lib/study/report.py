@@ -40,6 +40,7 @@ RIVALS = {"schedule": "loss", "choice": "network"}
 
 JUDGES = ("extractor", "second_extractor")
 """The columns of a table of scores that name the networks in whose features they were taken."""
+
 MISSING = r".*\bnan\b.*"
 """A cell of a table that has a number which is none."""
 
@@ -90,7 +91,8 @@ def write(study: str, so_far: bool = False) -> Path:
     write_readme(study)
     write_notebooks(study)
     write_caching()
-    fill_readme()
+    if not so_far:  # what the README tells of this study may be left out
+        fill_readme()
     return written
 
 
@@ -247,10 +249,9 @@ def pruner(study: str) -> str:
         "DiP-GO, one part changed": pd.Series(names).where(~opened, [f"{name} (gates still open)" for name in names]),
         "score over untrained steps [95 %]": _intervals(rows, "ratio"), "that is": rows["ratio_word"],
         "MACs": rows["executed"].map("{:.1%}".format)})
-    table = markdown(shown.replace(MISSING, "-", regex=True))
-    return (f"{table}\n\n*Untrained steps*: steps left out evenly at the same budget, forecast where the row's cells "
-            "are. *No training*: such steps that forecast, over such that hold. *Gates still open*: the training ended "
-            "before it had chosen what to reuse.")
+    return (f"{markdown(shown)}\n\n*Untrained steps*: steps left out evenly at the same budget, forecast where the "
+            "row's cells are. *No training*: such steps that forecast, over such that hold. *Gates still open*: the "
+            "training ended before it had chosen what to reuse.")
 
 
 def _everything(study: str) -> pd.DataFrame:
@@ -321,7 +322,7 @@ def rivals(study: str) -> str:
         "beside": rows["part"].map({"schedule": "loss: noise only"}).fillna("the method"),
         "ratio of the scores [95 %]": _intervals(rows, "ratio"), "least and greatest of the trainings": _range(rows),
         "that is": [trainings.word(row) for row in rows.to_dict("records")], "second judge": rows["second_ratio_word"]})
-    return markdown(shown.replace(MISSING, "-", regex=True))
+    return markdown(shown)
 
 
 def _students(study: str) -> tuple[pd.DataFrame, dict[str, pd.Series]]:
@@ -391,15 +392,14 @@ def _scored(table: pd.DataFrame, columns: dict[str, pd.Series]) -> str:
     """Write the columns that are not empty as a table; below it on how many images, and by whose features if told."""
     shown = pd.DataFrame({"name": _marked(table["name"]),
                           **{title: cells for title, cells in columns.items() if len(cells)}})
-    written = markdown(shown.replace(MISSING, "-", regex=True))
     judges = [str(table[column].iloc[0]) for column in JUDGES if column in table]
     features = f"; features of {' and '.join(judges)}" if judges else ""
-    return f"{written}\n\nn = {table['n'].iloc[0]:,} images a row{features}."
+    return f"{markdown(shown)}\n\nn = {table['n'].iloc[0]:,} images a row{features}."
 
 
 def markdown(shown: pd.DataFrame) -> str:
-    """Give a table of text as Markdown."""
-    lines = [shown.columns, ["---"] * len(shown.columns), *shown.to_numpy()]
+    """Give a table of text as Markdown, a dash for each number that is none."""
+    lines = [shown.columns, ["---"] * len(shown.columns), *shown.replace(MISSING, "-", regex=True).to_numpy()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
