@@ -17,7 +17,7 @@ def test_its_tables_are_what_the_reports_say():
     assert report.filled(README) == README, "run: python -m lib.study.report readme"
     assert sorted(re.findall(r"<!-- (\w+:\w+) -->", README)) == [
         "claims:digits", "claims:letters", "findings:digits", "findings:letters", "pruner:dipgo_sweep",
-        "rivals:equal_training", "students:equal_training", "verdict:digits_full"]
+        "students:equal_training", "verdict:digits_full"]
 
 
 def test_it_is_read_in_minutes():
@@ -213,7 +213,7 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
     assert "Even *DDIM, uniform 30* keeps it" in steps
     assert "*DiP-GO, 22%*, 4.0 times fewer MACs" in methods
     assert claimed.endswith("** 1 yes, 0 undecided, 2 no."), "without what the study does not test"
-    assert "MACs do: held 0 of 1; forecast by a line 1 of 1." in cached
+    assert "MACs do: features held 0 of 1; forecast by a line 1 of 1." in cached
 
 
 def test_a_pruners_recipe_is_told_from_its_table(tmp_path, monkeypatch):

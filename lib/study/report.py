@@ -232,8 +232,8 @@ def findings(study: str) -> str:
     wins = {reuse: f"{(rows['nearness_high'] < 1).sum()} of {len(rows)}"
             for reuse, rows in pays.groupby("reuse", sort=False)}
     cached = "; ".join(f"{REUSED.get(reuse, reuse)} {cases}" for reuse, cases in wins.items())
-    found.append("**Does caching pay?** Cases in which cached features come surely nearer to the better solver's full "
-                 f"run than more full steps of the same MACs do: {cached}.")
+    found.append("**Does caching pay?** Cases in which it comes surely nearer to the better solver's full run than "
+                 f"more steps of the same MACs do: features {cached}.")
     return "\n".join([verdict(study), *(f"* {sentence}" for sentence in found)])
 
 
@@ -429,8 +429,7 @@ PAGE = {"Every way to sample": (results_table, PLANNING), "Beside their controls
 """The tables at the top of a page, and the notebooks that they need."""
 
 TABLES = {"findings": findings, "verdict": verdict, "results": results_table, "controls": controls_table,
-          "transformer": transformer_table, "students": students_in_brief, "rivals": rivals, "claims": claims_table,
-          "pruner": pruner}
+          "transformer": transformer_table, "students": students_in_brief, "claims": claims_table, "pruner": pruner}
 
 
 def filled(readme: str) -> str:
