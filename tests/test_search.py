@@ -60,7 +60,8 @@ def test_it_repeats_and_draws_better_than_random(teacher, tmp_path):
     assert np.median([found.error for found in one[30:]]) < np.median([found.error for found in random[30:]])
 
 
-def test_a_trial_that_two_workers_were_given_is_left_to_the_other(teacher, tmp_path, monkeypatch):
+@pytest.mark.parametrize("queued", [0, 9])
+def test_a_trial_that_two_workers_were_given_is_left_to_the_other(teacher, tmp_path, monkeypatch, queued):
     """SQLite may hand what is queued to two at once: asking then ends in an error, or telling finds it told."""
     ask, number = optuna.Study.ask, itertools.count()
 
@@ -74,8 +75,22 @@ def test_a_trial_that_two_workers_were_given_is_left_to_the_other(teacher, tmp_p
         return trial
 
     monkeypatch.setattr(optuna.Study, "ask", given_to_another)
-    found = run(teacher, f"sqlite:///{tmp_path}/search.db", trials=12)
-    assert len({one.plan.key for one in found}) == 12
+    found = run(teacher, f"sqlite:///{tmp_path}/search.db", trials=12, start=[{"a": a, "b": 3} for a in range(queued)])
+    assert len({one.plan.key for one in found}) == len(found) >= 12
+
+
+def test_a_trial_that_another_tells_while_one_tells_it_is_his(teacher, tmp_path, monkeypatch):
+    tell, number = optuna.Study.tell, itertools.count()
+
+    def told_twice(study, trial, *values, **options):
+        ended = tell(study, trial, *values, **options)
+        if next(number) % 3:
+            return ended
+        raise UpdateFinishedTrialError(f"Trial#{trial.number} has already finished and can not be updated.")
+
+    monkeypatch.setattr(optuna.Study, "tell", told_twice)
+    found = run(teacher, tmp_path / "journal", trials=12)
+    assert len({one.plan.key for one in found}) == len(found) == 12
 
 
 def test_of_more_starts_than_the_population_the_best_are_the_parents(teacher, tmp_path):

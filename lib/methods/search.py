@@ -262,7 +262,7 @@ class _Job:
             else:
                 with self._alive(trial.number):
                     error = self._error(plan)
-                told = study.tell(trial, [error, cost], skip_if_finished=True)  # by one who took this worker for dead
+                told = self._tell(study, trial, [error, cost])
                 if told.state == TrialState.COMPLETE:
                     self.seen.add(trial.number)  # no need to decode it again
                     self.found.setdefault(plan.key, Found(plan, error, cost, trial.params))
@@ -283,9 +283,17 @@ class _Job:
         return math.inf if math.isnan(error) else error
 
     @staticmethod
-    def _drop(study: optuna.Study, trial: optuna.Trial) -> None:
-        """Tell a trial as failed, if nobody else has told it meanwhile."""
-        study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+    def _tell(study: optuna.Study, trial: optuna.Trial, values: list[float] | None = None,
+              state: TrialState | None = None) -> optuna.trial.FrozenTrial:
+        """Tell how a trial ended, unless another worker has: one who was given it too, or took this one for dead."""
+        try:
+            return study.tell(trial, values, state, skip_if_finished=True)
+        except UpdateFinishedTrialError:  # between tell's look and its writing
+            return study.get_trials(deepcopy=False)[trial.number]
+
+    def _drop(self, study: optuna.Study, trial: optuna.Trial) -> None:
+        """Tell a trial as failed."""
+        self._tell(study, trial, state=TrialState.FAIL)
 
     def _elsewhere(self, study: optuna.Study, number: int, key: str) -> bool:
         """Say whether a worker who asked earlier is at the same plan: of two the later gives way."""
@@ -336,11 +344,11 @@ class _Job:
             study.sampler = self.sampler(study)
             try:
                 trial = study.ask(distributions)
+                _ = trial.relative_params  # where all genes were given: else NSGA-II takes it into no population
             except UpdateFinishedTrialError:  # SQLite may give what is queued to two: the other has done with it
                 continue
             if isinstance(self.storage, str):
                 self._beat(trial.number)
-            _ = trial.relative_params  # where all genes were given: else NSGA-II takes the trial into no population
             plan = self.space.decode(trial.params)
             cost = operator.index(self.macs(plan))  # no fraction, which would be lost when a search is resumed
             if self.budget is None or cost <= self.budget:
