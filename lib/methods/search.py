@@ -253,11 +253,11 @@ class _Job:
             trial, plan, cost = self._ask(study, distributions)
             before = len(found)
             if plan.key in found:  # a copy would only crowd the population
-                self._drop(study, trial)
+                self._tell(study, trial)
                 repeats += 1
             elif self._elsewhere(study, trial.number, plan.key) or plan.key in self.look(study):
                 # In this order: what ends meanwhile is found by one of the two.
-                self._drop(study, trial)
+                self._tell(study, trial)
                 time.sleep(0.1)
             else:
                 with self._alive(trial.number):
@@ -283,17 +283,12 @@ class _Job:
         return math.inf if math.isnan(error) else error
 
     @staticmethod
-    def _tell(study: optuna.Study, trial: optuna.Trial, values: list[float] | None = None,
-              state: TrialState | None = None) -> optuna.trial.FrozenTrial:
-        """Tell how a trial ended, unless another worker has: one who was given it too, or took this one for dead."""
+    def _tell(study: optuna.Study, trial: optuna.Trial, values: list[float] | None = None) -> optuna.trial.FrozenTrial:
+        """Tell a trial its values, or that it failed: unless another has, given it too or taking this one for dead."""
         try:
-            return study.tell(trial, values, state, skip_if_finished=True)
+            return study.tell(trial, values, None if values else TrialState.FAIL, skip_if_finished=True)
         except UpdateFinishedTrialError:  # between tell's look and its writing
             return study.get_trials(deepcopy=False)[trial.number]
-
-    def _drop(self, study: optuna.Study, trial: optuna.Trial) -> None:
-        """Tell a trial as failed."""
-        self._tell(study, trial, state=TrialState.FAIL)
 
     def _elsewhere(self, study: optuna.Study, number: int, key: str) -> bool:
         """Say whether a worker who asked earlier is at the same plan: of two the later gives way."""
@@ -353,7 +348,7 @@ class _Job:
             cost = operator.index(self.macs(plan))  # no fraction, which would be lost when a search is resumed
             if self.budget is None or cost <= self.budget:
                 return trial, plan, cost
-            self._drop(study, trial)
+            self._tell(study, trial)
         raise ValueError(f"none of {REDRAWS} genomes cost at most {self.budget}: raise the budget, or widen the "
                          "space by cheaper choices.")
 
