@@ -255,17 +255,8 @@ def pruner(study: str) -> str:
 
 
 def _everything(study: str) -> pd.DataFrame:
-    """Give all ways to sample with the UNet, the most expensive first.
-
-    Notebook 06 takes in the placed steps that were controls in 04 and 05; to studies run before it did they are added.
-    """
+    """Give all ways to sample with the UNet, the most expensive first."""
     table = pd.read_csv(paths.REPORTS / study / "06_comparison" / "tables" / "everything.csv")
-    beside = _beside(study)
-    placed = beside[beside["name"].str.match(PLACED) & ~beside["name"].isin(table["family"])]
-    placed = placed.drop_duplicates(["name", "macs", "score"]).assign(family=placed["name"])
-    table = pd.concat([table, placed[placed.columns.intersection(table.columns)]])
-    bare = table["name"].str.match(PLACED) & (table["name"] == table["family"])
-    table["name"] = table["name"].where(~bare, table["name"] + ", " + table["steps"].astype(str) + " steps")
     return table.sort_values("macs_ratio", ignore_index=True, kind="stable")
 
 

@@ -51,18 +51,18 @@ def searches(found: pd.DataFrame, budget: float) -> Figure:
     found : columns as in `search_progress`, search and target
     """
     targets = list(dict.fromkeys(found["target"]))
-    figure, panels = plt.subplots(1, len(targets), figsize=(WIDE, 2.8), squeeze=False)
+    figure, panels = plt.subplots(1, len(targets), figsize=(WIDE, 3.4), squeeze=False)
     for axes, target in zip(panels[0], targets):
-        alike = found[found["target"] == target].groupby("search", sort=False)
-        for (name, rows), line in zip(alike, cycle(("-", "--", ":"))):
+        lines = {own: cycle(("-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)), (0, (1, 4)))) for own in (True, False)}
+        for name, rows in found[found["target"] == target].groupby("search", sort=False):
             best = rows["error"].where(rows["macs_fraction"] <= budget).cummin().ffill()
             own = name.partition(",")[0] in COLOURS
-            axes.step(rows["trial"], best, where="post", label=name, ls=line, lw=1.6 if own else 1,
+            axes.step(rows["trial"], best, where="post", label=name, ls=next(lines[own]), lw=1.6 if own else 1,
                       color=COLOURS[name.partition(",")[0]] if own else CONTROLS.get(name, OTHER)[0])
         axes.set(xlabel="candidates tried", ylabel=f"best rFID within {100 * budget:.3g}%", yscale="log")
         axes.set_title(f"imitating {target}", fontsize=8)
         plain_logarithm(axes.yaxis)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3 if len(targets) == 1 else 2)
     return figure
 
 
