@@ -160,6 +160,22 @@ def test_the_claims_stand_as_notebook_06_wrote_them(tmp_path, monkeypatch):
     assert rows == ["| A | twice, at least | 1.5 times | no |"], "without what the study does not test"
 
 
+def test_a_study_without_notebook_06_has_flexiffusions_claims_from_04(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "REPORTS", tmp_path)
+    tables = tmp_path / "mine" / "04_schedule_search" / "tables"
+    tables.mkdir(parents=True)
+    row = {"claimed": "twice, at least", "here": "DDIM, T = 9", "times": 2.0, "ratio": 1.2, "ratio_low": 1.1,
+           "ratio_high": 1.3, "ratio_holds": "no", "ratio_holds_needs": 9, "as many DDIM steps": 0.9,
+           "as many DDIM steps, word": "better", "DeepCache": np.nan, "DeepCache, word": "-", "strongest": "DeepCache",
+           "over the strongest": 2.0, "over the strongest, word": "worse"}
+    pd.DataFrame([row, row | {"claimed": "-"}]).to_csv(tables / "claims.csv", index=False)
+    (only,) = report.claims_table("mine").splitlines()[2:]
+    assert only.startswith("| Flexiffusion | twice, at least | DDIM, T = 9 | 2.00 times fewer MACs at 1.20 [1.10, 1.30]")
+    assert only.endswith("| better (0.90) over as many DDIM steps; worse (2.00) over DeepCache | no |")
+    pd.DataFrame([row | {"claimed": "-"}]).to_csv(tables / "claims.csv", index=False)
+    assert len(report.claims_table("mine").splitlines()) == 2, "no claim was tested"
+
+
 def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "REPORTS", tmp_path)
     ways = [["DDIM, uniform 50", "control", "DDIM, uniform", 1, 1.0],

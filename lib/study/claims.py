@@ -1,8 +1,7 @@
 """Rows of the papers' claims: what a paper says, in which setting it is tested, what was measured, whether it holds.
 
-A row has the columns paper, claimed, setting, measured, control and holds, all of them text: *control* says how the
-plan's score compares with what else the same MACs buy. What is measured comes from tables
-that other notebooks wrote, whose columns `lib.judging.estimates.Contrast.columns` named.
+All columns are text: *control* says how the plan's score compares with what else the same MACs buy. What is measured
+comes from tables that other notebooks wrote, whose columns `lib.judging.estimates.Contrast.columns` named.
 """
 
 from collections.abc import Mapping
@@ -10,6 +9,9 @@ from collections.abc import Mapping
 import pandas as pd
 
 from lib.judging import estimates
+
+COLUMNS = ["paper", "claimed", "setting", "measured", "control", "holds"]
+"""Of a row."""
 
 DIPGO = "4.4 times faster (SD, 50 PLMS steps) without loss"
 """What DiP-GO's abstract and first table claim."""
