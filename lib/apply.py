@@ -72,7 +72,7 @@ def images(model: str, plan: Path, out: Path, *, said: Sequence[str | int] = (),
         theirs, slow = _timed(draw, full, few, "the full run")
         ours, fast = _timed(draw, walk, few, "the plan")
         fewer = counted.executed(full) / counted.executed(walk)
-        kept = counted.kept(walk, networks.PRECISIONS[precision]) / 2**20
+        kept = counted.kept(walk, sampling.PRECISIONS[precision]) / 2**20
         print(f"beside all {len(walk.grid)} steps, on {len(few)} images: {fewer:.2f} times fewer executed MACs, "
               f"{slow / fast:.2f} times faster, {kept:.2f} MiB an image kept between steps, "
               f"PSNR {float(pairs.psnr(ours, theirs).mean()):.1f} dB")
@@ -113,27 +113,37 @@ def _timed(draw: Draw, plan: Plan, numbers: Sequence[int], title: str | None) ->
     return made, (time.perf_counter() - begun) / len(numbers)
 
 
-def main() -> None:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m lib.apply", description=__doc__.splitlines()[0])
+def add_pipeline(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which pipeline is called, and with what."""
     parser.add_argument("--model", required=True, help="folder of a diffusers pipeline, or hub:OWNER/NAME@REVISION")
-    parser.add_argument("--plan", required=True, type=Path, help="a plan's JSON file")
-    parser.add_argument("--out", required=True, type=Path, help="folder for the images")
-    parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be given several times")
     parser.add_argument("--prompts", type=Path, help="a file with a prompt, or a class number, a line")
     parser.add_argument("--guidance", type=float, help="guidance_scale of each call")
     parser.add_argument("--size", type=int, help="height and width of the images")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=list(sampling.PRECISIONS), default="fp32")
+
+
+def options_of(given: argparse.Namespace) -> dict[str, float | int]:
+    """Give what each call of the pipeline is given besides its prompt."""
+    options = {"guidance_scale": given.guidance, "height": given.size, "width": given.size}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m lib.apply", description=__doc__.splitlines()[0])
+    add_pipeline(parser)
+    parser.add_argument("--plan", required=True, type=Path, help="a plan's JSON file")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the images")
+    parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be given several times")
     parser.add_argument("--count", type=int, default=16, help="images (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="images of a call of a pipeline (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=list(networks.PRECISIONS), default="fp32")
     given = parser.parse_args()
-    options = {"guidance_scale": given.guidance, "height": given.size, "width": given.size}
     try:
         images(given.model, given.plan, given.out, said=given.prompt + files.lines(given.prompts), count=given.count,
-               options={name: value for name, value in options.items() if value is not None}, batch=given.batch,
-               seed=given.seed, device=given.device, precision=given.precision)
+               options=options_of(given), batch=given.batch, seed=given.seed, device=given.device,
+               precision=given.precision)
     except (PlanError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -16,11 +16,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from optuna.storages import RDBStorage
 
+from lib import apply
 from lib.grid.pipelines import Requests
 from lib.grid.plan import Plan, PlanError
 from lib.methods.fitting import Effort, Fitting
@@ -142,26 +142,20 @@ def fit(pipe: DiffusionPipeline, budget: str, out: Path, *, prompts: Sequence[st
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m lib.fit", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder of a diffusers pipeline, or hub:OWNER/NAME@REVISION")
+    apply.add_pipeline(parser)
     parser.add_argument("--budget", required=True, help="4x (times faster), 0.25 (of the full run) or 2.5s (a call)")
     parser.add_argument("--out", required=True, type=Path, help="the plan's JSON file, to be written")
-    parser.add_argument("--prompts", type=Path, help="a file with a prompt, or a class number, a line")
-    parser.add_argument("--guidance", type=float, help="guidance_scale of each call")
-    parser.add_argument("--size", type=int, help="height and width of the images")
     parser.add_argument("--batch", type=int, default=1, help="images of a call (default: %(default)s)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=list(networks.PRECISIONS), default="fp32")
     for effort in fields(Effort):
         parser.add_argument(f"--{effort.name.replace('_', '-')}", type=int, default=effort.default,
-                            help="(default: %(default)s)")
+                            help=f"{effort.metadata['help']} (default: %(default)s)")
     chosen = parser.parse_args()
-    options = {"guidance_scale": chosen.guidance, "height": chosen.size, "width": chosen.size}
     try:
         Budget.of(chosen.budget)
         device = PartialState(cpu=chosen.device == "cpu", timeout=WAIT).device
         pipe = networks.pipeline(chosen.model, str(device), chosen.precision)
         fit(pipe, chosen.budget, chosen.out, prompts=files.lines(chosen.prompts), batch=chosen.batch,
-            options={name: value for name, value in options.items() if value is not None},
+            options=apply.options_of(chosen),
             effort=Effort(**{effort.name: getattr(chosen, effort.name) for effort in fields(Effort)}))
     except (PlanError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None

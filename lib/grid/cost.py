@@ -226,10 +226,10 @@ def interleave(runs: dict[str, Callable[[], object]], repeats: int, warmup: int 
     return seconds
 
 
-def median_ratio(a: list[float], b: list[float], seed: int = 0) -> tuple[float, float, float]:
+def median_ratio(a: list[float], b: list[float]) -> tuple[float, float, float]:
     """Give the ratio of the medians of paired times a / b with its 95 % bootstrap interval: (ratio, low, high)."""
     pairs = np.stack([a, b])
-    draws = np.random.default_rng(seed).integers(0, len(a), (2000, len(a)))
+    draws = np.random.default_rng(0).integers(0, len(a), (2000, len(a)))
     ratios = np.median(pairs[0][draws], axis=1) / np.median(pairs[1][draws], axis=1)
     low, high = np.quantile(ratios, [0.025, 0.975])
     return float(np.median(a) / np.median(b)), float(low), float(high)
@@ -304,8 +304,7 @@ class Latency:
         return cls(**json.loads(path.read_text()))
 
 
-def measure(model: Model, plans: Iterable[Plan], noise: torch.Tensor, *, precision: str, repeats: int,
-            conditions: sampling.Conditions | None = None) -> Latency:
+def measure(model: Model, plans: Iterable[Plan], noise: torch.Tensor, *, precision: str, repeats: int) -> Latency:
     """Measure the median time of each column pattern while walking some plans in turn.
 
     Parameters
@@ -314,11 +313,10 @@ def measure(model: Model, plans: Iterable[Plan], noise: torch.Tensor, *, precisi
         A few steps of each kind are enough, such as DeepCache over ten steps at each branch.
     noise : Tensor, (B, C, H, W)
     repeats : int, walks of each plan, after one that does not count
-    conditions : Conditions of the B images; None for those that the model draws
     """
     engines = [graphs.engine(model.network, plan, model.noise_schedule) for plan in plans]
     seconds: dict[str, list[float]] = {pattern: [] for engine in engines for pattern in patterns(engine.plan)}
-    conditions = conditions or model.asked(noise)
+    conditions = model.asked(noise)
     with torch.inference_mode(), sampling.autocast(noise.device, precision):
         for turn in tqdm(range(repeats + 1), desc="latency of columns", unit="round"):
             for engine in engines:
@@ -370,14 +368,16 @@ def block_seconds(network: nn.Module, x_t: torch.Tensor, repeats: int,
         module = network.get_submodule(path)
         handles += [module.register_forward_pre_hook(before(path)), module.register_forward_hook(after(path))]
     rounds = []
-    with torch.inference_mode():
-        for _ in range(repeats + 1):
-            spent.clear()
-            start = now()
-            network(x_t, timestep=torch.full((len(x_t),), 500, device=x_t.device), **conditions)
-            rounds.append(dict(spent) | {"stem and head": now() - start - sum(spent.values())})
-    for handle in handles:
-        handle.remove()
+    try:
+        with torch.inference_mode():
+            for _ in range(repeats + 1):
+                spent.clear()
+                start = now()
+                network(x_t, timestep=torch.full((len(x_t),), 500, device=x_t.device), **conditions)
+                rounds.append(dict(spent) | {"stem and head": now() - start - sum(spent.values())})
+    finally:
+        for handle in handles:
+            handle.remove()
     return {name: float(np.median([r[name] for r in rounds[1:]])) for name in rounds[0]}
 
 

@@ -16,6 +16,8 @@ from lib.grid.solvers import State, advance
 
 BANKS = {"search": 1, "select": 2, "report": 3, "analysis": 4}
 """Banks of noise that share no image: searching, choosing among the found, reporting, looking."""
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What a network may compute in."""
 WALKED, DECODED = 2 ** 18, 2 ** 14
 """Positions (height x width of what the network sees) that are denoised, and that are decoded, at once. Of 64 x 64
 latents those are 64 and 4 images, for a decoder to 512 x 512 pixels takes many times the network's memory."""
@@ -85,5 +87,6 @@ def sample(model: Model, plan: Plan, noise: Tensor, conditions: Conditions | Non
 
 def autocast(device: torch.device, precision: str):
     """Give the context in which the network computes: autocast to bf16 or fp16, or none for fp32."""
-    narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return torch.autocast(device.type, narrow[precision]) if precision in narrow else nullcontext()
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}: must be one of {', '.join(PRECISIONS)}")
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, PRECISIONS[precision])

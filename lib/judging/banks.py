@@ -1,7 +1,6 @@
 """Banks of noise: what extractors see of the images that each plan makes of one numbered store of noise."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 from lib.grid import sampling
 from lib.grid.model import Model
 from lib.grid.plan import Plan
+from lib.grid.saving import write_tensors
 from lib.judging import extractor
 
 
@@ -81,9 +81,7 @@ class Bank:
                                          f"{self.precision}: take fp32, or forecast less")
             found.update({one: extractor.embed(self.extractors[one], images) for one in missing})
             if self.work.exists():  # it goes when the stage ends: then there is nothing to resume any more
-                partial = path.with_suffix(f".{os.getpid()}")  # workers may write the same features at once
-                save_file(found, partial)
-                partial.replace(path)
+                write_tensors(path, found)
         return found[by or self.first]
 
     def save(self, path: Path) -> None:

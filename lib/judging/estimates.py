@@ -194,31 +194,36 @@ def shift(row: Mapping, name: str) -> str:
     return f"higher by {text(row, name)}"
 
 
-def jackknife(value: Callable[[Tensor], float], sample: Tensor, groups: int = GROUPS) -> np.ndarray:
+def jackknife(value: Callable[[Tensor], float], sample: Tensor) -> np.ndarray:
     """Give a statistic of a sample, then the same with one block of rows after another left out.
 
     Parameters
     ----------
     value : callable(sample) -> float
     sample : Tensor, n rows
-    groups : int, G blocks
 
     Returns
     -------
-    values : (1 + G,), float
+    values : (1 + `GROUPS`,), float
     """
-    return np.array([value(sample), *(value(sample[kept]) for kept in left_out(len(sample), groups))])
+    return np.array([value(sample), *(value(sample[kept]) for kept in left_out(len(sample)))])
 
 
-def left_out(n: int, groups: int = GROUPS) -> list[np.ndarray]:
-    """Give the rows that stay as one block after another is left out."""
-    return [np.r_[0:a, b:n] for a, b in pairwise(np.linspace(0, n, groups + 1).astype(int))]
+def left_out(n: int) -> list[np.ndarray]:
+    """Give the rows that stay as one of `GROUPS` blocks after another is left out."""
+    return [np.r_[0:a, b:n] for a, b in pairwise(np.linspace(0, n, GROUPS + 1).astype(int))]
 
 
 def pseudo_values(values: np.ndarray) -> np.ndarray:
     """Give (1 + G,) values of `jackknife` as G pseudo-values, G * whole - (G - 1) * left-out."""
     groups = len(values) - 1
     return groups * values[0] - (groups - 1) * values[1:]
+
+
+def mean_score(numbers: Tensor, unit: float = 1.0, ratios: bool = True) -> Score:
+    """Give the mean of one number an image, (n,), as a score."""
+    values = jackknife(lambda part: float(part.mean()), numbers)
+    return Score(float(values[0]), pseudo_values(values), unit, ratios)
 
 
 def uncorrected(values: np.ndarray) -> Estimate:

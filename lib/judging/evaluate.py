@@ -31,6 +31,7 @@ from lib.judging.estimates import (
     columns,
     jackknife,
     left_out,
+    mean_score,
     pseudo_values,
     uncorrected,
 )
@@ -40,6 +41,9 @@ NEIGHBOURS = 3
 """k of precision and recall."""
 PRC_IMAGES = 5_000
 """Precision and recall compare all pairs: of so many generated images at most, and as many real ones."""
+
+DRAWS = 8
+"""Subsets of the noise of each size in `rank_agreement`; one where the size is all of it."""
 
 KINDS = ("rfid", "rfid, shrunk", "paired")
 """Ways to measure how far images lie from the teacher's: see `Imitation`."""
@@ -214,8 +218,7 @@ class Likeness(Measure):
     def score(self) -> Callable[[Tensor], Score]:
         """Give the mean of what is lacking, of features (n, D)."""
         def score(features: Tensor) -> Score:
-            values = jackknife(lambda part: float(part.mean()), 1 - (features.double() * self.asked).sum(1).clamp(0))
-            return Score(float(values[0]), pseudo_values(values), unit=0.1, ratios=False)
+            return mean_score(1 - (features.double() * self.asked).sum(1).clamp(0), unit=0.1, ratios=False)
 
         return cache(score)
 
@@ -255,8 +258,7 @@ class Nearness(Measure):
     def score(self) -> Callable[[Tensor], Score]:
         """Give the distance of features (n, D)."""
         def score(generated: Tensor) -> Score:
-            values = jackknife(lambda part: float(part.mean()), _gaps(generated, self.teacher))
-            return Score(float(values[0]), pseudo_values(values))
+            return mean_score(_gaps(generated, self.teacher))
 
         return cache(score)
 
@@ -274,8 +276,7 @@ def missed(told: Tensor, asked: Tensor) -> Score:
     told : Tensor, (n, H), what a classifier reads in each image (`lib.judging.extractor.Extractor.told`)
     asked : Tensor, (n, H), what its prompt asks for; all H attributes have to be right
     """
-    values = jackknife(lambda part: float(part.mean()), (told != asked).any(dim=1).double())
-    return Score(float(values[0]), pseudo_values(values), ratios=False)
+    return mean_score((told != asked).any(dim=1).double(), ratios=False)
 
 
 def disagreements(scores: Mapping[str, tuple[Score, Score]], n: int) -> pd.DataFrame:
@@ -365,7 +366,7 @@ def _gaps(features: Tensor, teacher: Tensor) -> Tensor:
 
 
 def rank_agreement(plans: Sequence[Tensor], final: Sequence[float], judge: Judge, teacher: Tensor,
-                   sizes: Iterable[int], seed: int, draws: int = 8) -> pd.DataFrame:
+                   sizes: Iterable[int], seed: int) -> pd.DataFrame:
     """Ask how well cheap measures rank plans: Kendall's tau with the final score, from fewer and fewer images.
 
     Parameters
@@ -374,16 +375,15 @@ def rank_agreement(plans: Sequence[Tensor], final: Sequence[float], judge: Judge
     final : the plans' final scores, from other noise
     teacher : Tensor, (n, D), features of the imitated teacher from that noise
     sizes : numbers of images, each at most n
-    draws : subsets of the noise per size (one, where the size is n)
 
     Returns
     -------
-    agreement : columns kind, images, tau (mean over the draws), tau_low, tau_high (least and greatest)
+    agreement : columns kind, images, tau (mean over `DRAWS` subsets), tau_low, tau_high (least and greatest)
     """
     rows = []
     for size in sizes:
         taus: dict[str, list[float]] = {kind: [] for kind in (*KINDS, "score")}
-        for draw in range(draws if size < len(teacher) else 1):
+        for draw in range(DRAWS if size < len(teacher) else 1):
             chosen = np.random.default_rng((seed, size, draw)).permutation(len(teacher))[:size]
             for kind in taus:
                 values = [distance(features[chosen], judge.statistics) if kind == "score" else

@@ -9,9 +9,8 @@ import hashlib
 import itertools
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,14 @@ import optuna
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from lib.grid import blocks, cost, solvers
 from lib.grid.pipelines import Requests, network_of
 from lib.grid.plan import HOLD, LINE, PARABOLA, FlowSchedule, NoiseSchedule, Plan, PlanError, trailing
+from lib.grid.saving import write_json, write_tensors
 from lib.judging import pairs
 from lib.methods import learned
 from lib.methods.flexiffusion import FreeSpace
@@ -60,27 +60,16 @@ PATHS = 8
 
 @dataclass(frozen=True)
 class Effort:
-    """How much a fit may take.
+    """How much a fit may take, each number with its *help*. Search, choice and report have a bank of noise each."""
 
-    Attributes
-    ----------
-    steps : int, T, of the full run
-    trials : int, plans that are tried beside the known ones: half with full steps alone, half with all there is
-    population : int, of the evolutionary search
-    search_images, select_images, report_images : int
-        For each plan that is tried, for the choice among the found, for the certificate: three banks of noise.
-    rounds : int, of each timing
-    seed : int, of noise and search
-    """
-
-    steps: int = 50
-    trials: int = 120
-    population: int = 16
-    search_images: int = 16
-    select_images: int = 32
-    report_images: int = 32
-    rounds: int = 7
-    seed: int = 0
+    steps: int = field(default=50, metadata={"help": "T, of the full run"})
+    trials: int = field(default=120, metadata={"help": "plans tried beside known ones, half of full steps alone"})
+    population: int = field(default=16, metadata={"help": "of the evolutionary search"})
+    search_images: int = field(default=16, metadata={"help": "for each plan that is tried"})
+    select_images: int = field(default=32, metadata={"help": "for each plan of the choice among the found"})
+    report_images: int = field(default=32, metadata={"help": "for each plan of the certificate"})
+    rounds: int = field(default=7, metadata={"help": "of each timing"})
+    seed: int = field(default=0, metadata={"help": "of noise and search"})
 
     def __post_init__(self):
         least = {"steps": FEWEST + 1, "population": 2, "report_images": 2, "seed": 0}
@@ -246,7 +235,7 @@ class Fitting:
             folder = work / f"{self.key}-{number}"
             folder.mkdir(parents=True, exist_ok=True)
             if not (seen := folder / "two_steps.safetensors").exists():
-                _save(seen, {"images": drawn})
+                write_tensors(seen, {"images": drawn})
             known = load_file(seen)["images"]
             if pairs.root_mean_square(known.nan_to_num(), drawn.nan_to_num()).max() <= SAME:
                 self.key = folder.name
@@ -268,7 +257,7 @@ class Fitting:
             made = self.requests[bank].images(self.full, bank, range(count), title=f"full run, {bank}")
             if not made.isfinite().all():
                 raise ValueError("the full run's images are not numbers: give the weights in fp32 or bf16")
-            _save(path, {"images": made})
+            write_tensors(path, {"images": made})
         return load_file(path)["images"]
 
     def placed(self, counts: Sequence[int]) -> dict[int, Plan]:
@@ -283,14 +272,14 @@ class Fitting:
             table, state = solvers.of(self.full), ()
             for step, (x_t, output) in enumerate(zip(way, outputs)):
                 x_0, state = solvers.advance(table, step, x_t, output, state)
-            _save(path, {"prices": torch.from_numpy(learned.prices(self.full, [*way, x_0], list(outputs)))})
+            write_tensors(path, {"prices": torch.from_numpy(learned.prices(self.full, [*way, x_0], list(outputs)))})
         return learned.along(self.full, counts, 2, load_file(path)["prices"].numpy())
 
     def timing(self) -> Timing:
         """Time all kinds of columns that a search may meet, in runs of a few plans in turn."""
         path = self.work / "timing.json"
         if not path.exists():
-            _write(path, asdict(self._time(self._columns())))
+            write_json(path, asdict(self._time(self._columns())))
         known = json.loads(path.read_text())
         return Timing(cost.Latency(**known["columns"]), known["around"])
 
@@ -366,7 +355,8 @@ class Fitting:
             raise ValueError(f"budget: {seconds:.3g} s a call buy {most} full steps, {FEWEST} are the least: the full "
                              f"run takes {times[-1]:.3g} s, of which {timing.around:.3g} s are not steps. Ask for "
                              f"{times[FEWEST - 1]:.3g} s or more.")
-        return most, min(sum(time < ALMOST * seconds for time in times) + 1, self.full.steps)
+        enough = min(sum(time < ALMOST * seconds for time in times) + 1, self.full.steps)
+        return most, max(most, enough)
 
     def search(self, seconds: float, storage: Path | str) -> tuple[list[Found], list[Found]]:
         """Search full steps alone, then all there is. Several processes may share a storage.
@@ -447,7 +437,7 @@ class Fitting:
         for key, plan in tqdm(plans.items(), desc="choosing on fresh noise", unit="plan"):
             if key not in known:
                 known[key] = distance(plan)
-                _write(path, known)
+                write_json(path, known)
         chosen = {name: min(family, key=lambda plan: known[plan.key]) for name, family in families.items() if family}
         fitted, controls = chosen.pop("fitted"), {}
         for name, plan in chosen.items():
@@ -466,20 +456,6 @@ class Fitting:
 
 def _best(found: Sequence[Found]) -> list[Found]:
     return sorted(found, key=lambda candidate: candidate.error)[:FINALISTS]
-
-
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors so that a kill leaves all or nothing."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")  # several processes may write the same
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    partial.replace(path)
-
-
-def _write(path: Path, content: dict) -> None:
-    """Write JSON so that a kill leaves all or nothing."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(content))
-    partial.replace(path)
 
 
 def _fingerprint(values: Mapping[str, Any]) -> str:

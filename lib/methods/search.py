@@ -62,7 +62,7 @@ class Space(Protocol):
 
 @dataclass(frozen=True)
 class Found:
-    """An evaluated plan, and the genome that gave it."""
+    """An evaluated plan, its price (`macs`, or what stood for them), and the genome that gave it."""
 
     plan: Plan
     error: float
@@ -78,7 +78,8 @@ def search(space: Space, error: Callable[[Plan], float], macs: Callable[[Plan], 
     Parameters
     ----------
     space : Space
-    error, macs : callable(plan), both minimised; what an error hangs on is its `key`, where it has one
+    error, macs : callable(plan), both minimised; what an error hangs on is its `key`, where it has one. Instead of
+        MACs any whole number may be the price, such as microseconds
         With several workers they, and the space, are sent to other processes: no lambdas.
     population : int, of NSGA-II; of more start genomes than that the best go on
     storage : Path or str
@@ -87,7 +88,7 @@ def search(space: Space, error: Callable[[Plan], float], macs: Callable[[Plan], 
         from them. One worker on a journal repeats exactly, interrupted or not; where several workers or machines share
         the work, the order in which they come to the storage is chance. What a dead worker was at is queued again, in a
         database when its signs of life stop.
-    budget : int, MACs; dearer genomes are drawn again before they cost an evaluation
+    budget : int, in what `macs` gives; dearer genomes are drawn again before they cost an evaluation
     start : genomes to begin with (known schedules), which do not count among the trials
     method : "nsga2", "mutation" (NSGA-II without crossing: mutation and selection alone) or "random"
     workers : int
@@ -96,10 +97,12 @@ def search(space: Space, error: Callable[[Plan], float], macs: Callable[[Plan], 
     Raises
     ------
     ValueError
-        If the space has next to nothing within the budget.
+        If the space has next to nothing within the budget, or the method is unknown.
     RuntimeError
         If a worker failed; what the others found is kept.
     """
+    if method not in ("nsga2", "mutation", "random"):
+        raise ValueError(f"method {method!r}: must be one of nsga2, mutation, random")
     if isinstance(storage, str):
         seed = secrets.randbelow(2**31)  # two machines that begin together must not draw the same
     start = [dict(genome) for genome in start]

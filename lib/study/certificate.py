@@ -107,14 +107,25 @@ def verdict(rows: pd.DataFrame, beside: Mapping[str, Contrast]) -> list[str]:
     rows : a row a plan, by its name
     beside : of each control the comparison with the plan
     """
-    plan = rows.loc[FITTED]
-    slower, promised = rows.loc[FULL, "seconds"] / rows.loc[FULL, "predicted"], plan["predicted"]
-    off, times = abs(slower * promised / plan["seconds"] - 1), rows.loc[FULL, "predicted"] / promised
+    longer = {name: rows.loc[name, "predicted"] / rows.loc[FITTED, "predicted"] - 1 for name in beside}
+    return [*_speed(rows), *(_near(rows, name, contrast, longer[name]) for name, contrast in beside.items()),
+            *_late(rows), *_instead(rows, beside, longer)]
+
+
+def _slower(rows: pd.DataFrame) -> float:
+    """Give how many times as long as predicted the full run took."""
+    return rows.loc[FULL, "seconds"] / rows.loc[FULL, "predicted"]
+
+
+def _speed(rows: pd.DataFrame) -> list[str]:
+    plan, full, slower = rows.loc[FITTED], rows.loc[FULL], _slower(rows)
+    expected = slower * plan["predicted"]
     said = [f"The fitted plan takes {plan['seconds']:.3g} s a call, {plan['faster']:.2f} [{plan['faster_low']:.2f}, "
-            f"{plan['faster_high']:.2f}] times less than the full run, which takes {rows.loc[FULL, 'seconds']:.3g} s. "
-            f"The prediction was {promised:.3g} s, {times:.2f} times less; at the speed of these rounds that is "
-            f"{slower * promised:.3g} s, {off:.0%} {'more' if slower * promised > plan['seconds'] else 'less'} than "
-            f"measured. PSNR to the full run's images: {text(plan, 'PSNR')} dB."]
+            f"{plan['faster_high']:.2f}] times less than the full run, which takes {full['seconds']:.3g} s. "
+            f"The prediction was {plan['predicted']:.3g} s, {full['predicted'] / plan['predicted']:.2f} times less; at "
+            f"the speed of these rounds that is {expected:.3g} s, {abs(expected / plan['seconds'] - 1):.0%} "
+            f"{'more' if expected > plan['seconds'] else 'less'} than measured. PSNR to the full run's images: "
+            f"{text(plan, 'PSNR')} dB."]
     if not plan["reuses"]:
         said.append(f"It reuses nothing: it is {plan['steps']:.0f} full steps. So fewer steps are the answer here: "
                     "within the budget nothing came nearer on fresh noise.")
@@ -122,19 +133,26 @@ def verdict(rows: pd.DataFrame, beside: Mapping[str, Contrast]) -> list[str]:
         word = "longer" if slower > 1 else "less"
         said.append(f"The full run took {abs(slower - 1):.0%} {word} in these rounds than predicted: the machine has "
                     "changed its speed since the parts were timed, or the prediction is off.")
-    longer = {name: rows.loc[name, "predicted"] / plan["predicted"] - 1 for name in beside}
-    for name, contrast in beside.items():
-        ratio, row = contrast.ratio, rows.loc[name]
-        more = ""
-        if longer[name] > MARGIN:
-            measured = row["seconds"] / plan["seconds"] - 1
-            more = (f": {abs(measured):.0%} {'longer' if measured >= 0 else 'less'}, by prediction {longer[name]:.0%} "
-                    "longer")
-        said.append(f"Its images are {WORDS[contrast.word]} those of {name} ({row['steps']:.0f} steps, "
-                    f"{row['seconds']:.3g} s{more}): "
-                    f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] times as far, over {contrast.n} images.")
-    if plan["seconds"] > (1 + MARGIN) * slower * promised:
-        said.append(f"It takes longer than it was fitted to: {plan['seconds'] / (slower * promised) - 1:.0%}.")
+    return said
+
+
+def _near(rows: pd.DataFrame, name: str, contrast: Contrast, longer: float) -> str:
+    ratio, row, more = contrast.ratio, rows.loc[name], ""
+    if longer > MARGIN:
+        measured = row["seconds"] / rows.loc[FITTED, "seconds"] - 1
+        more = f": {abs(measured):.0%} {'longer' if measured >= 0 else 'less'}, by prediction {longer:.0%} longer"
+    return (f"Its images are {WORDS[contrast.word]} those of {name} ({row['steps']:.0f} steps, "
+            f"{row['seconds']:.3g} s{more}): "
+            f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] times as far, over {contrast.n} images.")
+
+
+def _late(rows: pd.DataFrame) -> list[str]:
+    over = rows.loc[FITTED, "seconds"] / (_slower(rows) * rows.loc[FITTED, "predicted"]) - 1
+    return [f"It takes longer than it was fitted to: {over:.0%}."] if over > MARGIN else []
+
+
+def _instead(rows: pd.DataFrame, beside: Mapping[str, Contrast], longer: Mapping[str, float]) -> list[str]:
+    said = []
     if any(contrast.word == "undecided" for contrast in beside.values()):
         said.append("What is not told apart may be with more images to report.")
     as_good = [name for name, contrast in beside.items()

@@ -87,9 +87,10 @@ def schedule(row: Mapping) -> dict[str, str]:
         ("over the strongest", row["strongest"])) if row[f"{column}, word"] != "-")  # it met the budget
     prompted = "prompts_holds" in row
     if prompted:
+        steps = row["DDIM steps that keep prompts"]
         measured += (f"; prompt score {row['prompt score']:.3f}, the full run's {row['prompt score there']:.3f} "
                      f"(kept: {row['prompts_holds']}; fewest DDIM steps that keep it: "
-                     f"{row['DDIM steps that keep prompts']:.0f})")
+                     f"{'none tried' if pd.isna(steps) else f'{steps:.0f}'})")
     value = "prompts" if prompted and "CLIP" in row["claimed"] else "ratio"
     return {"paper": "Flexiffusion", "claimed": row["claimed"], "setting": row["here"], "measured": measured,
             "control": control, "holds": holds(row, value)}

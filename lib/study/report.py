@@ -41,8 +41,8 @@ RIVALS = {"schedule": "loss", "choice": "network"}
 JUDGES = ("extractor", "second_extractor")
 """The columns of a table of scores that name the networks in whose features they were taken."""
 
-MISSING = r".*\bnan\b.*"
-"""A cell of a table that has a number which is none."""
+MISSING = r"^nan\b.*"
+"""A cell of a table whose number is none."""
 
 LINK = r"\]\(([^)\s]+)\)"
 """A link in Markdown."""

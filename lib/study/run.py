@@ -44,7 +44,9 @@ def notebook(name: str, study: str) -> Path:
     """
     if name not in params.NOTEBOOKS:
         raise params.ParamsError(f"unknown notebook {name!r}. There are: {', '.join(params.NOTEBOOKS)}.")
-    values = params.load(study)[name].model_dump()
+    if name not in (runs := params.load(study)):
+        raise params.ParamsError(f"the study {study} has no {name}: `only` in params/{study}.yaml says which it has.")
+    values = runs[name].model_dump()
     source = paths.NOTEBOOKS / f"{name}.ipynb"
     found = set(papermill.inspect_notebook(source))
     if found != set(values):
@@ -74,6 +76,8 @@ def teacher(study: str) -> None:
     from lib.teachers import data, latents, networks  # torch, which running a notebook does not need here
 
     p = params.load(study)["00_teacher_training"]
+    if p.checkpoint:
+        raise params.ParamsError(f"the study {study} takes its teacher from {p.checkpoint}: there is nothing to train.")
     stage = Stage("00_teacher_training", p)
     images = data.load(p.data, p.resolution, p.held_out, p.seed)
     model = networks.untrained(images, **p.architecture)
@@ -99,7 +103,8 @@ def ship(study: str) -> Path:
 
 def note_sources(study: str) -> None:
     """Write ``data/<study>/sources.json``: what the study starts from. All stages depend on it."""
-    from lib.study.stage import sources, write_json  # torch, which running a notebook does not need here
+    from lib.grid.saving import write_json  # torch, which running a notebook does not need here
+    from lib.study.stage import sources
 
     first = params.load(study)["00_teacher_training"]
     write_json(paths.writable(paths.DATA / study) / "sources.json", sources(first.data, first.checkpoint))

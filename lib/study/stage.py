@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from ruamel.yaml import YAML
 
 from lib.grid.plan import Plan
+from lib.grid.saving import write_json
 from lib.study import figures, params, paths
 from lib.teachers import data
 
@@ -174,11 +175,6 @@ def sources(images: str, checkpoint: str) -> dict[str, str]:
     if checkpoint:
         found |= {"checkpoint": checkpoint, "checkpoint_digest": data.digest(checkpoint, "model")}
     return found
-
-
-def write_json(path: Path, content: Mapping) -> None:
-    """Write JSON that has the same bytes for the same content; NaN is refused."""
-    path.write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def _commit() -> str:

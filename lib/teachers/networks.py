@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
+from lib.grid import sampling
 from lib.grid.blocks import example_conditions, input_shape
 from lib.grid.model import Conditions, Model
 from lib.grid.plan import NoiseSchedule
@@ -38,7 +39,6 @@ from lib.teachers.training import own_share, train
 
 UNSAID = 0.1
 """The share of prompts or labels that a network does not see in training."""
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEADS, TEXT_LAYERS = 4, 2
 """Heads of attention to a prompt, and layers of a text encoder."""
 
@@ -305,7 +305,7 @@ def pipeline(source: str, device: str = "cpu", precision: str = "fp32") -> Diffu
     Parameters
     ----------
     source : folder, "hub:OWNER/NAME" or "hub:OWNER/NAME@REVISION"
-    precision : of `PRECISIONS`, of the weights
+    precision : of `lib.grid.sampling.PRECISIONS`, of the weights
 
     Raises
     ------
@@ -314,7 +314,7 @@ def pipeline(source: str, device: str = "cpu", precision: str = "fp32") -> Diffu
     """
     where, _ = _index(source)
     return DiffusionPipeline.from_pretrained(**where, use_safetensors=True, trust_remote_code=False,
-                                             dtype=PRECISIONS[precision]).to(device)
+                                             dtype=sampling.PRECISIONS[precision]).to(device)
 
 
 def load(source: Path | str, device: str = "cpu", prompts: Sequence[str] = (), guidance: float = 1.0) -> Model:

@@ -21,6 +21,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lib.grid.sampling import autocast
+from lib.grid.saving import write_json
+
+CLIP = 1.0
+"""The largest norm of a gradient."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -41,7 +45,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator, float], Tensor], *, steps: int, lr: float,
           ema_decay: float, seed: int, device: str, precision: str, work: Path, save_every: int = 200,
-          warmup: int = 50, weight_decay: float = 0.0, clip: float = 1.0, compiled: bool = False,
+          warmup: int = 50, weight_decay: float = 0.0, compiled: bool = False,
           title: str = "training") -> list[dict]:
     """Train `model` in place with AdamW and leave the exponential moving average of its weights in it.
 
@@ -60,7 +64,7 @@ def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator, float], 
     precision : str, "fp32" or "bf16" (autocast)
     work : Path
         Folder of the training state. If it holds a state, training goes on from there.
-    weight_decay, clip : float, AdamW's decay; largest norm of the gradient
+    weight_decay : float, AdamW's
     compiled : bool, on CUDA; for networks that run the same at every step (a supernet's paths do not)
 
     Returns
@@ -98,7 +102,7 @@ def train(model: nn.Module, loss: Callable[[nn.Module, torch.Generator, float], 
         accelerator.backward(value)
         if accelerator.num_processes > 1:
             _average(accelerator, [weight.grad for weight in model.parameters() if weight.grad is not None])
-        norm = float(accelerator.clip_grad_norm_(model.parameters(), clip))
+        norm = float(accelerator.clip_grad_norm_(model.parameters(), CLIP))
         if not math.isfinite(recent[-1]) or not math.isfinite(norm):
             bar.close()
             raise TrainingDiverged(f"{title}: the loss is {recent[-1]}, its gradient's norm {norm} at step {step}. "
@@ -137,7 +141,7 @@ def watched(loss: Callable[[nn.Module, torch.Generator, float], Tensor], look: C
     def watching(model: nn.Module, generator: torch.Generator, way: float) -> Tensor:
         if (stretch := str(int(way * points))) not in seen:
             seen[stretch] = look(model)
-            path.write_text(json.dumps(seen))
+            write_json(path, seen)
         return loss(model, generator, way)
 
     return watching

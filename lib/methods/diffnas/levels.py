@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from lib.grid import blocks, cost, sampling
+from lib.grid.saving import write_json
 from lib.methods.diffnas.students import Architecture, Form, FormSpace, UNet, residuals, shape
 from lib.methods.diffnas.supernets import choose
 
@@ -145,7 +146,7 @@ def form_seconds(model: UNet, space: FormSpace, images: int, repeats: int, *, pr
                 runs = {form: partial(one, h, embedded) for form, one in shaped.items()}
                 times = cost.interleave(runs, repeats, title=f"forms of {path}")
                 seconds[path] = [float(np.median(times[form])) for form in runs]
-        kept.write_text(json.dumps(seconds))
+        write_json(kept, seconds)
     return {path: dict(zip(space.of(found[path]), some)) for path, some in json.loads(kept.read_text()).items()}
 
 
@@ -205,6 +206,6 @@ def level_table(model: UNet, space: FormSpace, batches: list[Mapping[str, Seen]]
                     total[place] += torch.stack(level_errors(module, seen[level])).cpu()
                     bar.update()
         bar.close()
-        kept.write_text(json.dumps((total / len(batches)).tolist()))
+        write_json(kept, (total / len(batches)).tolist())
     losses = pd.DataFrame(json.loads(kept.read_text()), columns=["loss", "raw"])
     return pd.concat([pd.DataFrame({"forms": every, "macs": macs}), losses], axis=1)

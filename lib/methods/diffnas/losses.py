@@ -70,6 +70,8 @@ def joint_loss(made: UNet, teacher: UNet, x_t: Tensor, t: Tensor, noise: Tensor,
     target : "noise" (the true one, as in the paper) or "teacher" (what the teacher predicts: output distillation)
     conditions : what else the networks read
     """
+    if target not in ("noise", "teacher"):
+        raise ValueError(f"target {target!r}: must be noise or teacher")
     seen, predicted = observe(teacher, x_t, t, **conditions) if beta < 1 or target == "teacher" else (None, None)
     total = torch.zeros((), device=x_t.device)
     if beta < 1:

@@ -11,10 +11,10 @@ import numpy as np
 import psutil
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lib.grid.saving import write_tensors
 from lib.judging.pairs import ssim
 from lib.methods.dipgo.prices import Prices
 from lib.methods.dipgo.pruners import Pruner, likely, straight_through
@@ -22,6 +22,8 @@ from lib.methods.dipgo.pruning import by_threshold
 from lib.methods.dipgo.supernet import Checkpoints, SuperNet
 from lib.teachers.training import learning_rate
 
+KINDS = ("ssim", "l1", "l2", "ssim+l1")
+"""Of `consistency`."""
 SAVE_EVERY = 20
 """Seconds between two states to resume from."""
 
@@ -33,6 +35,8 @@ def consistency(images: Tensor, teacher: Tensor, kind: str) -> Tensor:
     ----------
     kind : "ssim" (1 - SSIM, window of 7 pixels), "l1", "l2", or "ssim+l1"
     """
+    if kind not in KINDS:
+        raise ValueError(f"loss {kind!r}: must be one of {', '.join(KINDS)}")
     a, b = (images + 1) / 2, (teacher + 1) / 2
     if kind == "l1":
         return (a - b).abs().mean()
@@ -300,8 +304,6 @@ def _free(device: torch.device) -> int:
 
 def _save(runs: Mapping[str, _Run], path: Path) -> None:
     """Write the state of all runs, so that a kill leaves the old one or the new."""
-    unfinished = path.with_suffix(".partial")
     tensors = {part: tensor for run in runs.values() for part, tensor in run.tensors().items()}
     histories = json.dumps({name: run.history for name, run in runs.items()})
-    save_file(tensors, unfinished, metadata={"histories": histories})
-    unfinished.replace(path)
+    write_tensors(path, tensors, {"histories": histories})

@@ -96,6 +96,8 @@ class Prices:
             are now; what a later column reads from the cache is not seen), or "none" (all alike: the paper's ablation)
         gates : (T, groups), bool
         """
+        if kind not in ("static", "marginal", "none"):
+            raise ValueError(f"weights {kind!r}: must be one of static, marginal, none")
         if kind == "none":
             return np.ones(gates.shape)
         rows = np.ones_like(gates) if kind == "static" else gates

@@ -37,6 +37,8 @@ class Pruner(nn.Module):
 
     def __init__(self, kind: str, steps: int, groups: int, width: int = 64, seed: int = 0,
                  start: np.ndarray | None = None):
+        if kind not in ("table", "queries", "encoder"):
+            raise ValueError(f"pruner {kind!r}: must be one of table, queries, encoder")
         super().__init__()
         self.kind, self.shape = kind, (steps, groups)
         generator = torch.Generator().manual_seed(seed)

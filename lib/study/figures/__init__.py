@@ -199,8 +199,8 @@ def macs_and_seconds(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def heat_map(values: np.ndarray, blocks: Sequence[str], steps: Sequence[int], label: str, log: bool = False) -> Figure:
-    """Draw one value a cell, blocks up, steps across.
+def heat_map(values: np.ndarray, blocks: Sequence[str], steps: Sequence[int], label: str) -> Figure:
+    """Draw one value a cell, blocks up, steps across, colours by their logarithm.
 
     Parameters
     ----------
@@ -210,7 +210,7 @@ def heat_map(values: np.ndarray, blocks: Sequence[str], steps: Sequence[int], la
     figure, axes = plt.subplots(figsize=(WIDE, 0.17 * len(blocks) + 0.8))
     drawn = np.ma.masked_invalid(values.T)
     positive = values[np.isfinite(values) & (values > 0)]
-    norm = LogNorm(positive.min(), positive.max()) if log else None
+    norm = LogNorm(positive.min(), positive.max())
     mesh = axes.pcolormesh(np.arange(len(steps) + 1), np.arange(len(blocks) + 1), drawn, cmap="viridis", norm=norm)
     every = max(1, len(steps) // 12)
     axes.set_xticks(np.arange(0, len(steps), every) + 0.5, [str(step) for step in steps[::every]])
