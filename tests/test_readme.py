@@ -16,8 +16,8 @@ README = (paths.ROOT / "README.md").read_text()
 def test_its_tables_are_what_the_reports_say():
     assert report.filled(README) == README, "run: python -m lib.study.report readme"
     assert sorted(re.findall(r"<!-- (\w+:\w+) -->", README)) == [
-        "claims:digits", "claims:letters", "findings:digits", "findings:letters", "pruner:dipgo_sweep",
-        "students:equal_training", "verdict:digits_full"]
+        "claims:digits", "claims:dipgo_dit", "claims:letters", "findings:digits", "findings:letters",
+        "pruner:dipgo_sweep", "students:equal_training", "verdict:digits_full"]
 
 
 def test_it_is_read_in_minutes():
@@ -155,9 +155,20 @@ def test_the_claims_stand_as_notebook_06_wrote_them(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "REPORTS", tmp_path)
     tables = tmp_path / "mine" / "06_comparison" / "tables"
     tables.mkdir(parents=True)
-    (tables / "claims.csv").write_text('paper,claimed,measured,holds\nA,"twice, at least",1.5 times,no\nall,more,-,-\n')
+    (tables / "claims.csv").write_text('paper,claimed,setting,measured,control,holds\n'
+                                       'A,"twice, at least",T = 9,1.5 times,B,no\nall,more,-,-,-,-\n')
     rows = report.claims_table("mine").splitlines()[2:]
-    assert rows == ["| A | twice, at least | 1.5 times | no |"], "without what the study does not test"
+    assert rows == ["| A | twice, at least | T = 9 | 1.5 times | B | no |"], "without what the study does not test"
+    beside = tmp_path / "mine" / "07_transformer" / "tables"
+    beside.mkdir(parents=True)
+    row = {"claimed": "thrice", "here": "T = 7", "times fewer MACs": 3.0, "ratio_holds": "no", "ratio_holds_needs": 9}
+    row |= {f"ratio{end}": 1.5 for end in ("", "_low", "_high")}
+    row |= {f"over {name}{end}": value for name in ("even", "as many DDIM steps")
+            for end, value in {"": 1.25, "_word": "worse"}.items()}
+    pd.DataFrame([row]).to_csv(beside / "claims.csv", index=False)
+    assert report.claims_table("mine").splitlines()[3] == (
+        "| DiP-GO | thrice (DiT) | T = 7 | 3.00 times fewer MACs at 1.50 [1.50, 1.50] times the score | "
+        "worse (1.25) over steps left out evenly; worse (1.25) over as many DDIM steps | no |")
 
 
 def test_a_study_without_notebook_06_has_flexiffusions_claims_from_04(tmp_path, monkeypatch):
@@ -173,7 +184,7 @@ def test_a_study_without_notebook_06_has_flexiffusions_claims_from_04(tmp_path, 
     assert only.startswith("| Flexiffusion | twice, at least | DDIM, T = 9 | 2.00 times fewer MACs at 1.20 [1.10, ")
     assert only.endswith("| better (0.90) over as many DDIM steps; worse (2.00) over DeepCache | no |")
     pd.DataFrame([row | {"claimed": "-"}]).to_csv(tables / "claims.csv", index=False)
-    assert len(report.claims_table("mine").splitlines()) == 2, "no claim was tested"
+    assert report.claims_table("mine") == "", "no claim was tested"
 
 
 def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
@@ -212,7 +223,7 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
     assert "(3 worse)." in controls, "two controls that are one count once, so do two plans"
     named = "*04_schedule_searchB*, *05_pruner_trainingB*, *06_comparisonB*"
     assert f": {named} (" in controls and report.verdict("mine") == controls
-    assert "For 3 of them that control is a few full steps." in controls, "not where null passes are left out"
+    assert "For 3 of them that control is full steps alone." in controls, "not where null passes are left out"
     tables = tmp_path / "mine" / "04_schedule_search" / "tables"
     equal = {"plan": "04_schedule_searchB", "name": "shortest path", "strongest": False, "plan_over_control_low": 1.0,
              "plan_over_control_high": 1.0}

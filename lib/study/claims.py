@@ -114,6 +114,15 @@ def pruning(rows: pd.DataFrame) -> dict[str, str]:
             "control": control, "holds": holds(row, "prompts_over_control" if prompted else value)}
 
 
+def transformer(row: Mapping) -> dict[str, str]:
+    """Give the row of a claim of DiP-GO on a transformer, from notebook 07's table."""
+    control = "; ".join(over(row[f"over {column}_word"], row[f"over {column}"], name) for column, name in (
+        ("even", "steps left out evenly"), ("as many DDIM steps", "as many DDIM steps")))
+    measured = f"{row['times fewer MACs']:.2f} times fewer MACs at {kept(row, 'ratio')}"
+    return {"paper": "DiP-GO", "claimed": f"{row['claimed']} (DiT)", "setting": row["here"], "measured": measured,
+            "control": control, "holds": holds(row, "ratio")}
+
+
 def tally(rows: pd.DataFrame) -> str:
     """Count how the tests came out, rows without one ("-") left out: "1 yes, 0 undecided, 3 no"."""
     words = rows["holds"].str.partition(" (")[0]

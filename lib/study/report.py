@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 from nbconvert import MarkdownExporter
 
+from lib.grid.plan import Plan
 from lib.judging import trainings
 from lib.judging.controls import summary
 from lib.judging.estimates import MARGIN, WORDS, text
@@ -17,6 +18,7 @@ from lib.study import claims, figures, paths
 from lib.study.figures import METHODS, PLACED
 from lib.study.page import executed, page
 from lib.study.params import ParamsError, load, notebooks
+from lib.study.stage import Stage
 
 KEPT = ("metrics.json", "timings.json", "meta.json", "figures/*.png", "figures/plans/*.png", "figures/*.csv",
         "tables/*.csv", "plans/*.json")
@@ -105,8 +107,7 @@ def published(study: str) -> list[str]:
 def write_page(study: str) -> Path:
     """Write what a study found as one page, beside its published numbers."""
     target, runs = paths.REPORTS / study / "index.html", published(study)
-    tables = {title: table(study) for title, (table, needed) in PAGE.items() if set(needed) <= set(runs)}
-    target.write_text(page(study, runs, _said(study, runs), tables))
+    target.write_text(page(study, runs, _said(study, runs), _tables(study, runs)))
     return target
 
 
@@ -131,9 +132,8 @@ def write_readme(study: str) -> None:
         table = _everything(study)
         figures.save(figures.curves(table), table, target, "curves")
         parts.append("![Score against cost](curves.png)")
-    for title, (written, needed) in PAGE.items():
-        if set(needed) <= set(runs):
-            parts += [f"## {title}", written(study)]
+    for title, content in _tables(study, runs).items():
+        parts += [f"## {title}", content]
     for notebook in runs:
         drawn = [f"![{picture.stem.replace('_', ' ')}]({notebook}/figures/{picture.name})"
                  for picture in sorted((target / notebook / "figures").glob("*.png"))]
@@ -197,8 +197,8 @@ def verdict(study: str) -> str:
                       for plan in better)
     alike = f" Plans that are themselves such steps, the same as a control's: {len(same)}." if len(same) else ""
     return (f"* **{len(better)} of {len(strongest)} plans of the methods and our extensions did better than their "
-            f"strongest control**{': ' * bool(named)}{named} ({others}). For {steps} of them that control is a few "
-            f"full steps.{alike}")
+            f"strongest control**{': ' * bool(named)}{named} ({others}). For {steps} of them that control is full "
+            f"steps alone.{alike}")
 
 
 def findings(study: str) -> str:
@@ -215,7 +215,8 @@ def findings(study: str) -> str:
         row = rows.sort_values(["macs_ratio", "ddim_ratio"], ascending=[False, True]).iloc[0]
         name = row["name"].replace(" (teacher)", "")
         worth = f"; {claims.strongest(beside, name)}, its strongest control" if name in set(beside["plan"]) else ""
-        return (f"*{name}*, {row['macs_ratio']:.1f} times fewer MACs at {text(row, 'ddim_ratio')} of its score"
+        alone = " (full steps alone)" if row["name"].startswith(METHODS) and _full_steps(study, row["name"]) else ""
+        return (f"*{name}*{alone}, {row['macs_ratio']:.1f} times fewer MACs at {text(row, 'ddim_ratio')} of its score"
                 f"{worth}")
 
     even = kept[kept["family"] == "DDIM, uniform"]
@@ -252,6 +253,12 @@ def pruner(study: str) -> str:
     return (f"{markdown(shown)}\n\n*Untrained steps*: steps left out evenly at the same budget, forecast where the "
             "row's cells are. *No training*: such steps that forecast, over such that hold. *Gates still open*: the "
             "training ended before it had chosen what to reuse.")
+
+
+def _full_steps(study: str, name: str) -> bool:
+    """Say whether a published plan computes all cells."""
+    files = (paths.REPORTS / study / notebook / "plans" / f"{Stage.key(name)}.json" for notebook in PLANNING)
+    return any(Plan.load(path).computes.all() for path in files if path.exists())
 
 
 def _everything(study: str) -> pd.DataFrame:
@@ -331,18 +338,21 @@ def _students(study: str) -> tuple[pd.DataFrame, dict[str, pd.Series]]:
 
 
 def claims_table(study: str) -> str:
-    """Give as Markdown what the papers claim, and whether it holds here; without what this study does not test."""
-    return markdown(_claims(study).rename(columns={"measured": "measured here", "holds": "holds?"}))
+    """Give as Markdown what the papers claim, and whether it holds here; empty where a study tests none of it."""
+    table = _claims(study)
+    return markdown(table.rename(columns={"measured": "measured here", "holds": "holds?"})) if len(table) else ""
 
 
 def _claims(study: str) -> pd.DataFrame:
-    """Give the claims that a study tests: notebook 06 has all, 04 Flexiffusion's."""
-    whole = paths.REPORTS / study / "06_comparison" / "tables" / "claims.csv"
-    if whole.exists():
-        table = pd.read_csv(whole)
-        return table[table["holds"] != "-"]
-    rows = pd.read_csv(paths.REPORTS / study / "04_schedule_search" / "tables" / "claims.csv").to_dict("records")
-    return pd.DataFrame([claims.schedule(row) for row in rows if row["claimed"] != "-"], columns=claims.COLUMNS)
+    """Give the claims that a study tests: notebook 06 has all on the UNet, 04 Flexiffusion's, 07 the transformer's."""
+    def of(notebook: str) -> list[dict]:
+        path = paths.REPORTS / study / notebook / "tables" / "claims.csv"
+        return pd.read_csv(path).to_dict("records") if path.exists() else []
+
+    rows = of("06_comparison") or [claims.schedule(row) for row in of("04_schedule_search") if row["claimed"] != "-"]
+    rows += [claims.transformer(row) for row in of("07_transformer")]
+    table = pd.DataFrame(rows, columns=claims.COLUMNS)
+    return table[table["holds"] != "-"]
 
 
 def _ways(table: pd.DataFrame) -> str:
@@ -417,11 +427,18 @@ def controls_table(study: str) -> str:
 
 
 PAGE = {"Every way to sample": (results_table, PLANNING), "Beside their controls": (controls_table, PLANNING),
-        "What the papers claim": (claims_table, ["04_schedule_search"]),
+        "What the papers claim": (claims_table, []),
         "The students": (students_table, ["02_block_search"]),
         "Other losses, networks and beginnings": (rivals, ["03_joint_loss_ablation"]),
         "Every way to sample the transformer": (transformer_table, ["07_transformer"])}
 """The tables at the top of a page, and the notebooks that they need."""
+
+
+def _tables(study: str, runs: list[str]) -> dict[str, str]:
+    """Give the tables at the top of a study's page that are not empty, by title."""
+    found = {title: table(study) for title, (table, needed) in PAGE.items() if set(needed) <= set(runs)}
+    return {title: content for title, content in found.items() if content}
+
 
 TABLES = {"findings": findings, "verdict": verdict, "results": results_table, "controls": controls_table,
           "transformer": transformer_table, "students": students_in_brief, "claims": claims_table, "pruner": pruner}
