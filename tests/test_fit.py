@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import accelerate
 import numpy as np
@@ -288,6 +289,15 @@ def test_images_that_are_not_numbers_end_a_fit(tmp_path):
         pipe.unet.conv_out.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="the full run's images are not numbers: give the weights in fp32 or bf16"):
         fit(pipe, "2x", tmp_path / "plan.json", effort=SMALL)
+
+
+def test_a_budget_just_above_many_steps_reaches_as_many():
+    full = SimpleNamespace(steps=200, timesteps=range(200), at=len)
+    profiled = SimpleNamespace(full=full, timing=lambda: SimpleNamespace(of=lambda steps: 0.005 * steps, around=0.0))
+    for seconds in np.linspace(0.02, 1.1, 500):
+        most, reach = Fitting._reach(profiled, seconds)
+        assert most <= reach <= 200 and 0.005 * most <= seconds
+        assert reach == 200 or 0.005 * reach >= fitting.ALMOST * seconds - 1e-9
 
 
 def test_a_plan_whose_images_are_not_numbers_is_the_farthest_there_is():

@@ -7,9 +7,16 @@ import copy
 import json
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 
+from lib.grid import sampling
 from lib.grid.plan import NoiseSchedule, Plan, PlanError, trailing
+from lib.methods.diffnas import losses
+from lib.methods.dipgo.learning import consistency
+from lib.methods.dipgo.prices import Prices
+from lib.methods.dipgo.pruners import Pruner
+from lib.methods.search import search
 from lib.study import params, paths
 from lib.study.params import ParamsError
 from lib.teachers import networks
@@ -110,3 +117,17 @@ def test_malformed_params_are_refused(tmp_path, refused, monkeypatch):
         refused.append(f"params/mine.yaml, {what} -> {message.removeprefix('params/mine.yaml')}")
         count += 1
     assert count >= 300
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: sampling.autocast(torch.device("cpu"), "bfloat16"), "precision 'bfloat16': must be one of fp32, bf16"),
+    (lambda: consistency(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), "mse"), "loss 'mse': must be one of ssim"),
+    (lambda: Pruner("mlp", 2, 2), "pruner 'mlp': must be one of table, queries, encoder"),
+    (lambda: Prices.weights(None, "dynamic", None), "weights 'dynamic': must be one of static, marginal, none"),
+    (lambda: search(None, None, None, trials=1, population=2, seed=0, storage="", method="tpe"),
+     "method 'tpe': must be one of nsga2, mutation, random"),
+    (lambda: losses.joint_loss(None, None, None, None, None, 1.0, target="student"),
+     "target 'student': must be noise or teacher")])
+def test_an_unknown_word_is_refused_not_taken_for_another(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

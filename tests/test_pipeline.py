@@ -270,6 +270,10 @@ def test_a_bare_repro_runs_digits_alone():
 def test_unknown_names_are_refused_before_any_work():
     with pytest.raises(params.ParamsError, match="unknown notebook '07'.* There are: 00_teacher_training"):
         run.notebook("07", "smoke")
+    with pytest.raises(params.ParamsError, match="the study dipgo_dit has no 06_comparison: `only` in params"):
+        run.notebook("06_comparison", "dipgo_dit")
+    with pytest.raises(params.ParamsError, match="letters takes its teacher from data/shipped/letters: there is"):
+        run.teacher("letters")
     done = subprocess.run([sys.executable, "-m", "lib.study.run", "study", "nope"], cwd=paths.ROOT, capture_output=True,
                           text=True)
     assert done.returncode == 1 and "error: unknown study 'nope'" in done.stderr and "Traceback" not in done.stderr

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON that has the same bytes for the same content; NaN is refused."""
-    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
+def write_json(path: Path, content: Any, allow_nan: bool = False) -> None:
+    """Write JSON that has the same bytes for the same content; NaN and infinity are refused unless they are allowed."""
+    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=allow_nan) + "\n"
     _whole(path, lambda partial: partial.write_text(text))
 
 

@@ -437,7 +437,7 @@ class Fitting:
         for key, plan in tqdm(plans.items(), desc="choosing on fresh noise", unit="plan"):
             if key not in known:
                 known[key] = distance(plan)
-                write_json(path, known)
+                write_json(path, known, allow_nan=True)  # a plan may be infinitely far
         chosen = {name: min(family, key=lambda plan: known[plan.key]) for name, family in families.items() if family}
         fitted, controls = chosen.pop("fitted"), {}
         for name, plan in chosen.items():

@@ -141,7 +141,7 @@ def watched(loss: Callable[[nn.Module, torch.Generator, float], Tensor], look: C
     def watching(model: nn.Module, generator: torch.Generator, way: float) -> Tensor:
         if (stretch := str(int(way * points))) not in seen:
             seen[stretch] = look(model)
-            write_json(path, seen)
+            write_json(path, seen, allow_nan=True)
         return loss(model, generator, way)
 
     return watching
