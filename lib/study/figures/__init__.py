@@ -553,7 +553,7 @@ def beside_controls(table: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(figsize=(WIDE, 0.22 * len(plans) + 1.6))
     sns.heatmap(words.map(list(WORDS).index, na_action="ignore").astype(float), annot=texts, fmt="", cbar=False,
                 cmap=ListedColormap([ground for ground, _ in WORDS.values()]), vmin=0, vmax=len(WORDS), ax=axes,
-                linewidths=0.5, linecolor="0.8", annot_kws={"fontsize": 6.5})
+                linewidths=0.5, linecolor="0.8", annot_kws={"fontsize": min(6.5, 90 / len(names))})
     for text in axes.texts:
         place = text.get_position()
         text.set_color(WORDS[words.iloc[int(place[1]), int(place[0])]][1])
