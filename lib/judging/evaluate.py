@@ -310,7 +310,7 @@ def precision_and_recall(generated: Tensor, real: Tensor) -> tuple[Estimate, Est
     generated, real : Tensor, (n, D) and (m, D), features
     """
     def radii(among: Tensor) -> Tensor:
-        return among.kthvalue(NEIGHBOURS + 1).values  # the nearest is the image itself
+        return among.topk(NEIGHBOURS + 1, largest=False).values[:, -1]  # the nearest is the image itself
 
     across, among = torch.cdist(generated, real), torch.cdist(generated, generated)
     near = (across <= radii(torch.cdist(real, real))).any(dim=1).float()
