@@ -16,8 +16,8 @@ README = (paths.ROOT / "README.md").read_text()
 def test_its_tables_are_what_the_reports_say():
     assert report.filled(README) == README, "run: python -m lib.study.report readme"
     assert sorted(re.findall(r"<!-- (\w+:\w+) -->", README)) == [
-        "claims:digits", "claims:dipgo_dit", "claims:letters", "findings:digits", "findings:letters",
-        "pruner:dipgo_sweep", "students:equal_training", "verdict:digits_full"]
+        "claims:digits", "claims:dipgo_dit", "claims:flexiffusion_claims", "claims:letters", "findings:digits",
+        "findings:letters", "pruner:dipgo_sweep", "students:equal_training", "verdict:digits_full"]
 
 
 def test_it_is_read_in_minutes():
