@@ -40,18 +40,16 @@ def explorer(study: str) -> str:
     """
     folder = paths.DATA / study
     table = pd.read_csv(folder / "06_comparison" / "tables" / "everything.csv")
-    saved = {name: next((path for notebook in PLANNED if (path := _plan_of(folder / notebook, name)).exists()), None)
-             for name in table["name"]}
+    saved = {}
+    for name in table["name"]:
+        files = (Stage.plan_file(folder / notebook, name) for notebook in PLANNED)
+        saved[name] = next((path for path in files if path.exists()), None)
     links = {name: f"#plan-{Stage.key(name)}" for name, path in saved.items() if path}
     figures.style()
     drawn = _svg(figures.front(table, links))
     cards = "".join(_card(row, saved[row["name"]], folder) for row in table.drop_duplicates("name").to_dict("records")
                     if row["name"] in links)
     return f"<style>{STYLE}</style><div class='front' id='front'>{drawn}</div>{cards}"
-
-
-def _plan_of(folder: Path, name: str) -> Path:
-    return folder / "plans" / f"{Stage.key(name)}.json"
 
 
 def _card(row: dict, path: Path, folder: Path) -> str:

@@ -257,7 +257,7 @@ def pruner(study: str) -> str:
 
 def _full_steps(study: str, name: str) -> bool:
     """Say whether a published plan computes all cells."""
-    files = (paths.REPORTS / study / notebook / "plans" / f"{Stage.key(name)}.json" for notebook in PLANNING)
+    files = (Stage.plan_file(paths.REPORTS / study / notebook, name) for notebook in PLANNING)
     return any(Plan.load(path).computes.all() for path in files if path.exists())
 
 
@@ -433,15 +433,14 @@ PAGE = {"Every way to sample": (results_table, PLANNING), "Beside their controls
         "Every way to sample the transformer": (transformer_table, ["07_transformer"])}
 """The tables at the top of a page, and the notebooks that they need."""
 
+TABLES = {"findings": findings, "verdict": verdict, "results": results_table, "controls": controls_table,
+          "transformer": transformer_table, "students": students_in_brief, "claims": claims_table, "pruner": pruner}
+
 
 def _tables(study: str, runs: list[str]) -> dict[str, str]:
     """Give the tables at the top of a study's page that are not empty, by title."""
     found = {title: table(study) for title, (table, needed) in PAGE.items() if set(needed) <= set(runs)}
     return {title: content for title, content in found.items() if content}
-
-
-TABLES = {"findings": findings, "verdict": verdict, "results": results_table, "controls": controls_table,
-          "transformer": transformer_table, "students": students_in_brief, "claims": claims_table, "pruner": pruner}
 
 
 def filled(readme: str) -> str:

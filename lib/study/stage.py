@@ -125,7 +125,13 @@ class Stage:
     def plans(self, plans: Mapping[str, Plan]) -> None:
         """Write each plan to plans/<key of its name>.json."""
         for name, plan in plans.items():
-            plan.save(self.folder("plans") / f"{self.key(name)}.json")
+            self.folder("plans")
+            plan.save(self.plan_file(self.out, name))
+
+    @staticmethod
+    def plan_file(out: Path, name: str) -> Path:
+        """Give where a notebook whose results lie in `out` has the plan of a name."""
+        return out / "plans" / f"{Stage.key(name)}.json"
 
     def numbers(self, rows: pd.DataFrame, *columns: str) -> dict[str, float]:
         """Give columns of a table with a `name` as flat metrics: "score_ddim_50_steps"."""

@@ -137,7 +137,7 @@ def dividends(table: pd.DataFrame) -> Figure:
                               capsize=2, color=colour, label=reuse if named else None)
             axes.annotate(str(branch), (part["calls"].max(), 1), xycoords=("data", "axes fraction"), fontsize=6,
                           color="0.4", ha="center", va="bottom")
-        axes.text(0, 1, "branch:", transform=axes.transAxes, fontsize=6, color="0.4", va="bottom")
+        axes.text(0, 1, "branch: ", transform=axes.transAxes, fontsize=6, color="0.4", ha="right", va="bottom")
         axes.axhline(1, color="0.5", lw=0.8)
         axes.set(xscale="log", yscale="log", xlabel="executed MACs (in full steps)")
         axes.set_title(solvers[order], pad=14)
