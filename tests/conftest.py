@@ -82,7 +82,7 @@ def tapes(monkeypatch):
     """Let all sampling record its steps, on tapes; gives the list of them."""
     made = []
 
-    def record(run, pool):
+    def record(run, pool, device):
         with Tape() as tape:
             output = run()
         made.append(tape)

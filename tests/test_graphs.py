@@ -91,7 +91,7 @@ def test_weights_trained_on_are_read_anew_and_moved_ones_recorded_anew(own, sche
 
 def test_a_step_that_cannot_be_recorded_runs_as_it_is_with_a_message(plain, own, schedule, deepcache, noise, tapes,
                                                                      monkeypatch):
-    def refuse(run, pool):
+    def refuse(run, pool, device):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graphs, "cuda_graph", refuse)

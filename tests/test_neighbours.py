@@ -581,7 +581,8 @@ def test_the_plans_own_solver_walks_whatever_the_scheduler_says(kind, options):
         wanted = tiny.call(pipe, called)
     pipe.scheduler = own = kind(**tiny.NOISE, **options)
     with Planned(pipe, plan):
-        assert same(tiny.call(pipe, called), wanted)
+        images = tiny.call(pipe, called)
+    torch.testing.assert_close(images, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
     assert pipe.scheduler is own and NoiseSchedule.of(own) == plan.schedule
     tiny.call(pipe, called)
 

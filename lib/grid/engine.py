@@ -10,6 +10,7 @@ import inspect
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -39,8 +40,8 @@ class Engine:
     plan : Plan
     schedule : NoiseSchedule of the network, checked against the plan's
     led : bool
-        True if a scheduler says when the next step begins (`at`), and when a run is on (`closed`): then calls at any
-        other timestep, or between runs, are somebody else's and refused.
+        True if a scheduler says when the next step begins (`at`), when a run is on (`closed`), and how many steps its
+        pipeline counts (`counted`): then calls at any other timestep, or between runs, are somebody else's and refused.
     compiling : dict of torch.compile's options, by which each block's own forward is compiled; None for none
 
     Raises
@@ -62,7 +63,7 @@ class Engine:
         self._abscissae = solvers.abscissae(plan.timesteps, plan.schedule, plan.abscissa).tolist()
         self._hooks = Hooks(self)
         self._signature = inspect.signature(network.forward)
-        self.closed = led
+        self.closed, self.counted = led, plan.steps
         self.reset()
 
     def reset(self) -> None:
@@ -202,7 +203,7 @@ class Engine:
         """Give what the network gives at the current step: its `forward` runs for the passes that compute."""
         arguments = self._signature.bind(*args, **kwargs).arguments
         sample = next(iter(arguments.values()))
-        self._check_thread()
+        self.check_thread()
         self._hooks.mend()
         if not self._told:
             self._arrive(arguments.get("timestep"))
@@ -224,9 +225,10 @@ class Engine:
                 chosen = tree_map_only(Tensor, lambda value: _chunks(value, members, rows, batch), chosen)  # noqa: B023
             self._group = self._together([memories[number] for number in members])
             try:
-                output = self.call(forward, *chosen)
+                output = self.call(partial(self._whole, forward), *chosen)
             finally:
                 self._group = None
+            self.check_thread()
             self._packed = _packing(output)
             for number, part in zip(members, output[0].chunk(len(members)), strict=True):
                 fresh[number] = part
@@ -285,7 +287,7 @@ class Engine:
         elif (asked := self._asked) is not None and self.led and asked.dtype == sample.dtype and asked.equal(sample):
             self._names = (f"call {len(self._done) + 1}",)
 
-    def _check_thread(self) -> None:
+    def check_thread(self) -> None:
         """Refuse calls of a thread in another one's run."""
         if self.thread not in (None, threading.get_ident()):
             raise PlanError(f"{self.plan.title} is on this network, and two threads sample with it at once: give each "
@@ -310,6 +312,9 @@ class Engine:
         if inside and not all((sheet == COMPUTE).all() for sheet in self.plan.sheets):
             raise PlanError("an adapter adds to what blocks give inside the levels, and plans that skip blocks do not "
                             "know it: run it without a plan.")
+        if inside and self.counted != self.plan.steps:
+            raise PlanError(f"the pipeline counts {self.counted} steps, and its adapter acts at some of them; the plan "
+                            f"has {self.plan.steps}: call it with num_inference_steps={self.plan.steps}.")
 
     def _take(self, sample: Tensor) -> None:
         """See whose rows a batch holds; where what was cached does not fit them, all is computed anew from here."""
@@ -380,6 +385,15 @@ class Engine:
         """Run the network at the current step for the current group of passes."""
         return forward(*args, **kwargs)
 
+    def _whole(self, forward: Callable, *args, **kwargs) -> Any:
+        """Run the network's forward, and refuse one that left out blocks that the plan computes."""
+        self._ran = set()
+        output = forward(*args, **kwargs)
+        if left_out := {self.plan.blocks[place] for place in self._group.live.nonzero()[0] if place not in self._ran}:
+            raise PlanError(f"{self.plan.title} computes {sorted(left_out)[0]} at step {self.step}, and the network's "
+                            "forward left it out (another cache, that replaced it?): take that off first.")
+        return output
+
     def runs(self, place: int) -> bool:
         """Say whether the cell of block `place` runs now."""
         if self._group is None:
@@ -393,6 +407,7 @@ class Engine:
 
     def put(self, place: int, given: Callable[[], Tensor]) -> None:
         """Take what a block gave: to keep, if a later step reads it."""
+        self._ran.add(place)
         known = place in self._shapes
         if known and not self._group.kept[place]:
             return

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from lib.grid.engine import Engine
-from lib.grid.hooks import HOOK
+from lib.grid.hooks import HOOK, is_foreign
 from lib.grid.plan import NoiseSchedule, Plan
 
 LIMIT = 500
@@ -44,11 +44,13 @@ def engine(network: nn.Module, plan: Plan, schedule: NoiseSchedule, led: bool = 
     return kind(network, plan, schedule, led, compiling)
 
 
-def cuda_graph(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
-    """Record what `run` launches: give what replays it, and its output, which each replay writes anew."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+def cuda_graph(run: Callable[[], Any], pool: Any, device: torch.device) -> tuple[Callable[[], None], Any]:
+    """Record what `run` launches on a device: give what replays it, and its output, which each replay writes anew."""
+    if device.type != "cuda":
+        raise RuntimeError(f"the network was moved to {device}")
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     try:
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool):
             output = run()
     finally:
         torch.cuda.set_stream(stream)  # a failed recording leaves its own behind
@@ -92,8 +94,10 @@ class GraphedEngine(Engine):
         kind = self._kind(leaves, str(tree))
         shelf = self._shelf
         if kind not in shelf.seen:
-            shelf.seen.add(kind)
-            return forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
+            if all(map(_is_plain, (*leaves, *tree_flatten(output)[0]))):  # else a replay may not make all of it
+                shelf.seen.add(kind)
+            return output
         if kind not in shelf.recordings and len(shelf.recordings) >= LIMIT:
             shelf = self._shelf = _new_shelf(self.network, shelf.portrait, shelf.seen)
         values = {int(place): self.value(int(place)) for place in self._group.read.nonzero()[0]}
@@ -160,12 +164,18 @@ class GraphedEngine(Engine):
         cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # a recording must not read lowered weights that are freed after it
         try:
-            recording.replay, recording.output = cuda_graph(lambda: forward(*args, **kwargs), self._shelf.pool)
+            recording.replay, recording.output = cuda_graph(lambda: forward(*args, **kwargs), self._shelf.pool,
+                                                            self._weight.device)
             recording.shapes = dict(self._shapes)
             return recording
         finally:
             torch.set_autocast_cache_enabled(cached)
             self._tape = None
+
+
+def _is_plain(leaf: Any) -> bool:
+    """Say whether a value is a tensor, or cannot be changed."""
+    return leaf is None or isinstance(leaf, Tensor | bool | int | float | str | torch.dtype | torch.device)
 
 
 def _fill(inputs: list, leaves: list) -> None:
@@ -253,14 +263,22 @@ def _glance(network: nn.Module) -> list:
     seen: list = [tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers())]
     for module in network.modules():
         own = vars(module)
-        seen.append([list(map(id, value)) if isinstance(value, list) else id(value) for value in own.values()])
+        seen.append([_look_at(name, value) for name, value in own.items()])
         if "processor" in own:
             seen.append(_values(own["processor"]))
     return seen
 
 
+def _look_at(name: str, value: Any) -> Any:
+    """Give an attribute's value, or whose it is; of a list, or of a dict that is not torch's own, each item's."""
+    if isinstance(value, list):
+        return [_look_at("", item) for item in value]
+    if isinstance(value, dict) and not name.startswith("_"):
+        return [(key, _look_at("_", item)) for key, item in value.items()]
+    return value if value is None or isinstance(value, bool | int | float | str) else id(value)
+
+
 def _has_life_of_its_own(network: nn.Module) -> bool:
     """Say whether Python code that a replay would not run (others' hooks and processors) is within a network."""
     return any((module is not network and (module._forward_hooks or module._forward_pre_hooks))
-               or not type(vars(module).get("processor")).__module__.startswith(("diffusers.", "builtins"))
-               for module in network.modules())
+               or is_foreign(vars(module).get("processor")) for module in network.modules())

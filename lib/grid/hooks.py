@@ -144,6 +144,9 @@ class Hooks:
                     raise PlanError(f"group offloading is on {name}, by groups of blocks or ahead of time, and a plan "
                                     "may skip the block that loads the next: offload leaf by leaf without a stream, or "
                                     "the whole network.")
+            if len(self.engine.plan.passes) > 1 and is_foreign(vars(module).get("processor")):
+                raise PlanError(f"{name} has an attention processor of its own, which may tell the passes of a batch "
+                                "apart by their rows, and the plan runs them apart: take a plan of one pass.")
             known = (registry and registry.hooks) or hasattr(module, "_hf_hook") or _is_own(module)
             if path in own and "forward" in vars(module) and not known:
                 raise PlanError(REPLACED.format(name))
@@ -178,6 +181,11 @@ def _take(place: _Place) -> None:
     if _is_own(module):
         del module.forward
     module._compiled_call_impl = place.compiled
+
+
+def is_foreign(processor: Any) -> bool:
+    """Say whether an attention processor is neither diffusers' nor missing."""
+    return not type(processor).__module__.startswith(("diffusers.", "builtins"))
 
 
 def _is_own(module: nn.Module) -> bool:

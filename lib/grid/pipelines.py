@@ -35,8 +35,11 @@ def network_of(pipe: DiffusionPipeline) -> tuple[str, nn.Module]:
     Raises
     ------
     PlanError
-        If it has none, or no scheduler.
+        If it has none, or several that take turns, or no scheduler.
     """
+    if second := [name for name in ("transformer_2", "unet_2") if getattr(pipe, name, None) is not None]:
+        raise PlanError(f"a {type(pipe).__name__} with a {second[0]} runs two networks in turn, and a plan is for one: "
+                        "run it without a plan.")
     part = next((part for part in ("unet", "transformer") if getattr(pipe, part, None) is not None), None)
     if part is None or getattr(pipe, "scheduler", None) is None:
         raise PlanError(f"a {type(pipe).__name__} has no unet and no transformer, or no scheduler: no plan fits it.")
@@ -83,8 +86,16 @@ class Planned:
                             "disable() it, first.")
         self._part, self._model = part, model
         fits = NoiseSchedule.of(self.pipe.scheduler)
+        if (self.plan.timesteps != self.plan.grid and not hasattr(type(self.pipe), "denoising_end")
+                and "denoising_end" in inspect.signature(type(self.pipe).__call__).parameters):
+            raise PlanError(f"nobody can see at which timestep a {kind} stops, and {self.plan.title} may step over it: "
+                            "take a plan of all the pipeline's steps.")
         engine = graphs.engine(self._model, self.plan, fits, led=True, compiling=self.compiling)
-        return engine, _Walk.in_place_of(self.pipe.scheduler, engine, self.watch)
+        return engine, _Walk.in_place_of(self.pipe.scheduler, engine, self.watch, self._is_cut)
+
+    def _is_cut(self) -> bool:
+        """Say whether the call that has begun runs a part of the steps, between timesteps (SDXL and its refiner)."""
+        return any(getattr(self.pipe, f"_denoising_{end}", None) is not None for end in ("start", "end"))
 
     def enable(self) -> None:
         """Put the plan on the pipeline."""
@@ -117,24 +128,31 @@ class Planned:
 class _Walk:
     """A plan's solver, as a pipeline's scheduler that takes no other timesteps.
 
-    Whoever asks it, saves it or copies it meets the pipeline's own scheduler.
+    Whoever asks it, saves it or copies it meets the pipeline's own scheduler. Latents come and go in that one's units:
+    some schedulers (Euler's, of the kind of x_0 + sigma noise) divide x_t by alpha.
     """
 
     order = 1
-    init_noise_sigma = 1.0
 
     @classmethod
-    def in_place_of(cls, own: SchedulerMixin, engine: Engine, watch: Callable | None) -> Self:
+    def in_place_of(cls, own: SchedulerMixin, engine: Engine, watch: Callable | None, is_cut: Callable[[], bool]
+                    ) -> Self:
         """Give a walk of an engine's plan that is of the own scheduler's class too."""
         kind = type(own)
         hidden = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "from_config": kind.from_config}
         walk = object.__new__(type(kind.__name__, (cls, kind), hidden))
         vars(walk).update({name: value for name, value in vars(own).items() if not hasattr(cls, name)})
-        walk.own, walk.engine, walk.watch, walk._state = own, engine, watch, ()
+        walk.own, walk.engine, walk.watch, walk.is_cut, walk._state = own, engine, watch, is_cut, ()
+        plan, divides = engine.plan, getattr(own, "init_noise_sigma", 1.0) != 1.0
+        walk._divided = [*noise_levels(plan.timesteps, plan.schedule)[0].tolist(), 1.0] if divides else None
         return walk
 
     def __reduce__(self) -> tuple:
         return copy.copy, (self.own,)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        return 1 / self._divided[0] if self._divided else 1.0
 
     @property
     def sigmas(self) -> Tensor:
@@ -160,11 +178,15 @@ class _Walk:
         if num_inference_steps not in (len(plan.grid), plan.steps):
             raise PlanError(f"the plan is for runs of {len(plan.grid)} steps, of which it takes {plan.steps}: call the "
                             f"pipeline with num_inference_steps={plan.asked_steps}, not {num_inference_steps}.")
+        if plan.timesteps != plan.grid and self.is_cut():
+            raise PlanError(f"the call runs the steps between two timesteps (denoising_start, denoising_end), and "
+                            f"{plan.title} may step over these: take a plan of all the pipeline's steps.")
         if not self.engine.on:
             raise PlanError(f"{plan.title} is no longer on this network, but its scheduler is still on this pipeline, "
                             "which was made meanwhile: give it a scheduler of its own.")
         self.engine.reset()
         self.engine.closed, self.engine.thread = False, threading.get_ident()
+        self.engine.counted = num_inference_steps
         self.timesteps, self.num_inference_steps = torch.tensor(plan.timesteps, device=device), num_inference_steps
         self._state: State = ()
 
@@ -203,13 +225,14 @@ class _Walk:
         shape = (-1,) + (1,) * (noise.ndim - 1)
         alpha, sigma = (part.to(noise).view(shape) for part in
                         noise_levels(timesteps.cpu(), self.engine.plan.schedule))
-        return alpha * original_samples + sigma * noise
+        x_t = alpha * original_samples + sigma * noise
+        return x_t / alpha if self._divided else x_t
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         return self.add_noise(sample, noise, timestep)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
-        return sample
+        return sample * self._divided[self.engine.plan.timesteps.index(float(timestep))] if self._divided else sample
 
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, eta: float = 0.0,
              use_clipped_model_output: bool = False, generator: torch.Generator | None = None,
@@ -217,15 +240,20 @@ class _Walk:
         if eta:
             raise PlanError(f"a plan is walked without noise: call the pipeline with eta=0, not {eta}.")
         engine, given = self.engine, sample.dtype
+        engine.check_thread()
         engine.check_passes(len(sample))
         engine.check_order(model_output)
         if not self._state:
             self._begin(engine.step)
         output = model_output[:, :sample.shape[1]].float()
         step, x_t = engine.step, sample.float()
+        if self._divided:
+            x_t = x_t * self._divided[step]
         sample, self._state = advance(self._solver, step - self._first, x_t, output, self._state)
         if self.watch is not None:
             self.watch(step, x_t, output)
+        if self._divided:
+            sample = sample / self._divided[step + 1]
         engine.at(step + 1)
         engine.closed = engine.step == engine.plan.steps
         return SchedulerOutput(prev_sample=sample.to(given)) if return_dict else (sample.to(given),)

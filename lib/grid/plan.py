@@ -571,7 +571,7 @@ class Plan(_Part):
             If the file is missing, is no JSON, comes from a newer version, or does not hold a plan.
         """
         try:
-            content = json.loads(Path(path).read_text())
+            content = json.loads(Path(path).read_text(), object_pairs_hook=_only_once)
         except FileNotFoundError:
             raise PlanError(f"{path}: no such file") from None
         except (OSError, ValueError, RecursionError) as error:  # unreadable; not UTF-8 or not JSON
@@ -661,6 +661,15 @@ def _of_numpy(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     raise TypeError(f"a plan's provenance holds a {type(value).__name__}, which JSON does not know")
+
+
+def _only_once(pairs: list[tuple[str, Any]]) -> dict:
+    """Give an object of JSON; one that says something twice (a bad merge) is none."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return content
 
 
 def _from_json(content: Any) -> dict:
