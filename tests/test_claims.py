@@ -26,7 +26,7 @@ def test_a_cheaper_way_is_judged_by_its_ratio_or_at_the_floor_by_the_difference(
     found = claims.cheaper("DiffNAS", "half", "20 steps", row, "ratio", "a control")
     assert found == {"paper": "DiffNAS", "claimed": "half", "setting": "20 steps", "control": "a control",
                      "holds": "no",
-                     "measured": "2.26 times fewer MACs at 3.60 [3.50, 3.70] times the score"}
+                     "measured": "2.26 times fewer MACs at 3.6 [3.5, 3.7] times the score"}
     found = claims.cheaper("DiffNAS", "half", "20 steps", row | compared("ratio", np.nan), "ratio", "-")
     assert found["measured"] == "2.26 times fewer MACs at a score higher by 0.5 [0.25, 0.75]"
     turned = {f"ratio_difference{end}": value for end, value in (("", -0.5), ("_low", -0.75), ("_high", 0.25))}
@@ -43,9 +43,10 @@ def test_a_loss_is_judged_as_notebook_03_did():
     assert at_floor["measured"] == "a score higher by 0.5 [0.25, 0.75]"
 
 
-SCHEDULE = {"here": "PLMS, T = 50", "times": 5.614, **compared("ratio", 1.6), "as many DDIM steps": 1.844,
-            "as many DDIM steps, word": "worse", "DeepCache": 0.79, "DeepCache, word": "undecided",
-            "strongest": "searched steps", "over the strongest": 3.2, "over the strongest, word": "worse"}
+SCHEDULE = {"here": "PLMS, T = 50", "times": 5.614, "claimed times": 5.4, "full steps alone": False,
+            **compared("ratio", 1.6), "as many DDIM steps": 1.844, "as many DDIM steps, word": "worse",
+            "DeepCache": 0.79, "DeepCache, word": "undecided", "strongest": "searched steps",
+            "over the strongest": 3.2, "over the strongest, word": "worse"}
 PROMPTED = {"prompt score": 0.903, "prompt score there": 0.947, "DDIM steps that keep prompts": 3.0,
             **compared("prompts", np.nan, "undecided", 500)}
 
@@ -53,7 +54,7 @@ PROMPTED = {"prompt score": 0.903, "prompt score there": 0.947, "DDIM steps that
 def test_a_claim_about_clip_is_judged_by_prompts_where_there_are_some():
     plain = claims.schedule(SCHEDULE | {"claimed": "5.1 times, CLIP all but equal"})
     assert plain["holds"] == "no" and plain["setting"] == "PLMS, T = 50" and plain["paper"] == "Flexiffusion"
-    assert plain["measured"] == "5.61 times fewer MACs at 1.60 [1.50, 1.70] times the score"
+    assert plain["measured"] == "5.61 times fewer MACs at 1.6 [1.5, 1.7] times the score"
     assert plain["control"] == ("worse (1.84) over as many DDIM steps; undecided (0.79) over DeepCache; worse (3.20) "
                                 "over searched steps")
     alone = claims.schedule(SCHEDULE | {"claimed": "2 times", "DeepCache": np.nan, "DeepCache, word": "-"})
@@ -65,6 +66,20 @@ def test_a_claim_about_clip_is_judged_by_prompts_where_there_are_some():
     assert claims.schedule(SCHEDULE | PROMPTED | {"claimed": "2.6 times"})["holds"] == "no", "no word of CLIP"
 
 
+@pytest.mark.parametrize(("kept", "factor", "said"), [
+    ("yes", 2.6, "yes"), ("no", 2.6, "not tested: cheaper than claimed"), ("no", 5.35, "no"),
+    ("undecided", 5.3, "not tested: cheaper than claimed")])
+def test_a_schedule_much_cheaper_than_claimed_can_only_confirm_a_claim(kept, factor, said):
+    row = claims.schedule(SCHEDULE | compared("ratio", 1.6, kept) | {"claimed": "some", "claimed times": factor})
+    assert row["holds"] == said
+    assert claims.tally(pd.DataFrame([row])).count("1") == (not said.startswith("not tested"))
+
+
+def test_a_schedule_of_full_steps_alone_is_told():
+    row = claims.schedule(SCHEDULE | {"claimed": "some", "full steps alone": True})
+    assert row["measured"].startswith("5.61 times fewer MACs (full steps alone) at ")
+
+
 def test_pruning_is_judged_over_the_run_that_was_pruned():
     rows = pd.DataFrame([{"name": name, "base": "PLMS, T = 50", "macs": macs, "plan_macs": 25.0,
                           **compared("plan_over_control", value, holds, word=word)}
@@ -72,7 +87,7 @@ def test_pruning_is_judged_over_the_run_that_was_pruned():
                                                                 ("the base", 110.0, 1.0, "yes", "as good"))])
     found = claims.pruning(rows.set_index("name"))
     assert found == {"paper": "DiP-GO", "claimed": claims.DIPGO, "setting": "PLMS, T = 50", "holds": "yes",
-                     "measured": "4.40 times fewer MACs at 1.00 [0.90, 1.10] times the score",
+                     "measured": "4.40 times fewer MACs at 1 [0.9, 1.1] times the score",
                      "control": "worse (1.20) over fewer steps"}
     prompted = rows.assign(**compared("prompts_over_control", np.nan, "no"))
     found = claims.pruning(prompted.set_index("name"))

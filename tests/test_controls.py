@@ -125,6 +125,31 @@ def test_words_say_who_is_better_and_the_strongest_is_chosen_elsewhere(table, te
     assert rows.index[rows["strongest"]].tolist() == ["same"], "whatever the report's noise says"
 
 
+def test_to_lose_to_a_dearer_control_says_nothing(table, teacher):
+    others = [Control("dearer", ((few(teacher, 6, 2), 1.0),)), Control("as dear", ((few(teacher, 5), 1.0),)),
+              Control("cheaper", ((few(teacher, 4), 1.0),))]
+
+    def strongest(of, price=None):
+        rows = table.beside("mine", few(teacher, 5), of, price).set_index("name")
+        return rows.index[rows["strongest"]].tolist()
+
+    assert strongest(others) == ["as dear"]
+    assert strongest(others, lambda plan: 1.0) == ["dearer"], "it is not by this price"
+    assert strongest(others, lambda plan: {6: 1.04, 5: 1.0, 4: 0.5}[plan.steps]) == ["dearer"], "4 % are no difference"
+    assert strongest(others[:1]) == ["dearer"], "nothing else is known"
+
+
+def test_a_controls_plans_are_scored_one_by_one(table, teacher):
+    pair = ((few(teacher, 4), 0.5), (few(teacher, 6), 0.5))
+    rows = table.singles([Control("searched steps", pair), Control("searched steps", pair[:1]),
+                          Control("learned steps (teacher), by seconds", pair[:1])])
+    assert rows["name"].tolist() == ["searched steps, 4 steps", "searched steps, 6 steps",
+                                     "learned steps (teacher), by seconds, 4 steps"]
+    assert rows["family"].tolist() == ["searched steps", "searched steps", "learned steps (teacher)"]
+    assert rows["macs"].tolist() == [4, 6, 4]
+    assert table.singles([]).empty
+
+
 def test_where_prompts_are_drawn_their_score_stands_in_each_row(table, teacher):
     class Reader:
         """Reads a wrong character in as many of 20 images as the first feature says."""

@@ -60,6 +60,11 @@ def test_a_table_is_filled_from_a_studys_files(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "REPORTS", tmp_path)
     columns = ["plan", "name", "n", *(f"plan_over_control{end}" for end in ("", "_low", "_high", "_word", "_needs")),
                *(f"second_over_control{end}" for end in ("", "_low", "_high", "_word")), "strongest"]
+    forecasts = tmp_path / "mine" / "01_teacher_analysis" / "tables"
+    forecasts.mkdir(parents=True)
+    pd.DataFrame([["forecast, line, 9 steps", "E", 700, 1.5, 1.4, 1.6, "worse", 9, 1, 1, 1, "worse", True],
+                  ["DeepCache, 9 steps", "E", 700, 1.5, 1.4, 1.6, "worse", 9, 1, 1, 1, "worse", True]], columns=columns
+                 ).to_csv(forecasts / "forecast_controls.csv", index=False)
     rows = {"04_schedule_search": [["A", "B", 700, 1.23456, 1.1, 1.3, "worse", 90, 1.4, 1.2, 1.6, "worse", True],
                                    ["A", "C", 700, 1.5, 1.4, 1.6, "worse", 50, 0.5, 0.4, 0.6, "better", False]],
             "05_pruner_training": [["D", "B", 700, 1.01, 0.9, 1.1, "undecided", 4321.4, 1, 0.98, 1.02, "as good",
@@ -73,7 +78,8 @@ def test_a_table_is_filled_from_a_studys_files(tmp_path, monkeypatch):
     luckier = "not C, the stronger on this noise"
     assert "| A | B | 1.23 [1.1, 1.3] | worse | 1.4 [1.2, 1.6]: worse | 0 | 0 | 0 | 2 |" in text, luckier
     assert "| D | B | 1.01 [0.9, 1.1] | undecided, n = 4,321 | 1 [0.98, 1.02]: as good | 0 | 0 | 1 | 0 |" in text
-    assert "3 comparisons at n = 700: 0 better, 0 as good, 1 undecided, 2 worse." in text
+    assert "| forecast, line, 9 steps | E | 1.5" in text and "DeepCache, 9 steps" not in text, "it is a control"
+    assert "4 comparisons at n = 700: 0 better, 0 as good, 1 undecided, 3 worse." in text
     assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter") and "old" not in text
 
 
@@ -167,7 +173,7 @@ def test_the_claims_stand_as_notebook_06_wrote_them(tmp_path, monkeypatch):
             for end, value in {"": 1.25, "_word": "worse"}.items()}
     pd.DataFrame([row]).to_csv(beside / "claims.csv", index=False)
     assert report.claims_table("mine").splitlines()[3] == (
-        "| DiP-GO | thrice (DiT) | T = 7 | 3.00 times fewer MACs at 1.50 [1.50, 1.50] times the score | "
+        "| DiP-GO | thrice (DiT) | T = 7 | 3.00 times fewer MACs at 1.5 [1.5, 1.5] times the score | "
         "worse (1.25) over steps left out evenly; worse (1.25) over as many DDIM steps | no |")
 
 
@@ -175,13 +181,14 @@ def test_a_study_without_notebook_06_has_flexiffusions_claims_from_04(tmp_path, 
     monkeypatch.setattr(paths, "REPORTS", tmp_path)
     tables = tmp_path / "mine" / "04_schedule_search" / "tables"
     tables.mkdir(parents=True)
-    row = {"claimed": "twice, at least", "here": "DDIM, T = 9", "times": 2.0, "ratio": 1.2, "ratio_low": 1.1,
+    row = {"claimed": "twice, at least", "here": "DDIM, T = 9", "times": 2.0, "claimed times": 2.0,
+           "full steps alone": False, "ratio": 1.2, "ratio_low": 1.1,
            "ratio_high": 1.3, "ratio_holds": "no", "ratio_holds_needs": 9, "as many DDIM steps": 0.9,
            "as many DDIM steps, word": "better", "DeepCache": np.nan, "DeepCache, word": "-", "strongest": "DeepCache",
            "over the strongest": 2.0, "over the strongest, word": "worse"}
     pd.DataFrame([row, row | {"claimed": "-"}]).to_csv(tables / "claims.csv", index=False)
     (only,) = report.claims_table("mine").splitlines()[2:]
-    assert only.startswith("| Flexiffusion | twice, at least | DDIM, T = 9 | 2.00 times fewer MACs at 1.20 [1.10, ")
+    assert only.startswith("| Flexiffusion | twice, at least | DDIM, T = 9 | 2.00 times fewer MACs at 1.2 [1.1, ")
     assert only.endswith("| better (0.90) over as many DDIM steps; worse (2.00) over DeepCache | no |")
     pd.DataFrame([row | {"claimed": "-"}]).to_csv(tables / "claims.csv", index=False)
     assert report.claims_table("mine") == "", "no claim was tested"
@@ -196,7 +203,8 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
             ["thin, 50%", "student", "thin", 8, 0.5],
             ["shortest path (teacher), 7-8 steps", "control", "shortest path (teacher)", 7, 0.6]]
     every = pd.DataFrame(ways, columns=["name", "kind", "family", "macs_ratio", "ddim_ratio"])
-    every = every.assign(steps=5, ddim_ratio_low=every["ddim_ratio"] - 0.02, ddim_ratio_high=every["ddim_ratio"] + 0.02)
+    every = every.assign(steps=5, ddim_ratio_low=every["ddim_ratio"] - 0.02, ddim_ratio_high=every["ddim_ratio"] + 0.02,
+                         ddim_ratio_holds=every["ddim_ratio"].map(lambda ratio: "no" if ratio > 1.1 else "yes"))
     beside = pd.DataFrame({
         "strongest": [True, True, True, False, True], "plan": ["A", "A", "B", "B", "B again"], "score": 1.0,
         "plan_over_control_word": ["worse", "worse", "better", "better", "better"], "kind": "control",
@@ -206,12 +214,14 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
         "macs": [700, 500, 500, 500, 500], "macs_ratio": [7.0, 8.0, 9.0, 9.0, 9.0],
         "ddim_ratio": [0.6, 2.0, 0.1, 0.1, 0.1]})
     beside = beside.assign(ddim_ratio_low=beside["ddim_ratio"] - 0.1, ddim_ratio_high=beside["ddim_ratio"] + 0.1,
-                           plan_over_control_low=0.5, plan_over_control_high=1.0)
+                           plan_over_control_difference_low=-0.5, plan_over_control_difference_high=0.0)
     claims = pd.DataFrame({"holds": ["yes", "no", "no (n = 9)", "-"]})
-    pays = pd.DataFrame({"reuse": ["hold", "line", "line"], "nearness": [1.2, 0.8, np.nan],
-                         "nearness_high": [1.3, 0.9, np.nan]})
+    pays = pd.DataFrame({"reuse": ["hold", "line", "line", "line"], "order": [1, 1, 1, 2],
+                         "nearness": [1.2, 0.8, np.nan, 1.1], "nearness_high": [1.3, 0.9, np.nan, 1.2]})
+    forecasts = beside.iloc[:1].assign(plan="forecast, line", plan_over_control_difference=9.0)
     for notebook, name, table in (("06_comparison", "everything", every), ("06_comparison", "claims", claims),
                                   ("04_schedule_search", "dividends", pays),
+                                  ("01_teacher_analysis", "forecast_controls", forecasts),
                                   *((notebook, "controls", beside.assign(plan=notebook + beside["plan"],
                                                                          plan_over_control_difference=place))
                                     for place, notebook in enumerate(report.PLANNING))):
@@ -219,14 +229,14 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         table.to_csv(folder / f"{name}.csv", index=False)
     controls, steps, methods, claimed, cached = report.findings("mine").splitlines()
-    assert "**3 of 6 plans of the methods and our extensions did better" in controls
-    assert "(3 worse)." in controls, "two controls that are one count once, so do two plans"
+    assert "**3 of 7 plans of the methods and our extensions did better" in controls
+    assert "(4 worse)." in controls, "two controls that are one count once, so do two plans"
     named = "*04_schedule_searchB*, *05_pruner_trainingB*, *06_comparisonB*"
     assert f": {named} (" in controls and report.verdict("mine") == controls
-    assert "For 3 of them that control is full steps alone." in controls, "not where null passes are left out"
+    assert "For 4 of them that control is full steps alone." in controls, "not where null passes are left out"
     tables = tmp_path / "mine" / "04_schedule_search" / "tables"
-    equal = {"plan": "04_schedule_searchB", "name": "shortest path", "strongest": False, "plan_over_control_low": 1.0,
-             "plan_over_control_high": 1.0}
+    equal = {"plan": "04_schedule_searchB", "name": "shortest path", "strongest": False,
+             "plan_over_control_difference_low": 0.0, "plan_over_control_difference_high": 0.0}
     pd.concat([pd.read_csv(tables / "controls.csv"), pd.DataFrame([equal])]).to_csv(tables / "controls.csv")
     found = report.verdict("mine")
     assert "*04_schedule_searchB*, step for step *shortest path*, another control, *05" in found
@@ -235,7 +245,8 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
     assert "Even *DDIM, uniform 30* keeps it" in steps
     assert "*DiP-GO, 22%*, 4.0 times fewer MACs" in methods
     assert claimed.endswith("** 1 yes, 0 undecided, 2 no."), "without what the study does not test"
-    assert "MACs do: features held 0 of 1; forecast by a line 1 of 1." in cached
+    assert cached.endswith("do: under DDIM, features held 0 of 1, forecast by a line 1 of 1; "
+                           "under DPM-Solver++, features forecast by a line 0 of 1.")
 
 
 def test_a_pruners_recipe_is_told_from_its_table(tmp_path, monkeypatch):

@@ -22,6 +22,8 @@ FEW_STEPS = {"DDIM, uniform": (1, "uniform"), "DDIM, quadratic": (1, "quadratic"
              "DPM-Solver++, uniform": (2, "uniform"), "DPM-Solver++, quadratic": (2, "quadratic")}
 
 
+EQUAL = 1.05
+"""A control may cost so many times as much as the plan that it stands beside."""
 SHOWN = ["name", "macs_ratio", "honest_factor", "score", "ratio", "ratio_low", "ratio_high", "ddim_ratio", "precision",
          "recall", "prompt_score"]
 BESIDE = ["plan", "name", "score", "prompt_score", "plan_over_control", "plan_over_control_low",
@@ -184,15 +186,28 @@ class Table:
         """Score several plans, in their order."""
         return pd.DataFrame([self.row(Control(name, ((plan, 1.0),)), kind) for name, plan in plans.items()])
 
-    def beside(self, name: str, plan: Plan, controls: Iterable[Control]) -> pd.DataFrame:
+    def singles(self, controls: Iterable[Control]) -> pd.DataFrame:
+        """Score each plan of controls by itself, once, under a name with its number of steps."""
+        found = {f"{control.name}, {plan.steps} steps": (control.name, plan) for control in controls
+                 for plan, _ in control.plans}
+        rows = self.rows({name: plan for name, (_, plan) in found.items()}, "control")
+        return rows.assign(family=[family.removesuffix(", by seconds") for family, _ in found.values()])
+
+    def beside(self, name: str, plan: Plan, controls: Iterable[Control], price: Callable[[Plan], float] | None = None
+               ) -> pd.DataFrame:
         """Score controls, each with the plan's score over its own: `plan_over_control` below 1 is better.
 
         So do second_over_control for the second judge, prompts_over_control for the share of prompts missed, and
         nearness_over_control for the squared distance to the reference's images from the same noise.
-        `strongest` is true of that control whose score is least on the bank on which things are chosen: chosen on the
-        report's noise, the luckiest would be taken for it.
+        `strongest` is true of that control whose score is least on the bank on which things are chosen (chosen on the
+        report's noise, the luckiest would be taken for it), of those that cost at most 5 % more than the plan: to lose
+        to what costs more says nothing. Where none is so cheap, it is the cheapest.
+
+        Parameters
+        ----------
+        price : callable(plan) -> what it costs; the executed MACs unless another is given
         """
-        own, rows = Control(name, ((plan, 1.0),)), []
+        own, price, rows = Control(name, ((plan, 1.0),)), price or self.macs, []
         for control in controls:
             over, second = (judge.compare(self._seen(own, judge), self._seen(control, judge))
                             for judge in (self.judge, self.second))
@@ -203,9 +218,12 @@ class Table:
             rows.append({"plan": name, "plan_macs": self.macs(plan), **self.row(control, "control"),
                          **over.columns("plan_over_control"), **second.columns("second_over_control"), **asked,
                          **near.columns("nearness_over_control"),
+                         "price_ratio": sum(weight * price(part) for part, weight in control.plans) / price(plan),
                          "select_score": self.judge.blend(chosen).estimate.value})
         table = pd.DataFrame(rows)
-        return table.assign(strongest=table["select_score"] == table["select_score"].min())
+        affordable = table["price_ratio"] <= max(EQUAL, table["price_ratio"].min())
+        least = table["select_score"][affordable].min()
+        return table.assign(strongest=affordable & (table["select_score"] == least))
 
 
 def shown(table: pd.DataFrame, beside: bool = False) -> list[str]:
@@ -259,7 +277,8 @@ def fewest(judge: Judge, features: Callable, ladder: Iterable[Plan], best: Plan)
     """Give the plan of the fewest steps that is surely at most 5 % worse than the best; the best, where none is.
 
     What is cheaper than T steps may be no cheaper than the steps that would have done: factors are honest over these.
-    Steps that pass by luck on the report's noise make these too few, and honest factors too small: never too large.
+    Steps that pass by luck on the report's noise make these too few, and honest factors too small; too few images to
+    be sure of any make them too large.
 
     Parameters
     ----------

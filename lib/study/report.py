@@ -13,7 +13,7 @@ from nbconvert import MarkdownExporter
 from lib.grid.plan import Plan
 from lib.judging import trainings
 from lib.judging.controls import summary
-from lib.judging.estimates import MARGIN, WORDS, text
+from lib.judging.estimates import WORDS, text
 from lib.study import claims, figures, paths
 from lib.study.figures import METHODS, PLACED
 from lib.study.page import executed, page
@@ -31,6 +31,9 @@ FULL = f"(DDIM|DPM-Solver[+]{{2}}), |{PLACED}"
 
 REUSED = {"hold": "held", "line": "forecast by a line", "parabola": "forecast by a parabola"}
 """What findings call the ways to reuse a block's output."""
+
+SOLVERS = {1: "DDIM", 2: "DPM-Solver++"}
+"""By the order of its steps."""
 
 CHANGES = {"recipe": "the recipe, its plan made by {}", "post-processing": "the recipe, its plan made by {}",
            "untrained": "no training, left-out steps forecast by a {}", "rate": "learning rate {}", "gates": "{}",
@@ -186,7 +189,7 @@ def verdict(study: str) -> str:
     A search may end in full steps alone: its plan then is one of its controls, image for image.
     """
     table = _beside(study)
-    equal = (table["plan_over_control_low"] == 1) & (table["plan_over_control_high"] == 1)
+    equal = (table["plan_over_control_difference_low"] == 0) & (table["plan_over_control_difference_high"] == 0)
     same = table[equal & table["name"].str.match(FULL)].drop_duplicates("plan").set_index("plan")["name"]
     strongest = table[table["strongest"]].drop_duplicates("plan")  # two controls may be one plan
     strongest = strongest.drop_duplicates(["plan_macs", "plan_over_control_difference"])  # so may two searches' finds
@@ -207,8 +210,9 @@ def findings(study: str) -> str:
     The cheapest are looked for among all rows, on the report's own noise; the tables set them beside their controls.
     """
     table, beside, reports = _everything(study), _beside(study), paths.REPORTS / study
-    kept = table[table["ddim_ratio_high"] <= 1 + MARGIN]  # surely at most 5 % worse than DDIM's full run
-    steps = kept[kept["family"].str.match(FULL) & ~kept["family"].str.contains("student")]
+    kept = table[table["ddim_ratio_holds"] == "yes"]  # surely at most 5 % worse than DDIM's full run
+    alone = kept["family"].str.match(FULL) | kept["name"].map(lambda name: _full_steps(study, name))
+    steps = kept[alone & ~kept["name"].str.contains("student")]
     found = []
 
     def cheapest(rows: pd.DataFrame) -> str:
@@ -230,11 +234,11 @@ def findings(study: str) -> str:
                  + (cheapest(methods) if len(methods) else "none") + ".")
     found.append(f"**Do the papers' claims hold?** {claims.tally(_claims(study))}.")
     pays = pd.read_csv(reports / "04_schedule_search" / "tables" / "dividends.csv").dropna(subset="nearness")
-    wins = {reuse: f"{(rows['nearness_high'] < 1).sum()} of {len(rows)}"
-            for reuse, rows in pays.groupby("reuse", sort=False)}
-    cached = "; ".join(f"{REUSED.get(reuse, reuse)} {cases}" for reuse, cases in wins.items())
+    cached = "; ".join(f"under {SOLVERS[order]}, features " + ", ".join(
+        f"{REUSED.get(reuse, reuse)} {(of_reuse['nearness_high'] < 1).sum()} of {len(of_reuse)}"
+        for reuse, of_reuse in rows.groupby("reuse", sort=False)) for order, rows in pays.groupby("order"))
     found.append("**Does caching pay?** Cases in which it comes surely nearer to the better solver's full run than "
-                 f"more steps of the same MACs do: features {cached}.")
+                 f"more steps of the same solver, at the same MACs, do: {cached}.")
     return "\n".join([verdict(study), *(f"* {sentence}" for sentence in found)])
 
 
@@ -268,10 +272,11 @@ def _everything(study: str) -> pd.DataFrame:
 
 
 def _beside(study: str) -> pd.DataFrame:
-    """Give all plans beside their controls, of all notebooks that end in plans."""
+    """Give all plans beside their controls, of all notebooks that end in plans; and what forecasts, of notebook 01."""
     reports = paths.REPORTS / study
-    return pd.concat([pd.read_csv(reports / notebook / "tables" / "controls.csv") for notebook in PLANNING],
-                     ignore_index=True)
+    tables = [pd.read_csv(reports / notebook / "tables" / "controls.csv") for notebook in PLANNING]
+    forecasts = pd.read_csv(reports / "01_teacher_analysis" / "tables" / "forecast_controls.csv")
+    return pd.concat([*tables, forecasts[forecasts["plan"].str.startswith("forecast")]], ignore_index=True)
 
 
 def write_caching() -> None:
@@ -356,9 +361,11 @@ def _claims(study: str) -> pd.DataFrame:
 
 
 def _ways(table: pd.DataFrame) -> str:
+    plain = "honest_factor" in table and (table["honest_factor"] == table["macs_ratio"]).all()
+    honest = "at most {:.2f}" if plain else "{:.2f}"  # plain where no fewer steps surely keep the score
     columns = {"M MACs an image": table["macs"].map(lambda macs: f"{macs / 1e6:.0f}"),
                "times fewer": table["macs_ratio"].map("{:.2f}".format),
-               "honest factor": _optional(table, "honest_factor", "{:.2f}".format),
+               "honest factor": _optional(table, "honest_factor", honest.format),
                "k parameters": _optional(table, "parameters", lambda count: f"{count / 1e3:.0f}"),
                "ms an image": table["ms an image"].map("{:.2f}".format),
                "times faster [95 %]": _faster(table),

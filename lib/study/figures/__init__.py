@@ -24,10 +24,10 @@ NARROW, WIDE = 3.3, 6.9  # inches
 
 PALETTE = sns.color_palette("colorblind")
 COLOURS = {"teacher": "0.3", "Flexiffusion": PALETTE[0], "DiP-GO": PALETTE[1], "DiffNAS": PALETTE[2],
-           "student": PALETTE[4]}
+           "student": PALETTE[4], "forecast": PALETTE[5]}
 """One colour a method in every figure; controls are grey."""
-METHODS = ("Flexiffusion", "DiP-GO", "DiffNAS", "student")
-"""In the order of the front's panels."""
+METHODS = ("Flexiffusion", "DiP-GO", "DiffNAS", "student", "forecast")
+"""What the names of the methods' plans, and of our extensions, begin with, in the order of the front's panels."""
 VARIANTS = "*PXdhp"
 """Markers of a method's variants, in the order in which they come; their names begin with the method's and a comma."""
 CONTROLS = {"DDIM, uniform": ("0.45", "o", "-"), "DDIM, quadratic": ("0.6", "s", ":"),
@@ -45,7 +45,7 @@ CONTROLS = {"DDIM, uniform": ("0.45", "o", "-"), "DDIM, quadratic": ("0.6", "s",
             "searched steps (student)": ("0.35", ">", ""), "thin": ("0.5", "p", ""), "random": ("0.7", "x", ""),
             "global, raw": ("0.4", "2", ""), "global, relative": ("0.6", "1", ""), "torch-pruning": ("0.3", "H", ""),
             "first-block caching": ("0.35", "^", "--"), "cache-dit": ("0.6", "v", ":"),
-            "cache-dit, line": ("0.6", "<", ":"), "TaylorSeer": ("0.2", "X", ":")}
+            "cache-dit, line": ("0.6", "<", ":"), "TaylorSeer": ("0.2", "X", ":"), "DeepCache": ("0.55", "^", "")}
 OTHER = ("0.6", "v", "--")
 """Grey, marker and line of each control, and of one that has none of its own."""
 EVEN = ("DDIM, uniform", "DPM-Solver++, uniform")
@@ -251,8 +251,9 @@ def forecasts(table: pd.DataFrame, ylabel: str) -> Figure:
     value = "score" if table["ratio"].isna().any() else "ratio"
     orders = sorted(table["order"].unique(), reverse=True)
     figure, panels = plt.subplots(1, len(orders), figsize=(WIDE, 3), sharey=True, squeeze=False)
-    looks = REUSE_LOOKS | {"evenly spaced": ("0.0", "D"), "searched steps": ("0.3", ">")}
-    labels = {"evenly spaced": "evenly spaced (the panel's solver)", "searched steps": "searched steps (DPM-Solver++)"}
+    looks = REUSE_LOOKS | {"evenly spaced": ("0.0", "D"), "searched steps": ("0.3", ">"), "shortest path": ("0.5", "d")}
+    labels = {"evenly spaced": "evenly spaced (the panel's solver)", "searched steps": "searched steps (DPM-Solver++)",
+              "shortest path": "shortest path (the better solver)"}
     for axes, order in zip(panels[0], orders):
         for family, rows in table[table["order"] == order].groupby("family", sort=False):
             rows, (colour, marker) = rows.sort_values("macs_percent"), looks[family]
@@ -267,7 +268,7 @@ def forecasts(table: pd.DataFrame, ylabel: str) -> Figure:
         plain_logarithm(axes.xaxis)
         scores(axes.yaxis, axes.set_yscale, table, value)
     panels[0, 0].set(ylabel=ylabel if value == "ratio" else SCORES)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside upper center", ncols=len(looks))
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside upper center", ncols=4)
     return figure
 
 
@@ -453,7 +454,7 @@ CURVES = {"DDIM, fewer even steps": ("DDIM, uniform", "0.5", "o", "-"),
           "DPM-Solver++, fewer even steps": ("DPM-Solver\\+\\+, uniform", "0.0", "D", "-"),
           "placed steps: searched, learned, shortest path": (PLACED, PALETTE[2], "*", "-"),
           "Flexiffusion's own space": ("Flexiffusion$", COLOURS["Flexiffusion"], "s", ""),
-          "Flexiffusion, extended by us": ("Flexiffusion,", PALETTE[9], "P", ""),
+          "our extensions: free schedules, forecasts": ("Flexiffusion,|forecast", PALETTE[9], "P", ""),
           "DiP-GO, the best of its plans": ("DiP-GO", COLOURS["DiP-GO"], "^", "")}
 """Curves that tell a study's story: what their families' names match from the beginning, colour, marker, line."""
 
