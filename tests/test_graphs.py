@@ -100,6 +100,11 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is_with_a_message(plain, own,
     assert torch.equal(sampling.sample(Model(own, schedule), deepcache, noise), plain)
 
 
+def test_what_lies_on_no_cuda_device_is_not_recorded():
+    with pytest.raises(RuntimeError, match="moved to cpu"):
+        graphs.cuda_graph(lambda: None, None, torch.device("cpu"))
+
+
 def test_gradients_flow_where_they_are_asked_for(own, schedule, teacher, noise, tapes):
     x_t = noise.clone().requires_grad_()
     with graphs.engine(own, teacher, NoiseSchedule.of(schedule)) as engine:

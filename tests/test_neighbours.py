@@ -1,6 +1,7 @@
 """Plans beside other code that holds on to a pipeline, its network or its scheduler: right, or refused by name."""
 
 import copy
+import functools
 import threading
 
 import numpy as np
@@ -144,18 +145,30 @@ def test_a_second_thread_is_refused_and_the_first_one_told(cheap):
             thread.join()
         return kept
 
+    def restart():
+        thread = threading.Thread(target=lambda: pipe.scheduler.set_timesteps(tiny.STEPS))
+        thread.start()
+        thread.join()
+
     def restarting(pipe, step, t, kept):
         if step == 2:
-            thread = threading.Thread(target=lambda: pipe.scheduler.set_timesteps(tiny.STEPS))
-            thread.start()
-            thread.join()
+            restart()
         return kept
+
+    def restarting_in_the_last_call(module, arguments):
+        calls.append(1)
+        if len(calls) == tiny.STEPS:
+            restart()
 
     with Planned(pipe, plan):
         images = tiny.call(pipe, options)
         assert same(tiny.call(pipe, options, callback_on_step_end=intruding), images) and told
         with pytest.raises(PlanError, match="two threads sample with it at once"):
             tiny.call(pipe, options, callback_on_step_end=restarting)
+        calls, handle = [], pipe.unet.conv_out.register_forward_pre_hook(restarting_in_the_last_call)
+        with pytest.raises(PlanError, match="two threads sample with it at once"):
+            tiny.call(pipe, options)
+        handle.remove()
         found = []
         worker = threading.Thread(target=lambda: found.append(tiny.call(pipe, options)))
         worker.start()
@@ -463,6 +476,26 @@ def test_other_caches_are_refused(cheap):
         Planned(pipe, plan).enable()
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_cache_in_the_forward_of_a_class_is_refused_where_it_leaves_out_live_blocks(recorded, request, monkeypatch):
+    """As TeaCache is put on: every second call gives the last output again."""
+    if recorded:
+        request.getfixturevalue("tapes")
+    pipe, options = tiny.made(tiny.pixart)
+    kind, calls = type(pipe.transformer), []
+    own = kind.forward
+
+    def cached(self, *arguments, **named):
+        calls.append(own(self, *arguments, **named) if len(calls) % 2 == 0 else calls[-1])
+        return calls[-1]
+
+    monkeypatch.setattr(kind, "forward", functools.wraps(own)(cached))
+    tiny.call(pipe, options)
+    with Planned(pipe, full_plan(pipe)), pytest.raises(PlanError, match="forward left it out .another cache"):
+        for _ in range(3):
+            tiny.call(pipe, options)
+
+
 # ---- recordings ------------------------------------------------------------------------------------------------------
 
 
@@ -495,16 +528,32 @@ class Scaled(AttnProcessor2_0):
 Scaled.__module__ = AttnProcessor2_0.__module__
 
 
-@pytest.mark.parametrize("what", ["a number", "a list"])
+class Tabled(AttnProcessor2_0):
+    """A processor whose module holds a scale by name, as a LoRA's layer does."""
+
+    def __call__(self, attention, *arguments, **options):
+        return attention.scaling["style"] * super().__call__(attention, *arguments, **options)
+
+
+Tabled.__module__ = AttnProcessor2_0.__module__
+
+
+@pytest.mark.parametrize("what", ["a number", "a list", "a dict"])
 def test_recordings_hear_of_what_a_callback_changes(what, tapes):
     pipe, options = tiny.made(tiny.three_levels)
     plan = Plan.deepcache(3, blocks.describe(pipe.unet).branch(3), full_plan(pipe))
-    processor, block = Scaled(), pipe.unet.mid_block.resnets[1]
+    processor, block = Tabled() if what == "a dict" else Scaled(), pipe.unet.mid_block.resnets[1]
     pipe.unet.set_attn_processor(processor)
+    scaling = {"style": 1.0}
+    for module in pipe.unet.modules():
+        if hasattr(module, "set_processor"):
+            module.scaling = scaling
 
     def put(number):
         if what == "a list":
             processor.scale[0] = number
+        elif what == "a dict":
+            scaling["style"] = number
         else:
             block.output_scale_factor = number
 

@@ -8,8 +8,12 @@ import reference
 import tiny
 import torch
 from diffusers import (
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
     StableDiffusionXLImg2ImgPipeline,
 )
+from diffusers.models.attention_processor import AttnProcessor2_0
 from doors import check, full_plan, plans, random_plan
 
 from lib.apply import Planned
@@ -17,6 +21,7 @@ from lib.grid import blocks, sampling
 from lib.grid.engine import Engine
 from lib.grid.model import Conditions, Model
 from lib.grid.plan import Learned, NoiseSchedule, Plan, PlanError, trailing
+from lib.grid.solvers import noise_levels
 
 
 @pytest.mark.parametrize("kind", tiny.ALL, ids=lambda kind: kind.__name__)
@@ -99,6 +104,14 @@ def test_adapters_are_refused_unless_all_computes():
         adapted = engine(x_t, 0, encoder_hidden_states=texts,
                          down_intrablock_additional_residuals=[part.clone() for part in next(iter(features.values()))])
     assert not torch.equal(adapted, pipe.unet(x_t, 999, texts).sample)
+    with Engine(pipe.unet, full, full.schedule) as engine:
+        engine.counted = 50
+        with pytest.raises(PlanError, match="counts 50 steps, .* call it with num_inference_steps=10"):
+            engine(x_t, 0, encoder_hidden_states=texts, **features)
+    with Planned(pipe, full.at(trailing(5, 1000))):
+        for asked in (5, 10):
+            pipe.scheduler.set_timesteps(asked)
+            assert pipe.scheduler.engine.counted == asked
 
 
 # ---- which column a call belongs to ----------------------------------------------------------------------------------
@@ -169,6 +182,47 @@ def test_a_refiner_takes_over_where_the_base_left_off(more):
     pipe, options = tiny.made(refiner)
     for plan in plans(pipe).values():
         check(pipe, plan, lambda: tiny.call(pipe, options, **more))
+
+
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, HeunDiscreteScheduler, LMSDiscreteScheduler])
+def test_latents_are_handed_over_in_the_units_of_the_pipelines_scheduler(scheduler):
+    pipe, base = tiny.made(tiny.stable_diffusion_xl)
+    base = base | {"output_type": "latent", "denoising_end": 0.5}
+    second, options = tiny.made(refiner)
+    plan = full_plan(pipe)
+    alpha, _ = noise_levels(plan.timesteps[5:6], plan.schedule)
+
+    def both(kind):
+        pipe.scheduler, second.scheduler = kind(), kind()
+        with Planned(pipe, plan), Planned(second, plan):
+            latents = tiny.call(pipe, base)
+            return latents, tiny.call(second, options | {"image": latents, "denoising_start": 0.5})
+
+    (latents, image), (divided, other) = both(tiny.ddim), both(lambda: scheduler(**tiny.NOISE))
+    torch.testing.assert_close(divided * float(alpha), latents, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(other, image, atol=1e-3)
+    at_half = {"image": tiny.picture(), "strength": 0.5}  # which adds the noise by itself
+    second.scheduler = tiny.ddim()
+    with Planned(second, plan):
+        image = tiny.call(second, options | at_half)
+    second.scheduler = scheduler(**tiny.NOISE)
+    with Planned(second, plan):
+        np.testing.assert_allclose(tiny.call(second, options | at_half), image, atol=1e-3)
+
+
+@pytest.mark.parametrize("end", ["denoising_start", "denoising_end"])
+def test_a_call_between_two_timesteps_takes_no_plan_of_other_timesteps(end, monkeypatch):
+    pipe, options = tiny.made(refiner)
+    few = full_plan(pipe).at(trailing(5, 1000))
+    with Planned(pipe, few):
+        for steps in (5, 10):
+            with pytest.raises(PlanError, match="runs the steps between two timesteps"):
+                tiny.call(pipe, options, num_inference_steps=steps, **{end: 0.5})
+        tiny.call(pipe, options, num_inference_steps=5)
+    monkeypatch.delattr(StableDiffusionXLImg2ImgPipeline, "denoising_end")  # an adapter's pipeline has none
+    Planned(pipe, full_plan(pipe))
+    with pytest.raises(PlanError, match="nobody can see at which timestep"):
+        Planned(pipe, few)
 
 
 def test_a_strength_that_leaves_no_step_is_refused():
@@ -302,6 +356,37 @@ def test_tensors_that_hide_their_passes_are_refused_under_a_plan_of_two():
     more = {"cross_attention_kwargs": {"gligen": {"objs": torch.randn(2, 3, 4)}}}
     with Planned(pipe, plan.guided(every=2)), pytest.raises(PlanError, match="nobody can say which of their rows"):
         tiny.call(pipe, options, **more)
+
+
+def test_processors_that_may_look_at_the_halves_of_a_batch_are_refused_under_a_plan_of_two():
+    pipe, options = tiny.made(tiny.stable_diffusion)
+
+    class Foreign(AttnProcessor2_0):
+        pass
+
+    own = pipe.unet.attn_processors
+    pipe.unet.set_attn_processor(Foreign())
+    with Planned(pipe, full_plan(pipe)):
+        tiny.call(pipe, options)
+    two = Planned(pipe, full_plan(pipe).guided(every=2))
+    with pytest.raises(PlanError, match="an attention processor of its own"):
+        two.enable()
+    pipe.unet.set_attn_processor(own)
+    with two:
+        tiny.call(pipe, options)
+        pipe.unet.set_attn_processor(Foreign())
+        with pytest.raises(PlanError, match="an attention processor of its own"):
+            tiny.call(pipe, options)
+
+
+def test_two_networks_in_turn_are_refused():
+    pipe, _ = tiny.made(tiny.flux)
+    plan = full_plan(pipe)
+    pipe.transformer_2 = None
+    Planned(pipe, plan)
+    pipe.transformer_2 = pipe.transformer
+    with pytest.raises(PlanError, match="with a transformer_2 runs two networks in turn"):
+        Planned(pipe, plan)
 
 
 def test_a_transformers_rows_may_change_too():

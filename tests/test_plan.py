@@ -120,6 +120,7 @@ def change(**values):
 @pytest.mark.parametrize(("spoil", "fault"), [
     (lambda c: json.dumps(c)[:100], "cannot be read as JSON"),
     (lambda c: "", "cannot be read as JSON"),
+    (lambda c: json.dumps(c)[:-1] + ', "order": 1}', "'order' stands there twice"),
     (lambda c: [1, 2], "holds a list, not a plan"),
     (change(version=3), "written by a newer version .* Update the project"),
     (change(version="1"), "version"),

@@ -387,11 +387,11 @@ class Engine:
 
     def _whole(self, forward: Callable, *args, **kwargs) -> Any:
         """Run the network's forward, and refuse one that left out blocks that the plan computes."""
-        self._ran = set()
+        self._ran, live = set(), self._group.live.nonzero()[0]
         output = forward(*args, **kwargs)
-        if left_out := {self.plan.blocks[place] for place in self._group.live.nonzero()[0] if place not in self._ran}:
-            raise PlanError(f"{self.plan.title} computes {sorted(left_out)[0]} at step {self.step}, and the network's "
-                            "forward left it out (another cache, that replaced it?): take that off first.")
+        if left_out := [place for place in live if place not in self._ran]:
+            raise PlanError(f"{self.plan.title} computes {self.plan.blocks[left_out[0]]} at step {self.step}, and the "
+                            "network's forward left it out (another cache?): take that off first.")
         return output
 
     def runs(self, place: int) -> bool:
