@@ -63,8 +63,12 @@ def test_a_table_is_filled_from_a_studys_files(tmp_path, monkeypatch):
     forecasts = tmp_path / "mine" / "01_teacher_analysis" / "tables"
     forecasts.mkdir(parents=True)
     pd.DataFrame([["forecast, line, 9 steps", "E", 700, 1.5, 1.4, 1.6, "worse", 9, 1, 1, 1, "worse", True],
+                  ["forecast, by error", "E", 700, 0.5, 0.4, 0.6, "better", 9, 1, 1, 1, "worse", True],
                   ["DeepCache, 9 steps", "E", 700, 1.5, 1.4, 1.6, "worse", 9, 1, 1, 1, "worse", True]], columns=columns
                  ).to_csv(forecasts / "forecast_controls.csv", index=False)
+    again = ["forecast, by error", "F", 700, 1.1, 1, 1.2, "undecided", 9, 1, 1, 1, "worse", True]
+    (tmp_path / "mine" / "06_comparison" / "tables").mkdir(parents=True)
+    pd.DataFrame([again], columns=columns).to_csv(tmp_path / "mine" / "06_comparison" / "tables" / "forecasts.csv")
     rows = {"04_schedule_search": [["A", "B", 700, 1.23456, 1.1, 1.3, "worse", 90, 1.4, 1.2, 1.6, "worse", True],
                                    ["A", "C", 700, 1.5, 1.4, 1.6, "worse", 50, 0.5, 0.4, 0.6, "better", False]],
             "05_pruner_training": [["D", "B", 700, 1.01, 0.9, 1.1, "undecided", 4321.4, 1, 0.98, 1.02, "as good",
@@ -72,14 +76,15 @@ def test_a_table_is_filled_from_a_studys_files(tmp_path, monkeypatch):
             "06_comparison": []}
     for notebook, some in rows.items():
         tables = tmp_path / "mine" / notebook / "tables"
-        tables.mkdir(parents=True)
+        tables.mkdir(parents=True, exist_ok=True)
         pd.DataFrame(some, columns=columns).to_csv(tables / "controls.csv", index=False)
     text = report.filled("before\n<!-- controls:mine -->\nold\n<!-- end -->\nafter")
     luckier = "not C, the stronger on this noise"
     assert "| A | B | 1.23 [1.1, 1.3] | worse | 1.4 [1.2, 1.6]: worse | 0 | 0 | 0 | 2 |" in text, luckier
     assert "| D | B | 1.01 [0.9, 1.1] | undecided, n = 4,321 | 1 [0.98, 1.02]: as good | 0 | 0 | 1 | 0 |" in text
     assert "| forecast, line, 9 steps | E | 1.5" in text and "DeepCache, 9 steps" not in text, "it is a control"
-    assert "4 comparisons at n = 700: 0 better, 0 as good, 1 undecided, 3 worse." in text
+    assert "| forecast, by error | F | 1.1" in text and "| E | 0.5" not in text, "what it met last"
+    assert "5 comparisons at n = 700: 0 better, 0 as good, 2 undecided, 3 worse." in text
     assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter") and "old" not in text
 
 
@@ -222,6 +227,7 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
     for notebook, name, table in (("06_comparison", "everything", every), ("06_comparison", "claims", claims),
                                   ("04_schedule_search", "dividends", pays),
                                   ("01_teacher_analysis", "forecast_controls", forecasts),
+                                  ("06_comparison", "forecasts", forecasts.iloc[:0]),
                                   *((notebook, "controls", beside.assign(plan=notebook + beside["plan"],
                                                                          plan_over_control_difference=place))
                                     for place, notebook in enumerate(report.PLANNING))):

@@ -272,11 +272,16 @@ def _everything(study: str) -> pd.DataFrame:
 
 
 def _beside(study: str) -> pd.DataFrame:
-    """Give all plans beside their controls, of all notebooks that end in plans; and what forecasts, of notebook 01."""
+    """Give all plans beside their controls: of the notebooks that end in plans, and what forecasts, of notebook 01.
+
+    Forecasts that were better there have stronger controls in notebook 06.
+    """
     reports = paths.REPORTS / study
     tables = [pd.read_csv(reports / notebook / "tables" / "controls.csv") for notebook in PLANNING]
-    forecasts = pd.read_csv(reports / "01_teacher_analysis" / "tables" / "forecast_controls.csv")
-    return pd.concat([*tables, forecasts[forecasts["plan"].str.startswith("forecast")]], ignore_index=True)
+    again = pd.read_csv(reports / "06_comparison" / "tables" / "forecasts.csv")
+    first = pd.read_csv(reports / "01_teacher_analysis" / "tables" / "forecast_controls.csv")
+    first = first[first["plan"].str.startswith("forecast") & ~first["plan"].isin(again["plan"])]
+    return pd.concat([*tables, first, again], ignore_index=True)
 
 
 def write_caching() -> None:
