@@ -219,7 +219,8 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
         "macs": [700, 500, 500, 500, 500], "macs_ratio": [7.0, 8.0, 9.0, 9.0, 9.0],
         "ddim_ratio": [0.6, 2.0, 0.1, 0.1, 0.1]})
     beside = beside.assign(ddim_ratio_low=beside["ddim_ratio"] - 0.1, ddim_ratio_high=beside["ddim_ratio"] + 0.1,
-                           plan_over_control_difference_low=-0.5, plan_over_control_difference_high=0.0)
+                           plan_over_control_difference_low=-0.5, plan_over_control_difference_high=0.0,
+                           second_over_control_word=["worse", "worse", "better", "better", "better"])
     claims = pd.DataFrame({"holds": ["yes", "no", "no (n = 9)", "-"]})
     pays = pd.DataFrame({"reuse": ["hold", "line", "line", "line"], "order": [1, 1, 1, 2],
                          "nearness": [1.2, 0.8, np.nan, 1.1], "nearness_high": [1.3, 0.9, np.nan, 1.2]})
@@ -237,6 +238,7 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
     controls, steps, methods, claimed, cached = report.findings("mine").splitlines()
     assert "**3 of 7 plans of the methods and our extensions did better" in controls
     assert "(4 worse)." in controls, "two controls that are one count once, so do two plans"
+    assert "**, by both judges 3: *04" in controls
     named = "*04_schedule_searchB*, *05_pruner_trainingB*, *06_comparisonB*"
     assert f": {named} (" in controls and report.verdict("mine") == controls
     assert "For 4 of them that control is full steps alone." in controls, "not where null passes are left out"

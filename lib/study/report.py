@@ -184,7 +184,7 @@ def _said(study: str, runs: list[str]) -> str:
 
 
 def verdict(study: str) -> str:
-    """Give as one point how many plans did better than their strongest control, and which.
+    """Give as one point how many plans did better than their strongest control, by whom, and which.
 
     A search may end in full steps alone: its plan then is one of its controls, image for image.
     """
@@ -195,13 +195,15 @@ def verdict(study: str) -> str:
     strongest = strongest.drop_duplicates(["plan_macs", "plan_over_control_difference"])  # so may two searches' finds
     words, steps = strongest["plan_over_control_word"], strongest["name"].str.match(FULL).sum()
     better = strongest["plan"][words == "better"]
+    both = ((words == "better") & (strongest["second_over_control_word"] == "better")).sum()
+    agreed = f", by both judges {both}" * bool(len(better))
     others = ", ".join(f"{(words == word).sum()} {word}" for word in WORDS if word != "better" and word in set(words))
     named = ", ".join(f"*{plan}*" + (f", step for step *{same[plan]}*, another control" if plan in same else "")
                       for plan in better)
     alike = f" Plans that are themselves such steps, the same as a control's: {len(same)}." if len(same) else ""
     return (f"* **{len(better)} of {len(strongest)} plans of the methods and our extensions did better than their "
-            f"strongest control**{': ' * bool(named)}{named} ({others}). For {steps} of them that control is full "
-            f"steps alone.{alike}")
+            f"strongest control**{agreed}{': ' * bool(named)}{named} ({others}). For {steps} of them that control is "
+            f"full steps alone.{alike}")
 
 
 def findings(study: str) -> str:
