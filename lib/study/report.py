@@ -220,7 +220,9 @@ def findings(study: str) -> str:
     def cheapest(rows: pd.DataFrame) -> str:
         row = rows.sort_values(["macs_ratio", "ddim_ratio"], ascending=[False, True]).iloc[0]
         name = row["name"].replace(" (teacher)", "")
-        worth = f"; {claims.strongest(beside, name)}, its strongest control" if name in set(beside["plan"]) else ""
+        worth = ""
+        if len(second := beside["second_over_control_word"][(beside["plan"] == name) & beside["strongest"]]):
+            worth = f"; {claims.strongest(beside, name)}, its strongest control (second judge: {second.iloc[0]})"
         alone = " (full steps alone)" if row["name"].startswith(METHODS) and _full_steps(study, row["name"]) else ""
         return (f"*{name}*{alone}, {row['macs_ratio']:.1f} times fewer MACs at {text(row, 'ddim_ratio')} of its score"
                 f"{worth}")
