@@ -100,6 +100,16 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is_with_a_message(plain, own,
     assert torch.equal(sampling.sample(Model(own, schedule), deepcache, noise), plain)
 
 
+def test_a_step_that_takes_or_gives_something_that_can_change_is_not_recorded(plain, own, schedule, deepcache, noise,
+                                                                              tapes, monkeypatch):
+    """Such as a cache of keys and values, which a replay would give again as it was."""
+    assert graphs._is_plain(noise) and graphs._is_plain(None) and not graphs._is_plain(object())
+    monkeypatch.setattr(graphs, "_is_plain", lambda leaf: False)
+    for _ in range(3):
+        assert torch.equal(sampling.sample(Model(own, schedule), deepcache, noise), plain)
+    assert not tapes
+
+
 def test_what_lies_on_no_cuda_device_is_not_recorded():
     with pytest.raises(RuntimeError, match="moved to cpu"):
         graphs.cuda_graph(lambda: None, None, torch.device("cpu"))

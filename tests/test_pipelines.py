@@ -210,6 +210,16 @@ def test_latents_are_handed_over_in_the_units_of_the_pipelines_scheduler(schedul
         np.testing.assert_allclose(tiny.call(second, options | at_half), image, atol=1e-3)
 
 
+def test_timesteps_between_the_integers_walk_in_any_schedulers_units():
+    pipe, options = tiny.made(tiny.stable_diffusion)
+    few = full_plan(pipe).at([999.0, 700.3, 400.1, 99.7])  # as learned steps lie; single precision rounds them
+    with Planned(pipe, few):
+        wanted = tiny.call(pipe, options)
+    pipe.scheduler = EulerDiscreteScheduler(**tiny.NOISE)
+    with Planned(pipe, few):
+        np.testing.assert_allclose(tiny.call(pipe, options), wanted, atol=1e-3)
+
+
 @pytest.mark.parametrize("end", ["denoising_start", "denoising_end"])
 def test_a_call_between_two_timesteps_takes_no_plan_of_other_timesteps(end, monkeypatch):
     pipe, options = tiny.made(refiner)

@@ -232,7 +232,10 @@ class _Walk:
         return self.add_noise(sample, noise, timestep)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
-        return sample * self._divided[self.engine.plan.timesteps.index(float(timestep))] if self._divided else sample
+        if not self._divided:
+            return sample
+        step = np.abs(np.subtract(self.engine.plan.timesteps, float(timestep))).argmin()  # single precision rounds it
+        return sample * self._divided[step]
 
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, eta: float = 0.0,
              use_clipped_model_output: bool = False, generator: torch.Generator | None = None,
