@@ -2,7 +2,7 @@
 
 No cheap plan means anything alone. For any plan the functions here give fewer steps (uniform, quadratic, DPM-Solver++),
 DeepCache and random cells at equal executed MACs; where a family has no member of that very cost, two members bracket
-it and the score is interpolated on the log.
+it and the score is interpolated on the log (linearly, where one may be 0).
 """
 
 import re

@@ -24,7 +24,7 @@ KEPT = ("metrics.json", "timings.json", "meta.json", "figures/*.png", "figures/p
         "tables/*.csv", "plans/*.json")
 
 PLANNING = ("04_schedule_search", "05_pruner_training", "06_comparison")
-"""The notebooks whose results are plans."""
+"""The notebooks whose results are plans on the UNet."""
 
 FULL = f"(DDIM|DPM-Solver[+]{{2}}), |{PLACED}"
 """What the names of all controls of full steps alone begin with."""
@@ -201,9 +201,9 @@ def verdict(study: str) -> str:
     named = ", ".join(f"*{plan}*" + (f", step for step *{same[plan]}*, another control" if plan in same else "")
                       for plan in better)
     alike = f" Plans that are themselves such steps, the same as a control's: {len(same)}." if len(same) else ""
-    return (f"* **{len(better)} of {len(strongest)} plans of the methods and our extensions did better than their "
-            f"strongest control**{agreed}{': ' * bool(named)}{named} ({others}). For {steps} of them that control is "
-            f"full steps alone.{alike}")
+    return (f"* **{len(better)} of {len(strongest)} plans of the methods and our extensions (on the UNet) did better "
+            f"than their strongest control**{agreed}{': ' * bool(named)}{named} ({others}). For {steps} of them that "
+            f"control is full steps alone.{alike}")
 
 
 def findings(study: str) -> str:
@@ -276,7 +276,7 @@ def _everything(study: str) -> pd.DataFrame:
 
 
 def _beside(study: str) -> pd.DataFrame:
-    """Give all plans beside their controls: of the notebooks that end in plans, and what forecasts, of notebook 01.
+    """Give all plans on the UNet beside their controls: of notebooks that end in plans, and forecasts of notebook 01.
 
     Forecasts that were better there have stronger controls in notebook 06.
     """

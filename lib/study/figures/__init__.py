@@ -36,19 +36,18 @@ CONTROLS = {"DDIM, uniform": ("0.45", "o", "-"), "DDIM, quadratic": ("0.6", "s",
             "random cells": ("0.75", "x", ":"), "searched steps, DDIM": ("0.45", "<", ""),
             "searched steps": ("0.0", ">", ""), "random search": ("0.7", "1", ""),
             "random search, extended": ("0.7", "2", ""), "mutation alone": ("0.6", "+", ""),
-            "learned steps": ("0.0", "*", ""), "learned coefficients": ("0.45", "*", ""),
-            "shortest path": ("0.3", "d", ""), "shortest path (teacher)": ("0.3", "d", ""),
-            "shortest path (student)": ("0.55", "d", ""), "learned steps (teacher)": ("0.0", "*", ""),
-            "learned steps (student)": ("0.35", "*", ""), "learned coefficients (teacher)": ("0.2", "X", ""),
-            "learned coefficients (student)": ("0.5", "X", ""), "genetic search": ("0.55", "3", ""),
+            "learned steps": ("0.0", "*", ""), "learned coefficients": ("0.45", "X", ""),
+            "shortest path": ("0.3", "d", ""), "genetic search": ("0.55", "3", ""),
             "genetic search, columns": ("0.35", "4", ""), "columns (one gate a step)": ("0.25", "|", ""),
-            "annealed columns (one gate a step)": ("0.5", "_", ""), "searched steps (teacher)": ("0.0", ">", ""),
-            "searched steps (student)": ("0.35", ">", ""), "thin": ("0.5", "p", ""), "random": ("0.7", "x", ""),
-            "global, raw": ("0.4", "2", ""), "global, relative": ("0.6", "1", ""), "torch-pruning": ("0.3", "H", ""),
+            "annealed columns (one gate a step)": ("0.5", "_", ""), "thin": ("0.5", "p", ""),
+            "random": ("0.7", "x", ""), "global, raw": ("0.4", "2", ""), "global, relative": ("0.6", "1", ""),
+            "torch-pruning": ("0.3", "H", ""),
             "first-block caching": ("0.35", "^", "--"), "cache-dit": ("0.6", "v", ":"),
             "cache-dit, line": ("0.6", "<", ":"), "TaylorSeer": ("0.2", "X", ":"), "DeepCache": ("0.55", "^", "")}
 OTHER = ("0.6", "v", "--")
 """Grey, marker and line of each control, and of one that has none of its own."""
+STUDENT = " (student)"
+"""What the names of controls on DiffNAS's student end with; they look like those on the teacher."""
 EVEN = ("DDIM, uniform", "DPM-Solver++, uniform")
 """What every panel of the front is read against."""
 SCORES = "score (some at the floor;\nlinear below the dotted line)"
@@ -383,7 +382,8 @@ def front(table: pd.DataFrame, links: Mapping[str, str] = MappingProxyType({})) 
         for family in [*(family for family in EVEN if family in families), *group]:
             method = family in variants
             rows = table[table["family"] == family].sort_values("macs_ratio")
-            colour, marker, line = _look(family, variants) if method else CONTROLS.get(family, OTHER)
+            control = CONTROLS.get(family.removesuffix(STUDENT), OTHER)
+            colour, marker, line = _look(family, variants) if method else control
             bars = [rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]]
             axes.errorbar(places[rows.index], rows[value], bars, color=colour, marker=marker, ls=line,
                           ms=5 if method else 3 if family in EVEN else 4, mfc=None if family in EVEN else "none", lw=1,
@@ -431,14 +431,15 @@ def _honest(panels: np.ndarray, groups: Sequence, share: float) -> None:
 
 
 def _panels(families: Sequence[str]) -> list[list[str]]:
-    """Share families out to panels of at most `MARKS`: each method's, placed steps, all else."""
+    """Share families out to panels of at most `MARKS`: each method's, placed steps of each model, all else."""
     groups: dict[str, list[str]] = {}
     for family in families:
         method = family.partition(",")[0]
         placed = "placed" if re.search("step|coefficients|path|search", family) else "else"
+        placed += STUDENT * family.endswith(STUDENT)
         groups.setdefault(method if method in METHODS else placed, []).append(family)
     panels: list[list[str]] = []
-    for names in (METHODS, ("placed", "else")):  # controls share no panel with methods
+    for names in (METHODS, ("placed", "else"), (f"placed{STUDENT}",)):  # controls share no panel with methods
         panels.append([])
         for group in (groups.get(name, []) for name in names):
             for few in (group[i:i + MARKS] for i in range(0, len(group), MARKS)):
@@ -556,6 +557,7 @@ def beside_controls(table: pd.DataFrame) -> Figure:
     sns.heatmap(words.map(list(WORDS).index, na_action="ignore").astype(float), annot=texts, fmt="", cbar=False,
                 cmap=ListedColormap([ground for ground, _ in WORDS.values()]), vmin=0, vmax=len(WORDS), ax=axes,
                 linewidths=0.5, linecolor="0.8", annot_kws={"fontsize": min(6.5, 90 / len(names))})
+    axes.patch.set(hatch="////", edgecolor="0.8")
     for text in axes.texts:
         place = text.get_position()
         text.set_color(WORDS[words.iloc[int(place[1]), int(place[0])]][1])
@@ -566,7 +568,8 @@ def beside_controls(table: pd.DataFrame) -> Figure:
     axes.set_xticklabels(names, rotation=35, ha="right", rotation_mode="anchor", fontsize=7)
     axes.set_yticklabels(plans, rotation=0, fontsize=7)
     keys = [Patch(fc=ground, ec="0.8", label=f"plan {word}") for word, (ground, _) in WORDS.items()]
-    keys.append(Patch(fc="none", ec="black", lw=2, label="strongest control"))
+    keys += [Patch(fc="none", ec="0.8", hatch="////", label="not run"),
+             Patch(fc="none", ec="black", lw=2, label="strongest control")]
     figure.legend(handles=keys, loc="outside upper center", ncols=len(keys), fontsize=7, frameon=False)
     return figure
 
