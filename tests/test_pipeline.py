@@ -329,6 +329,12 @@ def test_stages_run_side_by_side_once_what_they_read_is_made():
     assert sorted(made) == sorted(reads) and max(most) == 2
 
 
+def test_a_stage_begins_after_those_that_more_stages_wait_for():
+    made = []
+    run._in_order({"00": set(), "03": {"00"}, "04": {"00"}, "05": {"04"}, "06": {"05", "03"}}, 1, made.append)
+    assert made == ["00", "04", "03", "05", "06"], "04 has two after it, 03 one"
+
+
 def test_a_stage_that_fails_lets_the_others_end_and_nothing_begin():
     begun, ended, failed = [], [], threading.Event()
 

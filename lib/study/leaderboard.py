@@ -118,8 +118,8 @@ def page(boards: Mapping[str, pd.DataFrame]) -> str:
     parts = ["# Leaderboard", "Plans on the two teachers that ship, on the same noise: `score` and `second` are "
              "distances to the data set by two judges that ship (0 is as good as the data), `over DDIM` the score over "
              "that of DDIM's full run, `honest factor` how many times fewer MACs than the fewest even DPM-Solver++ "
-             "steps that are surely at most 5 % worse than its full run. Times (ms an image) are of whose machine added a "
-             "row; all else repeats. Five lines:",
+             "steps that are surely at most 5 % worse than its full run. Times (ms an image) are of whose machine "
+             "added a row; all else repeats. Five lines:",
              "```sh\npython - <<'END'\nfrom pathlib import Path\nfrom lib.study.leaderboard import Board\n"
              "plan = Board('digits').teacher.at((999, 799, 599, 399, 199))  # any plan: see lib/README.md\n"
              "plan.save(Path('mine.json'))\nEND\npython -m lib.study.leaderboard mine.json\n```"]

@@ -169,16 +169,22 @@ def _repro(*words: str) -> None:
 
 
 def _in_order(reads: dict[str, set[str]], workers: int, make: Callable[[str], None]) -> None:
-    """Make each stage once all that it reads are made, at most `workers` at a time. After an error no other begins."""
-    order = TopologicalSorter(reads)
+    """Make each stage once all that it reads are made, at most `workers` at a time. After an error no other begins.
+
+    The longest chain decides when all is done: a stage begins after those that more stages in a row wait for.
+    """
+    order, chains = TopologicalSorter(reads), {}
+    for stage in reversed([*TopologicalSorter(reads).static_order()]):
+        chains[stage] = 1 + max((chains[other] for other in reads if stage in reads[other]), default=0)
+    left, ready, running = sorted(reads, key=lambda stage: (-chains[stage], stage)), set(), {}
     order.prepare()
-    ready, running = [], {}
     with ThreadPoolExecutor(workers) as pool:
         while order.is_active():
-            ready = sorted([*ready, *order.get_ready()])
-            while ready and len(running) < workers:
-                stage = ready.pop(0)
-                running[pool.submit(make, stage)] = stage
+            ready |= {*order.get_ready()}
+            while len(running) < workers and (
+                    able := [stage for stage in left if stage in ready and chains[stage] == chains[left[0]]]):
+                left.remove(able[0])
+                running[pool.submit(make, able[0])] = able[0]
             for job in wait(running, return_when=FIRST_COMPLETED).done:
                 job.result()
                 order.done(running.pop(job))
