@@ -6,6 +6,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 # Compiled modules are kept, whatever the shell says: else each notebook compiles all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
+# Another copy of the project on this path would run in place of this one.
+unexport PYTHONPATH
 # Freed memory stays with the process: else the C library hands every activation back to the system and faults it in again.
 export MALLOC_TRIM_THRESHOLD_ := 1000000000
 export MALLOC_MMAP_THRESHOLD_ := 33554432

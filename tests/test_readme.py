@@ -172,13 +172,13 @@ def test_the_claims_stand_as_notebook_06_wrote_them(tmp_path, monkeypatch):
     assert rows == ["| A | twice, at least | T = 9 | 1.5 times | B | no |"], "without what the study does not test"
     beside = tmp_path / "mine" / "07_transformer" / "tables"
     beside.mkdir(parents=True)
-    row = {"claimed": "thrice", "here": "T = 7", "times fewer MACs": 3.0, "ratio_holds": "no", "ratio_holds_needs": 9}
+    row = {"claimed": "3 times", "here": "T = 7", "times fewer MACs": 3.0, "ratio_holds": "no", "ratio_holds_needs": 9}
     row |= {f"ratio{end}": 1.5 for end in ("", "_low", "_high")}
     row |= {f"over {name}{end}": value for name in ("even", "as many DDIM steps")
             for end, value in {"": 1.25, "_word": "worse"}.items()}
     pd.DataFrame([row]).to_csv(beside / "claims.csv", index=False)
     assert report.claims_table("mine").splitlines()[3] == (
-        "| DiP-GO | thrice (DiT) | T = 7 | 3.00 times fewer MACs at 1.5 [1.5, 1.5] times the score | "
+        "| DiP-GO | 3 times (DiT) | T = 7 | 3.00 times fewer MACs at 1.5 [1.5, 1.5] times the score | "
         "worse (1.25) over steps left out evenly; worse (1.25) over as many DDIM steps | no |")
 
 
@@ -236,7 +236,7 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         table.to_csv(folder / f"{name}.csv", index=False)
     controls, steps, methods, claimed, cached = report.findings("mine").splitlines()
-    assert "**3 of 7 plans of the methods and our extensions did better" in controls
+    assert "**3 of 7 plans of the methods and our extensions (on the UNet) did better" in controls
     assert "(4 worse)." in controls, "two controls that are one count once, so do two plans"
     assert "**, by both judges 3: *04" in controls
     named = "*04_schedule_searchB*, *05_pruner_trainingB*, *06_comparisonB*"
