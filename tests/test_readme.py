@@ -252,7 +252,7 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
     assert "*shortest path, 7-8 steps*, 7.0 times fewer MACs at 0.6 [0.58, 0.62] of its score" in steps
     assert "Even *DDIM, uniform 30* keeps it" in steps
     assert "*DiP-GO, 22%*, 4.0 times fewer MACs" in methods
-    assert claimed.endswith("** 1 yes, 0 undecided, 2 no."), "without what the study does not test"
+    assert claimed.endswith("** 1 yes, 0 undecided, 2 no, 0 not tested."), "without what the study does not test"
     assert cached.endswith("do: under DDIM, features held 0 of 1, forecast by a line 1 of 1; "
                            "under DPM-Solver++, features forecast by a line 0 of 1.")
 

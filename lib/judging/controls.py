@@ -15,15 +15,12 @@ from torch import Tensor
 
 from lib.grid.blocks import Blocks
 from lib.grid.plan import Plan
-from lib.judging.estimates import WORDS, Contrast, columns
+from lib.judging.estimates import MARGIN, WORDS, Contrast, columns
 from lib.judging.evaluate import Judge, Measure, Nearness, paired
 
 FEW_STEPS = {"DDIM, uniform": (1, "uniform"), "DDIM, quadratic": (1, "quadratic"),
              "DPM-Solver++, uniform": (2, "uniform"), "DPM-Solver++, quadratic": (2, "quadratic")}
 
-
-EQUAL = 1.05
-"""A control may cost so many times as much as the plan that it stands beside."""
 SHOWN = ["name", "macs_ratio", "honest_factor", "score", "ratio", "ratio_low", "ratio_high", "ddim_ratio", "precision",
          "recall", "prompt_score"]
 BESIDE = ["plan", "name", "score", "prompt_score", "plan_over_control", "plan_over_control_low",
@@ -221,7 +218,7 @@ class Table:
                          "price_ratio": sum(weight * price(part) for part, weight in control.plans) / price(plan),
                          "select_score": self.judge.blend(chosen).estimate.value})
         table = pd.DataFrame(rows)
-        affordable = table["price_ratio"] <= max(EQUAL, table["price_ratio"].min())
+        affordable = table["price_ratio"] <= max(1 + MARGIN, table["price_ratio"].min())
         least = table["select_score"][affordable].min()
         return table.assign(strongest=affordable & (table["select_score"] == least))
 

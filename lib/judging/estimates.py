@@ -17,8 +17,8 @@ from torch import Tensor
 GROUPS = 20
 """Blocks of noise indices that the jackknife leaves out one by one."""
 MARGIN = 0.05
-"""So much of another's score is no difference that matters: what "as good" and "at most 5 % worse" mean. Where there is
-no ratio, so much of a feature's variance in the data set, which does not hang on the number of images."""
+"""So much of another's score, or cost, is no difference that matters: what "as good" and "at most 5 % worse" mean.
+Where there is no ratio, so much of a feature's variance in the data set, which the number of images does not change."""
 
 
 WORDS = ("better", "as good", "undecided", "worse")

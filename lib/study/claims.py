@@ -9,7 +9,6 @@ from collections.abc import Mapping
 import pandas as pd
 
 from lib.judging import estimates
-from lib.judging.controls import EQUAL
 
 COLUMNS = ["paper", "claimed", "setting", "measured", "control", "holds"]
 """Of a row."""
@@ -39,7 +38,7 @@ def tested(word: str, times: float, claimed: float) -> str:
     word : str, of `holds`
     times, claimed : how many times cheaper the plan is, and ought to be; NaN where the claim names no factor
     """
-    return "not tested: cheaper than claimed" if word != "yes" and times > EQUAL * claimed else word
+    return "not tested: cheaper than claimed" if word != "yes" and times > (1 + estimates.MARGIN) * claimed else word
 
 
 def kept(row: Mapping, value: str, of: str = "") -> str:
