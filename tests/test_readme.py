@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from lib.grid.model import Model
-from lib.study import params, paths, report
+from lib.study import claims, params, paths, report
 from lib.teachers import networks
 
 README = (paths.ROOT / "README.md").read_text()
@@ -15,13 +15,13 @@ README = (paths.ROOT / "README.md").read_text()
 
 def test_its_tables_are_what_the_reports_say():
     assert report.filled(README) == README, "run: python -m lib.study.report readme"
-    assert sorted(re.findall(r"<!-- (\w+:\w+) -->", README)) == [
-        "claims:digits", "claims:dipgo_dit", "claims:flexiffusion_claims", "claims:letters", "findings:digits",
-        "findings:letters", "pruner:dipgo_sweep", "students:equal_training", "verdict:digits_full"]
+    assert re.findall(r"<!-- (\w+:[\w,]+) -->", README) == [
+        "brief:digits,letters,digits_full",
+        "claims:digits,flexiffusion_claims,equal_training,dipgo_sweep,letters,dipgo_dit"]
 
 
 def test_it_is_read_in_minutes():
-    prose = re.sub(r"(?ms)^\|[^\n]*$|<!-- (\w+:\w+) -->.*?<!-- end -->", "", README)
+    prose = re.sub(r"(?m)^\|[^\n]*$", "", README)
     assert "## Limits" in prose and len(prose.split()) <= 1200
 
 
@@ -139,10 +139,6 @@ def test_the_students_table_says_how_small_how_fast_and_how_good(tmp_path, monke
     pd.DataFrame([{"name": name, "times faster": 1.4, "low": 1.1, "high": 1.9}
                   for name in ("teacher, trained on", "DiffNAS, 50%")]).to_csv(tables / "seconds.csv", index=False)
     assert "| 0.7 |" in report.students_table("mine") and "long" in report.students_table("mine")
-    head, _, mine, longer, _, below = report.students_in_brief("mine").splitlines()
-    assert mine == "| **DiffNAS, 50%** | 3 | 2.25 | 2.00 | 1.4 [1.1, 1.9] | 0.5 [0.4, 0.6] | 1.2 [1.1, 1.3] |"
-    assert longer.startswith("| teacher, trained longer |") and head.count("|") == mine.count("|")
-    assert below == "n = 5,000 images a row."
 
 
 def test_rivals_stand_beside_what_they_change(tmp_path, monkeypatch):
@@ -177,7 +173,7 @@ def test_the_claims_stand_as_notebook_06_wrote_them(tmp_path, monkeypatch):
     row |= {f"over {name}{end}": value for name in ("even", "as many DDIM steps")
             for end, value in {"": 1.25, "_word": "worse"}.items()}
     pd.DataFrame([row]).to_csv(beside / "claims.csv", index=False)
-    assert report.claims_table("mine").splitlines()[3] == (
+    assert report.claims_table("mine").splitlines()[2] == (
         "| DiP-GO | 3 times (DiT) | T = 7 | 3.00 times fewer MACs at 1.5 [1.5, 1.5] times the score | "
         "worse (1.25) over steps left out evenly; worse (1.25) over as many DDIM steps | no |")
 
@@ -197,6 +193,42 @@ def test_a_study_without_notebook_06_has_flexiffusions_claims_from_04(tmp_path, 
     assert only.endswith("| better (0.90) over as many DDIM steps; worse (2.00) over DeepCache | no |")
     pd.DataFrame([row | {"claimed": "-"}]).to_csv(tables / "claims.csv", index=False)
     assert report.claims_table("mine") == "", "no claim was tested"
+
+
+def test_claims_of_several_studies_are_sorted_by_paper_and_say_where_they_were_tested(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "REPORTS", tmp_path)
+    for study, names in {"mine": ["DiP-GO", "Flexiffusion"], "other": ["DiffNAS"]}.items():
+        tables = tmp_path / study / "06_comparison" / "tables"
+        tables.mkdir(parents=True)
+        rows = [[name, "twice", "T = 9", "1.5 times", "B", "no"] for name in names]
+        pd.DataFrame(rows, columns=claims.COLUMNS).to_csv(tables / "claims.csv", index=False)
+    head, _, *rows = report.claims_table("mine", "other").splitlines()
+    assert head == "| paper | claimed | study | setting | measured here | control | holds? |"
+    assert [row.split(" | ")[:3] for row in rows] == [
+        ["| DiffNAS", "twice", "[other](reports/other/README.md)"],
+        ["| Flexiffusion", "twice", "[mine](reports/mine/README.md)"],
+        ["| DiP-GO", "twice", "[mine](reports/mine/README.md)"]]
+
+
+def test_a_study_without_notebook_06_has_diffnass_and_dipgos_claims_from_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "REPORTS", tmp_path)
+    kept = {f"{name}{end}": value for name in ("ratio", "ddim_ratio")
+            for end, value in {"": 1.2, "_low": 1.1, "_high": 1.3, "_holds": "no", "_holds_needs": 9}.items()}
+    beside = {"strongest": True, "plan_over_control": 2.0, "plan_over_control_word": "worse"}
+    for notebook, name, rows in (
+            ("02_block_search", "students", [{"name": "DiffNAS, 50%", "steps": 9, "trainings": 3, "macs_ratio": 2.0}]),
+            ("03_joint_loss_ablation", "claims", [{"claimed": "helps", "here": "9 steps", "holds": "undecided"}]),
+            ("05_pruner_training", "front", [{"name": "DiP-GO, 22%", "macs_ratio": 4.4},
+                                             {"name": "DiP-GO, refined, 22%", "macs_ratio": 4.4}]),
+            ("05_pruner_training", "controls", [{"plan": "DiP-GO, 22%", "name": "searched steps"} | beside])):
+        tables = tmp_path / "dipgo_sweep" / notebook / "tables"
+        tables.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame([row | kept for row in rows]).to_csv(tables / f"{name}.csv", index=False)
+    network, loss, gates = report.claims_table("dipgo_sweep").splitlines()[2:]
+    assert "| DPM-Solver++, 9 steps, trained 3 x | 2.00 times fewer MACs at 1.2 [1.1, 1.3] times" in network
+    assert loss == "| DiffNAS | helps | 9 steps | 1.2 [1.1, 1.3] times the score | - | undecided |"
+    assert "| DDIM, T = 50 | 4.40 times fewer MACs at 1.2" in gates
+    assert gates.endswith("| worse (2.00) over searched steps | no |")
 
 
 def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
@@ -221,11 +253,11 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
     beside = beside.assign(ddim_ratio_low=beside["ddim_ratio"] - 0.1, ddim_ratio_high=beside["ddim_ratio"] + 0.1,
                            plan_over_control_difference_low=-0.5, plan_over_control_difference_high=0.0,
                            second_over_control_word=["worse", "worse", "better", "better", "better"])
-    claims = pd.DataFrame({"holds": ["yes", "no", "no (n = 9)", "-"]})
+    tested = pd.DataFrame({"holds": ["yes", "no", "no (n = 9)", "-"]})
     pays = pd.DataFrame({"reuse": ["hold", "line", "line", "line"], "order": [1, 1, 1, 2],
                          "nearness": [1.2, 0.8, np.nan, 1.1], "nearness_high": [1.3, 0.9, np.nan, 1.2]})
     forecasts = beside.iloc[:1].assign(plan="forecast, line", plan_over_control_difference=9.0)
-    for notebook, name, table in (("06_comparison", "everything", every), ("06_comparison", "claims", claims),
+    for notebook, name, table in (("06_comparison", "everything", every), ("06_comparison", "claims", tested),
                                   ("04_schedule_search", "dividends", pays),
                                   ("01_teacher_analysis", "forecast_controls", forecasts),
                                   ("06_comparison", "forecasts", forecasts.iloc[:0]),

@@ -6,6 +6,7 @@ comes from tables that other notebooks wrote, whose columns `lib.judging.estimat
 
 from collections.abc import Mapping
 
+import numpy as np
 import pandas as pd
 
 from lib.judging import estimates
@@ -79,6 +80,21 @@ def cheaper(paper: str, claimed: str, times: float, setting: str, row: Mapping, 
     measured = f"{row['macs_ratio']:.2f} times fewer MACs at {kept(row, value)}"
     return {"paper": paper, "claimed": claimed, "setting": setting, "measured": measured, "control": control,
             "holds": tested(holds(row, value), row["macs_ratio"], times)}
+
+
+def network(students: pd.DataFrame) -> dict[str, str]:
+    """Give the row of DiffNAS's claim about its network, from notebook 02's table of students."""
+    row = students[students["name"].str.startswith("DiffNAS")].iloc[0]
+    setting = f"DPM-Solver++, {row['steps']} steps" + f", trained {row['trainings']} x" * bool(row["trainings"] > 1)
+    return cheaper("DiffNAS", "about half the MACs and parameters, on a par with the teacher", np.nan, setting, row,
+                   "ratio", "-")
+
+
+def gates(front: pd.DataFrame, controls: pd.DataFrame, steps: int) -> list[dict[str, str]]:
+    """Give the rows of DiP-GO's claim over a DDIM run, from notebook 05's tables of its plans and of their controls."""
+    pruned = front[front["name"].str.fullmatch(r"DiP-GO, [\d.]+%")]
+    return [cheaper("DiP-GO", DIPGO, DIPGO_TIMES, f"DDIM, T = {steps}", row, "ddim_ratio",
+                    strongest(controls, row["name"])) for row in pruned.to_dict("records")]
 
 
 def joint_loss(row: Mapping) -> dict[str, str]:

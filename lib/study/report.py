@@ -191,8 +191,7 @@ def verdict(study: str) -> str:
     table = _beside(study)
     equal = (table["plan_over_control_difference_low"] == 0) & (table["plan_over_control_difference_high"] == 0)
     same = table[equal & table["name"].str.match(FULL)].drop_duplicates("plan").set_index("plan")["name"]
-    strongest = table[table["strongest"]].drop_duplicates("plan")  # two controls may be one plan
-    strongest = strongest.drop_duplicates(["plan_macs", "plan_over_control_difference"])  # so may two searches' finds
+    strongest = _strongest(study)
     words, steps = strongest["plan_over_control_word"], strongest["name"].str.match(FULL).sum()
     better = strongest["plan"][words == "better"]
     both = ((words == "better") & (strongest["second_over_control_word"] == "better")).sum()
@@ -246,6 +245,35 @@ def findings(study: str) -> str:
     return "\n".join([verdict(study), *(f"* {sentence}" for sentence in found)])
 
 
+def brief(*studies: str) -> str:
+    """Give the same as one table, a study a column: what won, what keeps the score at which price, where reuse pays."""
+    return markdown(pd.DataFrame({f"[{study}](reports/{study}/README.md)": _in_brief(study) for study in studies})
+                    .rename_axis("finding").reset_index())
+
+
+def _in_brief(study: str) -> dict[str, str]:
+    table, beside = _everything(study), _strongest(study).set_index("plan")
+    word, second = beside["plan_over_control_word"], beside["second_over_control_word"]
+    better = word == "better"
+    found = {"plans of the methods and our extensions that are better than their strongest control, by both judges "
+             "(by the first)": f"**{(better & (second == 'better')).sum()}** of {len(beside)} ({better.sum()})"}
+    kept = table[table["ddim_ratio_holds"] == "yes"].sort_values(["macs_ratio", "ddim_ratio"], ascending=[False, True])
+    alone = kept["family"].str.match(FULL) | kept["name"].map(lambda name: _full_steps(study, name))
+    for what, rows in {"full steps on the teacher": kept[alone & ~kept["name"].str.contains("student")],
+                       "reused cells": kept[~alone & kept["name"].str.startswith(METHODS)]}.items():
+        said = "none"
+        for name, times in rows[["name", "macs_ratio"]].head(1).to_numpy():
+            said = f"**{times:.1f} times** fewer: *{name.replace(' (teacher)', '')}*"
+            if name in beside.index:
+                said += f"; {word[name]} than its strongest control (second judge: {second[name]})"
+        found[f"the fewest MACs that keep the full run's score, by {what}"] = said
+    pays = pd.read_csv(paths.REPORTS / study / "04_schedule_search" / "tables" / "dividends.csv")
+    for order, sure in (pays.dropna(subset="nearness")["nearness_high"] < 1).groupby(pays["order"]):
+        found[f"cases in which reused features come nearer to the full run than more steps of {SOLVERS[order]} for the "
+              "same MACs"] = f"**{sure.sum()}** of {len(sure)}"
+    return found
+
+
 def pruner(study: str) -> str:
     """Give as Markdown what DiP-GO's recipe, and changes of one part of it, are worth over steps left out evenly.
 
@@ -288,6 +316,13 @@ def _beside(study: str) -> pd.DataFrame:
     return pd.concat([*tables, first, again], ignore_index=True)
 
 
+def _strongest(study: str) -> pd.DataFrame:
+    """Give each plan beside its strongest control, once."""
+    table = _beside(study)
+    strongest = table[table["strongest"]].drop_duplicates("plan")  # two controls may be one plan
+    return strongest.drop_duplicates(["plan_macs", "plan_over_control_difference"])  # so may two searches' finds
+
+
 def write_caching() -> None:
     """Write ``reports/caching.csv`` and ``.png``: where partial steps pay, of all teachers of all published studies."""
     found = sorted(path for path in paths.REPORTS.glob("*/0[47]_*/tables/dividends.csv")
@@ -317,14 +352,6 @@ def students_table(study: str) -> str:
     return _scored(*_students(study))
 
 
-def students_in_brief(study: str) -> str:
-    """Give the same in fewer columns, without the judges' names."""
-    table, columns = _students(study)
-    left_out = ("training", "raw", "second score [95 %]", "least and greatest of the trainings")
-    brief = {title: cells for title, cells in columns.items() if title not in left_out}
-    return _scored(table.drop(columns=[*JUDGES], errors="ignore"), brief).replace("trained on", "trained longer")
-
-
 def rivals(study: str) -> str:
     """Give as Markdown what another loss, network or beginning is worth over the student that the method trains."""
     rows = pd.read_csv(paths.REPORTS / study / "03_joint_loss_ablation" / "tables" / "ablation.csv")
@@ -351,20 +378,37 @@ def _students(study: str) -> tuple[pd.DataFrame, dict[str, pd.Series]]:
     return table, columns
 
 
-def claims_table(study: str) -> str:
-    """Give as Markdown what the papers claim, and whether it holds here; empty where a study tests none of it."""
-    table = _claims(study)
+def claims_table(*tested: str) -> str:
+    """Give as Markdown what the papers claim, and whether it holds in studies; empty where they test none of it.
+
+    Of several studies the rows are sorted by paper, and say in which study they were tested.
+    """
+    tables = [_claims(study) for study in tested]
+    if len(tested) > 1:
+        for study, table in zip(tested, tables):
+            table.insert(2, "study", f"[{study}](reports/{study}/README.md)")
+    table = pd.concat(tables)
+    papers = [*dict.fromkeys(["DiffNAS", "Flexiffusion", "DiP-GO", *table["paper"]])]
+    table = table.sort_values("paper", key=lambda names: names.map(papers.index), kind="stable")
     return markdown(table.rename(columns={"measured": "measured here", "holds": "holds?"})) if len(table) else ""
 
 
 def _claims(study: str) -> pd.DataFrame:
-    """Give the claims that a study tests: notebook 06 has all on the UNet, 04 Flexiffusion's, 07 the transformer's."""
-    def of(notebook: str) -> list[dict]:
-        path = paths.REPORTS / study / notebook / "tables" / "claims.csv"
-        return pd.read_csv(path).to_dict("records") if path.exists() else []
+    """Give the claims that a study tests: 06 has all on the UNet, else each method's notebook; 07 the transformer's."""
+    def of(notebook: str, name: str = "claims") -> pd.DataFrame:
+        path = paths.REPORTS / study / notebook / "tables" / f"{name}.csv"
+        return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["name", "claimed"])
 
-    rows = of("06_comparison") or [claims.schedule(row) for row in of("04_schedule_search") if row["claimed"] != "-"]
-    rows += [claims.transformer(row) for row in of("07_transformer")]
+    rows = of("06_comparison").to_dict("records")
+    if not rows:
+        students, front = of("02_block_search", "students"), of("05_pruner_training", "front")
+        rows = [claims.network(students)] if len(students) else []
+        rows += [claims.joint_loss(row) for row in of("03_joint_loss_ablation").to_dict("records")]
+        rows += [claims.schedule(row) for row in of("04_schedule_search").to_dict("records") if row["claimed"] != "-"]
+        if len(front):
+            steps = load(study)["05_pruner_training"].teacher_steps
+            rows += claims.gates(front, of("05_pruner_training", "controls"), steps)
+    rows += [claims.transformer(row) for row in of("07_transformer").to_dict("records")]
     table = pd.DataFrame(rows, columns=claims.COLUMNS)
     return table[table["holds"] != "-"]
 
@@ -449,8 +493,8 @@ PAGE = {"Every way to sample": (results_table, PLANNING), "Beside their controls
         "Every way to sample the transformer": (transformer_table, ["07_transformer"])}
 """The tables at the top of a page, and the notebooks that they need."""
 
-TABLES = {"findings": findings, "verdict": verdict, "results": results_table, "controls": controls_table,
-          "transformer": transformer_table, "students": students_in_brief, "claims": claims_table, "pruner": pruner}
+TABLES = {"brief": brief, "claims": claims_table, "controls": controls_table}
+"""What the project's README may ask for, of a study or, with commas, of several."""
 
 
 def _tables(study: str, runs: list[str]) -> dict[str, str]:
@@ -460,9 +504,10 @@ def _tables(study: str, runs: list[str]) -> dict[str, str]:
 
 
 def filled(readme: str) -> str:
-    """Replace what stands between ``<!-- TABLE:STUDY -->`` and ``<!-- end -->`` by that table of that study."""
-    return re.sub(rf"(<!-- ({'|'.join(TABLES)}):(\w+) -->\n).*?(<!-- end -->)",
-                  lambda found: f"{found[1]}{TABLES[found[2]](found[3])}\n{found[4]}", readme, flags=re.DOTALL)
+    """Replace what stands between ``<!-- TABLE:STUDY,STUDY -->`` and ``<!-- end -->`` by that table of the studies."""
+    return re.sub(rf"(<!-- ({'|'.join(TABLES)}):([\w,]+) -->\n).*?(<!-- end -->)",
+                  lambda found: f"{found[1]}{TABLES[found[2]](*found[3].split(','))}\n{found[4]}", readme,
+                  flags=re.DOTALL)
 
 
 def fill_readme() -> None:

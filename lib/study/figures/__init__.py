@@ -455,9 +455,8 @@ solver's coefficients; not those that leave out null passes, whose steps are not
 CURVES = {"DDIM, fewer even steps": ("DDIM, uniform", "0.5", "o", "-"),
           "DPM-Solver++, fewer even steps": ("DPM-Solver\\+\\+, uniform", "0.0", "D", "-"),
           "placed steps: searched, learned, shortest path": (PLACED, PALETTE[2], "*", "-"),
-          "Flexiffusion's own space": ("Flexiffusion$", COLOURS["Flexiffusion"], "s", ""),
-          "our extensions: free schedules, forecasts": ("Flexiffusion,|forecast", PALETTE[9], "P", ""),
-          "DiP-GO, the best of its plans": ("DiP-GO", COLOURS["DiP-GO"], "^", "")}
+          "Flexiffusion and DiP-GO, as in their papers": ("(Flexiffusion|DiP-GO)$", PALETTE[1], "s", ""),
+          "our extensions of these, forecasts": ("(Flexiffusion|DiP-GO),|forecast", PALETTE[4], "P", "")}
 """Curves that tell a study's story: what their families' names match from the beginning, colour, marker, line."""
 
 
