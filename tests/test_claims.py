@@ -33,6 +33,8 @@ def test_a_cheaper_way_is_judged_by_its_ratio_or_at_the_floor_by_the_difference(
     lower = row | compared("ratio", np.nan) | turned
     found = claims.cheaper("DiffNAS", "half", np.nan, "20 steps", lower, "ratio", "-")
     assert found["measured"] == "2.26 times fewer MACs at a score lower by 0.5 [-0.25, 0.75]"
+    prompted = claims.cheaper("DiffNAS", "half", np.nan, "20 steps", row | {"prompt_score": 0.9}, "ratio", "-")
+    assert prompted["measured"].endswith("times the score; prompt score 0.900")
     assert claims.cheaper("DiP-GO", "2 times", 2.0, "20 steps", row, "ratio", "-")["holds"].startswith("not tested")
 
 
@@ -93,13 +95,16 @@ def test_a_schedule_of_full_steps_alone_is_told():
 
 def test_pruning_is_judged_over_the_run_that_was_pruned():
     rows = pd.DataFrame([{"name": name, "base": "PLMS, T = 50", "macs": macs, "plan_macs": 25.0,
+                          "strongest": name == "learned steps",
                           **compared("plan_over_control", value, holds, word=word)}
                          for name, macs, value, holds, word in (("fewer steps", 25.0, 1.2, "no", "worse"),
+                                                                ("random cells", 25.0, 0.2, "yes", "better"),
+                                                                ("learned steps", 25.0, 1.5, "no", "worse"),
                                                                 ("the base", 110.0, 1.0, "yes", "as good"))])
     found = claims.pruning(rows.set_index("name"))
     assert found == {"paper": "DiP-GO", "claimed": claims.DIPGO, "setting": "PLMS, T = 50", "holds": "yes",
                      "measured": "4.40 times fewer MACs at 1 [0.9, 1.1] times the score",
-                     "control": "worse (1.20) over fewer steps"}
+                     "control": "worse (1.20) over fewer steps; worse (1.50) over learned steps"}
     prompted = rows.assign(**compared("prompts_over_control", np.nan, "no"))
     found = claims.pruning(prompted.set_index("name"))
     assert found["holds"] == "no" and found["measured"].endswith("times the score; prompt score -0.500")

@@ -10,7 +10,7 @@ from lib.grid.plan import HOLD, LINE, Plan
 from lib.judging import controls, evaluate, extractor
 from lib.judging.banks import Bank
 from lib.methods import compose, diffnas
-from lib.methods.compose import Way
+from lib.methods.compose import Run
 from lib.methods.flexiffusion import FreeSpace
 
 
@@ -58,41 +58,41 @@ def test_a_control_is_put_on_a_model(unet, teacher, described):
     models = {"teacher": unet, "student": smaller(unet)}
     costs = {name: cost.count(model) for name, model in models.items()}
 
-    def macs(way):
-        return costs[way.model].executed(way.plan)
+    def macs(run):
+        return costs[run.model].executed(run.plan)
 
     target = 3 * costs["teacher"].call
     plans = [Plan.few_steps(steps, "uniform", teacher) for steps in range(1, 11)]
-    one = controls.bracket("few", [Way("student", plan) for plan in plans], target, macs)
-    other = compose.on("student", controls.bracket("few", plans, target, lambda plan: macs(Way("student", plan))))
+    one = controls.bracket("few", [Run("student", plan) for plan in plans], target, macs)
+    other = compose.on("student", controls.bracket("few", plans, target, lambda plan: macs(Run("student", plan))))
     assert other.name == "few (student)" and other.plans == one.plans
-    assert all(way.steps > 3 for way, _ in one.plans), "the student's steps are cheaper"
-    assert sum(weight * macs(way) for way, weight in one.plans) == pytest.approx(target)
+    assert all(run.steps > 3 for run, _ in one.plans), "the student's steps are cheaper"
+    assert sum(weight * macs(run) for run, weight in one.plans) == pytest.approx(target)
 
 
 def test_banks_show_each_way_on_its_own_model(banks, teacher):
     both, plan = banks("search"), Plan.few_steps(2, "uniform", teacher)
     alone = banks("search", Bank, both.of["student"].model)
-    assert torch.equal(both.features(Way("student", plan)), alone.features(plan))
-    assert not torch.equal(both.features(Way("student", plan)), both.features(Way("teacher", plan)))
+    assert torch.equal(both.features(Run("student", plan)), alone.features(plan))
+    assert not torch.equal(both.features(Run("student", plan)), both.features(Run("teacher", plan)))
 
 
 def test_a_search_on_a_student_imitates_the_teacher_and_chooses_on_a_second_bank(banks, teacher, described, tmp_path):
     first, second = banks("search"), banks("select")
-    wanted = Way("teacher", Plan.few_steps(6, "uniform", teacher, 2))
+    wanted = Run("teacher", Plan.few_steps(6, "uniform", teacher, 2))
     space = FreeSpace(teacher, described, (1, 2, 3, 4), (0,), 0)
 
     def far(seen, plan):
-        return evaluate.imitation(seen.features(Way("student", plan)), seen.features(wanted), "rfid, shrunk")
+        return evaluate.imitation(seen.features(Run("student", plan)), seen.features(wanted), "rfid, shrunk")
 
-    searches = compose.WaySearch(wanted, first, second, population=4, finalists=3, seed=0, storage=tmp_path / "journal")
+    searches = compose.RunSearch(wanted, first, second, population=4, finalists=3, seed=0, storage=tmp_path / "journal")
     asked = {"number": 0, "budget": 3, "trials": 1, "start": space.known()}
-    found = searches.search("steps", "student", space, lambda way: way.steps, **asked)
+    found = searches.search("steps", "student", space, lambda run: run.steps, **asked)
     assert len(found) == 7 and {one.macs for one in found} <= {1, 2, 3}, "six known within the budget, and one more"
     assert all(one.error == far(first, one.plan) for one in found)
     inside = sorted((one for one in found if 1 < one.macs <= 3), key=lambda one: one.error)[:3]
     best = min((one.plan for one in inside), key=lambda plan: far(second, plan))
-    assert searches.winner("student", found, 1, 3) == Way("student", best)
+    assert searches.winner("student", found, 1, 3) == Run("student", best)
     assert searches.winner("student", found, 3, 4) is None
-    again = searches.search("steps", "student", space, lambda way: way.steps, **asked)
+    again = searches.search("steps", "student", space, lambda run: run.steps, **asked)
     assert [one.plan.key for one in again] == [one.plan.key for one in found], "it goes on from the journal"

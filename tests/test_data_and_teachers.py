@@ -213,6 +213,9 @@ def test_a_folder_with_captions_gives_a_prompt_each(name, folder, tmp_path):
 @pytest.mark.parametrize(("change", "message"), [
     (lambda rows: rows.pop(), r"11.png: no prompt, where the first image has one: give all images a prompt or none"),
     (lambda rows: rows[3].update(file_name="9.png"), r"metadata.jsonl, row 3: there is no .*9.png. Mend the row"),
+    (lambda rows: rows.append(rows[3] | {"text": "another"}),
+     r"metadata.jsonl, row 12: .*3.png has a prompt already, 'a picture'. Leave one of them"),
+    (lambda rows: rows[4].update(file_name=f"./{rows[3]['file_name']}"), "row 4: .*3.png has a prompt already"),
     (lambda rows: rows[4].update(text=4), "the prompt is 4, must be text"),
     (lambda rows: rows[4].update(text=" "), "the prompt is ' ', must be text"),
     (lambda rows: rows[0].update(title=rows[0].pop("text")), "metadata.jsonl must have file_name and one of text, "),
@@ -223,6 +226,14 @@ def test_captions_that_cannot_be_read_are_refused(change, message, folder):
     change(rows)
     captions(folder, rows)
     with pytest.raises(ValueError, match=message):
+        data.load(str(folder), 8, 0.25, 0)
+
+
+def test_an_image_with_captions_in_two_files_is_refused(folder):
+    rows = [{"file_name": str(file.relative_to(folder)), "text": "a picture"} for file in folder.rglob("*.png")]
+    captions(folder, rows)
+    captions(folder, rows, "metadata.csv")
+    with pytest.raises(ValueError, match=r"metadata.jsonl, row 0: .*png has a prompt already"):
         data.load(str(folder), 8, 0.25, 0)
 
 

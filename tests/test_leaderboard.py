@@ -48,11 +48,13 @@ def test_what_everybody_knows_fits_the_teacher(board):
     known = board.known()
     assert {"DDIM, uniform 3", "DPM-Solver++, uniform 6", "DeepCache-like, 1:2", "TaylorSeer-like, 1:2"} <= set(known)
     assert all(board.takes(plan) for plan in known.values())
-    for notebook, name in (("04", "mine"), ("04", "front_mine_00"), ("06", "student")):
+    for notebook, name in (("04", "mine"), ("04", "front_mine_00"), ("04", "learned_steps_9"), ("06", "student"),
+                           ("05", "genetic_search_22"), ("01", "forecast_line"), ("01", "ddim_uniform_5")):
         folder = paths.REPORTS / "digits" / f"{notebook}_some" / "plans"
         folder.mkdir(parents=True, exist_ok=True)
         board.teacher.save(folder / f"{name}.json")
-    assert board.known().keys() - known.keys() == {"mine (04)"}, "no series, and no student's"
+    assert board.known().keys() - known.keys() == {
+        "mine (04)", "learned steps 9 (04, LD3-like)", "genetic search 22 (05, ECAD-like)", "forecast line (01)"}
     assert board.macs(known["TaylorSeer-like, 1:2"]) < board.macs(known["DeepCache-like, 1:2"])
 
 

@@ -89,6 +89,14 @@ def test_cells_are_short_and_stand_in_prose(path):
     assert "ccc" not in kinds
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS + FREE, ids=lambda path: path.stem)
+def test_names_say_what_a_thing_is(path):
+    vague = {"one", "way", "beside", "own", "whole", "made"}
+    for node in (node for cell in code(path) for node in ast.walk(ast.parse(cell.source))):
+        name = node.id if isinstance(node, ast.Name) else getattr(node, "arg", None) or getattr(node, "name", None)
+        assert name not in vague or isinstance(node, ast.keyword), ast.unparse(node)
+
+
 def test_the_table_of_notebooks_lists_all():
     table = (paths.NOTEBOOKS / "README.md").read_text()
     for path in NOTEBOOKS + FREE:

@@ -165,3 +165,20 @@ def test_a_notebook_that_has_not_run_is_named(text, tmp_path):
 def test_a_study_of_some_notebooks_has_a_page_of_these(text, tmp_path):
     part = page.page("mine", ["00_teacher_training", "05_pruner_training"], "", {})
     assert part.count(f"data:image/png;base64,{PIXEL}") == 2 and "04_schedule_search" not in part
+
+
+def test_notebooks_of_no_study_are_run_and_written_with_what_they_show(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(paths, "REPORTS", tmp_path)
+    monkeypatch.setattr(report, "FREE", ("free",))
+    new = nbformat.v4
+    drawn = "import sys\nimport matplotlib.pyplot as plt\nprint('late', file=sys.stderr)\n_ = plt.plot([6 * 7])"
+    cells = [new.new_markdown_cell("See [itself](free.ipynb), [another](01_teacher_analysis.ipynb)."),
+             new.new_code_cell("print(6 * 7)"), new.new_code_cell(drawn)]
+    nbformat.write(new.new_notebook(cells=cells), tmp_path / "free.ipynb")
+    report.write_free()
+    text = (tmp_path / "notebooks" / "free.md").read_text()
+    assert "See [itself](free.md), [another](../../notebooks/01_teacher_analysis.ipynb)." in text
+    assert "    42\n" in text and "late" not in text.replace(drawn, "")
+    picture, = re.findall(r"!\[png\]\((.*)\)", text)
+    assert (tmp_path / "notebooks" / picture).stat().st_size > 1000

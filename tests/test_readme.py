@@ -358,7 +358,7 @@ def test_where_caching_pays_is_drawn_of_all_studies_that_mean_something(tmp_path
     report.write_caching()
     assert not list(tmp_path.iterdir()), "nothing is published yet"
     rows = pd.DataFrame([{"order": order, "full_steps": 9, "branch": 0, "reuse": reuse, "calls": 10.3, "share": 0.15,
-                          "alike": 0.99, "ratio": 1.1, "nearness": value}
+                          "alike": 0.99, "ratio": 1.1, "nearness": value, "nearness_high": value + 0.1}
                          for order in (1, 2) for reuse, value in (("hold", 0.5), ("line", 2.0), ("parabola", np.nan))])
     for study, notebook in (("mine", "04_schedule_search"), ("mine", "07_transformer"), ("smoke", "07_transformer")):
         folder = tmp_path / study / notebook / "tables"
@@ -368,3 +368,7 @@ def test_where_caching_pays_is_drawn_of_all_studies_that_mean_something(tmp_path
     found = pd.read_csv(tmp_path / "caching.csv")
     assert set(found["teacher"]) == {"UNet (mine)", "transformer (mine)"} and len(found) == 12
     assert (tmp_path / "caching.png").stat().st_size > 5000
+    told = (tmp_path / "caching.md").read_text()
+    assert "| UNet (mine) | DDIM | 1 of 1 | 0 of 1 |" in told, "cases at the floor are left out"
+    assert "The kind of reuse: forecast by a line 0 of 4, held 4 of 4. " in told
+    assert "neither foretells it" in told

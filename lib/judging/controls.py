@@ -242,8 +242,8 @@ def summary(beside: pd.DataFrame) -> str:
     """Say how many comparisons `Table.beside` made, how they came out, what chance would give, what would decide."""
     words, needs, n = (beside[name] for name in ("plan_over_control_word", "plan_over_control_needs", "n"))
     counts = ", ".join(f"{(words == word).sum()} {word}" for word in WORDS)
-    text = (f"{len(words)} comparisons at n = {n.iloc[0]:,.0f}: {counts}. Were there no differences at all, chance would "
-            f"call {len(words) / 20:.1f} better or worse.")
+    text = (f"{len(words)} comparisons at n = {n.iloc[0]:,.0f}: {counts}. Were there no differences at all, chance "
+            f"would call {len(words) / 20:.1f} better or worse.")
     open_ = needs[words == "undecided"]
     return text + f" Half of the undecided would be decided by n = {open_.median():,.0f}." * bool(open_.notna().any())
 

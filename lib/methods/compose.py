@@ -1,6 +1,6 @@
 """Composition: smaller models under plans, and searches over all kinds of choice at once, which no paper has tried.
 
-The one module that knows several methods. What is priced and scored here is a `Way`: one of several models, under a
+The one module that knows several methods. What is priced and scored here is a `Run`: one of several models, under a
 plan; tables and controls take it where they take a plan.
 """
 
@@ -23,8 +23,8 @@ from lib.methods.search import Found, Space, search, winner
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to sample: a model, by its name, under a plan."""
+class Run:
+    """A run of the sampler: a model, by its name, under a plan."""
 
     model: str
     plan: Plan
@@ -36,7 +36,7 @@ class Way:
 
 
 class Banks:
-    """One bank of noise for several models: what extractors see of the images of each `Way`.
+    """One bank of noise for several models: what extractors see of the images of each `Run`.
 
     Parameters
     ----------
@@ -52,18 +52,18 @@ class Banks:
     def __init__(self, name: str, models: Mapping[str, Model], extractors: Sequence[Extractor], **about):
         self.of = {which: Bank(name, model, extractors, **about) for which, model in models.items()}
 
-    def features(self, way: Way, title: str | None = None, by: str | None = None) -> Tensor:
-        """Give the features, (n, D), of the bank's images under a way; title and `by` as `Bank.features` takes them."""
-        return self.of[way.model].features(way.plan, title=title, by=by)
+    def features(self, run: Run, title: str | None = None, by: str | None = None) -> Tensor:
+        """Give the features, (n, D), of the bank's images under a run; title and `by` as `Bank.features` takes them."""
+        return self.of[run.model].features(run.plan, title=title, by=by)
 
 
 @dataclass(frozen=True)
-class WaySearch:
-    """Searches, on any of several models, for plans whose images come nearest to those of one way.
+class RunSearch:
+    """Searches, on any of several models, for plans whose images come nearest to those of one run.
 
     Attributes
     ----------
-    wanted : Way, whose images are imitated, on whatever model plans are looked for
+    wanted : Run, whose images are imitated, on whatever model plans are looked for
     first, second : Banks; candidates are compared on the first, the finalists among them on the second
     population : int, of NSGA-II
     finalists : int, best candidates of the first bank that meet again on the second
@@ -71,7 +71,7 @@ class WaySearch:
     storage : Path, of the journal from which a killed search goes on
     """
 
-    wanted: Way
+    wanted: Run
     first: Banks
     second: Banks
     population: int
@@ -82,35 +82,35 @@ class WaySearch:
     def error(self, banks: Banks, model: str) -> Callable[[Plan], float]:
         """Give the error of a plan on a model: the rFID of its images to the wanted ones, on these banks."""
         def error(plan: Plan) -> float:
-            return evaluate.imitation(banks.features(Way(model, plan)), banks.features(self.wanted), "rfid, shrunk")
+            return evaluate.imitation(banks.features(Run(model, plan)), banks.features(self.wanted), "rfid, shrunk")
 
         looked = banks.of[model]
         error.key = f"{looked.key} {banks.of[self.wanted.model].key} {self.wanted.plan.key} {looked.first} rfid, shrunk"
         return error
 
-    def search(self, title: str, model: str, space: Space, price: Callable[[Way], int], *, number: int,
+    def search(self, title: str, model: str, space: Space, price: Callable[[Run], int], *, number: int,
                budget: float, trials: int, start: Iterable[Mapping] = ()) -> list[Found]:
         """Give all that a search on a model finds within a budget, in the order of evaluation.
 
         Parameters
         ----------
-        price : callable(way), what the budget is of, such as MACs or microseconds; it is what `Found.macs` holds
+        price : callable(run), what the budget is of, such as MACs or microseconds; it is what `Found.macs` holds
         number : int, of the search: each draws other candidates
         trials, start : as `lib.methods.search.search` takes them
         """
-        return search(space, self.error(self.first, model), lambda plan: price(Way(model, plan)), trials=trials,
+        return search(space, self.error(self.first, model), lambda plan: price(Run(model, plan)), trials=trials,
                       population=self.population, budget=budget, seed=self.seed + 1_000_000 * number,
                       storage=self.storage, start=start, title=title)
 
-    def winner(self, model: str, found: Iterable[Found], low: float, high: float) -> Way | None:
+    def winner(self, model: str, found: Iterable[Found], low: float, high: float) -> Run | None:
         """Give the best finalist, by the second bank, of those with low < price <= high; None if there is none."""
         plan = winner(found, self.error(self.second, model), self.finalists, low, high)
-        return None if plan is None else Way(model, plan)
+        return None if plan is None else Run(model, plan)
 
 
 def on(model: str, control: Control) -> Control:
     """Put a control's plans on a model."""
-    return Control(f"{control.name} ({model})", tuple((Way(model, plan), weight) for plan, weight in control.plans))
+    return Control(f"{control.name} ({model})", tuple((Run(model, plan), weight) for plan, weight in control.plans))
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,8 @@ def cheaper(paper: str, claimed: str, times: float, setting: str, row: Mapping, 
     value : str, as `holds` takes it
     """
     measured = f"{row['macs_ratio']:.2f} times fewer MACs at {kept(row, value)}"
+    if pd.notna(row.get("prompt_score")):
+        measured += f"; prompt score {row['prompt_score']:.3f}"
     return {"paper": paper, "claimed": claimed, "setting": setting, "measured": measured, "control": control,
             "holds": tested(holds(row, value), row["macs_ratio"], times)}
 
@@ -131,9 +133,10 @@ def pruning(rows: pd.DataFrame) -> dict[str, str]:
     Parameters
     ----------
     rows : of one plan over its controls, from notebook 05's table of bases, indexed by the controls' names, one of
-        which is "the base": the run that was pruned
+        which is "the base": the run that was pruned; told are those of fewer steps, and the strongest
     """
     row, others = rows.loc["the base"], rows.drop("the base")
+    others = others[others.index.str.startswith("fewer steps") | others["strongest"]]
     value, prompted = "plan_over_control", "prompts_over_control_holds" in rows
     times = row["macs"] / row["plan_macs"]
     measured = f"{times:.2f} times fewer MACs at {kept(row, value)}"

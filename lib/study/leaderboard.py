@@ -32,6 +32,10 @@ STEPS, INTERVALS = (50, 20, 10, 5), (2, 3, 5)
 
 MANY = ("front", "family")
 """How files of plans begin that are a whole search's, or a series, not a method's choice."""
+PLANS = {"01": ("forecast",), "04": ("",), "05": ("",)}
+"""How files of plans begin that a study's notebooks bring to the board; 06's are students'."""
+LIKE = {"learned": "LD3-like", "genetic": "ECAD-like"}
+"""Whose kind they are: steps learned by gradient (arXiv 2405.15506), a genetic search over cells (2506.15682)."""
 
 
 class Board:
@@ -71,10 +75,11 @@ class Board:
             found |= {f"DeepCache-like, 1:{interval}": Plan.deepcache(interval, shallow, self.teacher, HOLD),
                       f"DeepCache-like, forecast, 1:{interval}": Plan.deepcache(interval, shallow, self.teacher, LINE),
                       f"TaylorSeer-like, 1:{interval}": Plan.deepcache(interval, none, self.teacher, LINE)}
-        for path in sorted((paths.REPORTS / self.name).glob("0[45]_*/plans/*.json")):  # 06's are students'
-            plan = Plan.load(path)
-            if self.takes(plan) and not path.stem.startswith(MANY):
-                found[f"{path.stem.replace('_', ' ')} ({path.parts[-3][:2]})"] = plan
+        for notebook, begins in PLANS.items():
+            for path in sorted((paths.REPORTS / self.name).glob(f"{notebook}_*/plans/*.json")):
+                plan, like = Plan.load(path), LIKE.get(path.stem.partition("_")[0])
+                if self.takes(plan) and path.stem.startswith(begins) and not path.stem.startswith(MANY):
+                    found[f"{path.stem.replace('_', ' ')} ({notebook}{f', {like}' * bool(like)})"] = plan
         return found
 
     @cached_property

@@ -4,11 +4,13 @@ import argparse
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 from nbconvert import MarkdownExporter
+from nbconvert.preprocessors import ExecutePreprocessor
 
 from lib.grid.plan import Plan
 from lib.judging import trainings
@@ -22,6 +24,9 @@ from lib.study.stage import Stage
 
 KEPT = ("metrics.json", "timings.json", "meta.json", "figures/*.png", "figures/plans/*.png", "figures/*.csv",
         "tables/*.csv", "plans/*.json")
+
+FREE = ("plan_from_scratch", "08_your_pipeline")
+"""The notebooks of no study."""
 
 PLANNING = ("04_schedule_search", "05_pruner_training", "06_comparison")
 """The notebooks whose results are plans on the UNet."""
@@ -150,26 +155,44 @@ def write_notebooks(study: str) -> None:
 
     Figures are the published ones; what was only shown goes to ``<notebook>/shown/``.
     """
-    target, exporter, runs = paths.REPORTS / study, MarkdownExporter(), published(study)
+    runs = published(study)
     for notebook in runs:
-        ran = executed(study, notebook)
+        _write_notebook(executed(study, notebook), paths.REPORTS / study, notebook, runs)
+
+
+def write_free() -> None:
+    """Run the notebooks of no study, and write them as Markdown with all outputs to ``reports/notebooks``."""
+    target = paths.REPORTS / "notebooks"
+    target.mkdir(exist_ok=True)
+    for notebook in FREE:
+        ran = nbformat.read(paths.NOTEBOOKS / f"{notebook}.ipynb", 4)
+        run = ExecutePreprocessor(timeout=600, kernel_name="python3")
+        run.preprocess(ran, {"metadata": {"path": str(paths.NOTEBOOKS)}})
         for cell in ran.cells:
-            if cell.cell_type == "markdown":
-                cell.source = re.sub(LINK, lambda found: f"]({_from_reports(found[1], runs)})", cell.source)
-            for output in cell.get("outputs", []):
-                if name := output.get("metadata", {}).get("figure"):
-                    output.data = {"text/markdown": f"![{name.replace('_', ' ')}]({notebook}/figures/{name}.png)"}
-                if "text/html" in output.get("data", {}):  # code hosts show the text of a style
-                    output.data["text/html"] = re.sub(r"<style.*?</style>", "", output.data["text/html"], flags=re.S)
-        text, resources = exporter.from_notebook_node(ran, {"output_files_dir": f"{notebook}/shown"})
-        (target / f"{notebook}.md").write_text(text)
-        for name, content in resources["outputs"].items():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            (target / name).write_bytes(content)
+            if cell.cell_type == "code":
+                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]  # progress bars
+        _write_notebook(ran, target, notebook, FREE)
 
 
-def _from_reports(link: str, runs: list[str]) -> str:
-    """Give a link of a notebook as it is in a study's reports: to what is written there, else back to the notebooks."""
+def _write_notebook(ran: nbformat.NotebookNode, target: Path, notebook: str, beside: Sequence[str]) -> None:
+    """Write an executed notebook into a folder that has these notebooks; others' links lead back to the notebooks."""
+    for cell in ran.cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(LINK, lambda found: f"]({_from_reports(found[1], beside)})", cell.source)
+        for output in cell.get("outputs", []):
+            if name := output.get("metadata", {}).get("figure"):
+                output.data = {"text/markdown": f"![{name.replace('_', ' ')}]({notebook}/figures/{name}.png)"}
+            if "text/html" in output.get("data", {}):  # code hosts show the text of a style
+                output.data["text/html"] = re.sub(r"<style.*?</style>", "", output.data["text/html"], flags=re.S)
+    text, resources = MarkdownExporter().from_notebook_node(ran, {"output_files_dir": f"{notebook}/shown"})
+    (target / f"{notebook}.md").write_text(text)
+    for name, content in resources["outputs"].items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_bytes(content)
+
+
+def _from_reports(link: str, runs: Sequence[str]) -> str:
+    """Give a link of a notebook as it is in the reports: to what is written there, else back to the notebooks."""
     if re.match(r"https?://|#", link):
         return link
     stem = link.removesuffix(".ipynb")
@@ -324,7 +347,7 @@ def _strongest(study: str) -> pd.DataFrame:
 
 
 def write_caching() -> None:
-    """Write ``reports/caching.csv`` and ``.png``: where partial steps pay, of all teachers of all published studies."""
+    """Write ``reports/caching.md``, ``.csv`` and ``.png``: where partial steps pay, of all teachers of all studies."""
     found = sorted(path for path in paths.REPORTS.glob("*/0[47]_*/tables/dividends.csv")
                    if not path.parts[-4].startswith("smoke"))
     if not found:
@@ -335,6 +358,33 @@ def write_caching() -> None:
     table.to_csv(paths.REPORTS / "caching.csv", index=False, float_format="%.6g")
     figures.style()
     figures.caching(table).savefig(paths.REPORTS / "caching.png")
+    (paths.REPORTS / "caching.md").write_text(_caching(table.dropna(subset="nearness")))
+
+
+def _caching(table: pd.DataFrame) -> str:
+    """Say of all teachers' dividends how many surely pay, and what would have foretold it."""
+    table = table.assign(pays=table["nearness_high"] < 1, solver=table["order"].map(SOLVERS))
+
+    def share(rows: pd.Series) -> str:
+        return f"{rows.sum()} of {len(rows)}"
+
+    counts = table.pivot_table("pays", ["teacher", "solver"], "reuse", share, "-", sort=False).reset_index()
+    ranks = table[["share", "alike", "nearness"]].corr("spearman")["nearness"]
+    kinds = {"solver": table["solver"], "network": table["teacher"].str.partition(" ")[0],
+             "kind of reuse": table["reuse"].map(REUSED)}
+    by_kind = [f"The {kind}: " + ", ".join(f"{name} {share(rows)}" for name, rows in table.groupby(of)["pays"]) + ". "
+               for kind, of in kinds.items()]
+    telling = [name for name in ("share", "alike") if abs(ranks[name]) >= 0.6]
+    return "\n\n".join([
+        "# Where caching pays",
+        "A *case* is a teacher, a solver, some even full steps, a branch and a kind of reuse: half-way after each full "
+        "step a partial one reuses features. It pays if its images are surely nearer to the best teacher's than those "
+        "of more full steps of the same solver for the same MACs. All cases: [caching.csv](caching.csv).",
+        markdown(counts), "![distance over that of more full steps, against what might foretell it](caching.png)",
+        "## What would foretell it on a new teacher?",
+        f"{''.join(by_kind)}Over all cases the rank correlation of the distance with a partial step's share of the "
+        f"MACs is {ranks['share']:.2f}, with the likeness of what is reused {ranks['alike']:.2f}: "
+        f"{' and '.join(telling) or 'neither'} foretells it (0.6 in size would)."]) + "\n"
 
 
 def results_table(study: str) -> str:
@@ -531,7 +581,8 @@ def _faster(table: pd.DataFrame) -> pd.Series:
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m lib.study.report", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["publish", "readme"])
+    parser.add_argument("command", choices=["publish", "readme", "notebooks"], help="publish a study; fill the README; "
+                        "run the notebooks of no study, and write them with all outputs")
     parser.add_argument("--study", help="what to publish")
     parser.add_argument("--so-far", action="store_true", help="publish what is done of it")
     arguments = parser.parse_args()
@@ -540,6 +591,8 @@ def main() -> None:
             print(f"published: {write(arguments.study, arguments.so_far)}")
         except (ParamsError, FileNotFoundError) as error:
             raise SystemExit(f"error: {error}") from None
+    elif arguments.command == "notebooks":
+        write_free()
     else:
         fill_readme()
 

@@ -138,13 +138,17 @@ def _of_folder(source: str) -> Iterator[Record]:
     labelled = all(file.parent != Path(source) for file in pictures)
     prompts = {}
     for told in (file for file in files if file.name in TOLD):
-        prompts |= _told(told)
+        for place, image, prompt in _told(told):
+            if image in prompts:
+                raise ValueError(f"{place}: {image} has a prompt already, {prompts[image]!r:.40}. Leave one of them.")
+            prompts[image] = prompt
     for file in pictures:
-        yield Record(str(file), str(file), names.index(file.parent.name) if labelled else None, prompts.get(file))
+        yield Record(str(file), str(file), names.index(file.parent.name) if labelled else None,
+                     prompts.get(file.resolve()))
 
 
-def _told(file: Path) -> dict[Path, str]:
-    """Read the prompts that a folder's file of captions gives its images."""
+def _told(file: Path) -> Iterator[tuple[str, Path, Any]]:
+    """Read the prompts that a folder's file of captions gives its images: the row, the image, its prompt."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as content:
             rows = list(csv.DictReader(content)) if file.suffix == ".csv" else [json.loads(row) for row in content]
@@ -156,13 +160,11 @@ def _told(file: Path) -> dict[Path, str]:
         raise ValueError(f"{file} must have file_name and one of {', '.join(PROMPTS)} in each row, and nothing else is "
                          "read of it: put each class into a subfolder of its name, or images and labels into a parquet "
                          "file")
-    prompts = {}
     for number, row in enumerate(rows):
-        place = file.parent / str(row.get("file_name"))
-        if not place.is_file():
-            raise ValueError(f"{file}, row {number}: there is no {place}. Mend the row or take it out.")
-        prompts[place] = row.get(said)
-    return prompts
+        image = file.parent / str(row.get("file_name"))
+        if not image.is_file():
+            raise ValueError(f"{file}, row {number}: there is no {image}. Mend the row or take it out.")
+        yield f"{file}, row {number}", image.resolve(), row.get(said)
 
 
 def _of_parquet(source: str, files: list[Path]) -> Iterator[Record]:
