@@ -371,4 +371,4 @@ def test_where_caching_pays_is_drawn_of_all_studies_that_mean_something(tmp_path
     told = (tmp_path / "caching.md").read_text()
     assert "| UNet (mine) | DDIM | 1 of 1 | 0 of 1 |" in told, "cases at the floor are left out"
     assert "The kind of reuse: forecast by a line 0 of 4, held 4 of 4. " in told
-    assert "neither foretells it" in told
+    assert "neither predicts it" in told

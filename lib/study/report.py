@@ -380,11 +380,11 @@ def _caching(table: pd.DataFrame) -> str:
         "A *case* is a teacher, a solver, some even full steps, a branch and a kind of reuse: half-way after each full "
         "step a partial one reuses features. It pays if its images are surely nearer to the best teacher's than those "
         "of more full steps of the same solver for the same MACs. All cases: [caching.csv](caching.csv).",
-        markdown(counts), "![distance over that of more full steps, against what might foretell it](caching.png)",
-        "## What would foretell it on a new teacher?",
+        markdown(counts), "![distance over that of more full steps, against what might predict it](caching.png)",
+        "## What would predict it on a new teacher?",
         f"{''.join(by_kind)}Over all cases the rank correlation of the distance with a partial step's share of the "
         f"MACs is {ranks['share']:.2f}, with the likeness of what is reused {ranks['alike']:.2f}: "
-        f"{' and '.join(telling) or 'neither'} foretells it (0.6 in size would)."]) + "\n"
+        f"{' and '.join(telling) or 'neither'} predicts it (0.6 in size would)."]) + "\n"
 
 
 def results_table(study: str) -> str:
