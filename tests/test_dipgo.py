@@ -254,6 +254,12 @@ def test_a_watched_training_ends_with_its_best_look(unet, schedule, short, price
     assert run(unet, schedule, short, prices, tmp_path, updates=40, watch=watch)[1] == history, "and is over for good"
 
 
+@pytest.mark.parametrize(("looks", "over"), [
+    ([], False), ([2, 2, 2, 2], False), ([2, 1, 3], False), ([2, 1, 3, 3], True), ([1, 2, 1, 2], False)])
+def test_looks_that_stay_the_same_do_not_end_a_training(looks, over):
+    assert dipgo.Watch(None, 1, 2).over(looks) == over
+
+
 def test_levels_and_marginal_weights_train_too(unet, schedule, short, described, prices, tmp_path):
     levels = dipgo.Prices(described, prices.costs, dipgo.grouping(described, "levels"))
     _, history = run(unet, schedule, short, levels, tmp_path, weights="marginal", loss="l2", updates=3)

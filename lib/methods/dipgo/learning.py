@@ -100,8 +100,11 @@ class Watch:
     patience: int
 
     def over(self, looks: list[float]) -> bool:
-        """Say whether the best of the looks so far is long past."""
-        return len(looks) - int(np.argmin(looks)) > self.patience if looks else False
+        """Say whether the best of the looks so far, of equal ones the last, is long past.
+
+        While no gate has closed the plan stays the same, and so does the look: that is no reason to give up.
+        """
+        return bool(looks) and 1 + int(np.argmin(looks[::-1])) > self.patience
 
 
 @dataclass(frozen=True)
