@@ -36,13 +36,14 @@ def test_a_panel_of_the_front_holds_few_families_and_none_is_lost():
     flexiffusion = [f"Flexiffusion, {k}" for k in range(8)]
     families = ["DDIM, uniform", "DPM-Solver++, uniform", "DDIM, quadratic", "searched steps", "teacher, longer",
                 "columns (one gate a step)",
-                *flexiffusion, "DiP-GO", "DiffNAS", "shortest path", "shortest path (student)"]
+                *flexiffusion, "DiP-GO", "DiffNAS", "shortest path", "shortest path (student)",
+                "random cells (student)"]
     table = pd.concat([rows(ratio=[1.0, 1.5, 2.5], score=[1.0, 2.0, 3.0]).assign(family=family) for family in families])
     figure = figures.front(table)
     panels = [axes.get_legend_handles_labels()[1] for axes in figure.axes]
     assert panels == [flexiffusion[:6], [*flexiffusion[6:], "DiP-GO", "DiffNAS"],
                       ["searched steps", "columns (one gate a step)", "shortest path", "DDIM, quadratic",
-                       "teacher, longer"], ["shortest path (student)"]]
+                       "teacher, longer"], ["shortest path (student)", "random cells (student)"]]
     assert figures._panels(["Flexiffusion", "DiP-GO", "TaylorSeer"]) == [["Flexiffusion", "DiP-GO"], ["TaylorSeer"]]
     assert all(len(axes.containers) == len(panel) + 2 for axes, panel in zip(figure.axes, panels))
     figure.canvas.draw()

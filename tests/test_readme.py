@@ -285,6 +285,9 @@ def test_findings_are_sentences_from_a_studys_files(tmp_path, monkeypatch):
     assert "Even *DDIM, uniform 30* keeps it" in steps
     assert "*DiP-GO, 22%*, 4.0 times fewer MACs" in methods
     assert claimed.endswith("** 1 yes, 0 undecided, 2 no, 0 not tested."), "without what the study does not test"
+    brief = dict(row.split(" | ") for row in report.brief("mine").splitlines()[2:])
+    assert [*brief.values()] == ["**3** of 7 (3) |", "**7.0 times** fewer: *shortest path, 7-8 steps* |",
+                                 "**4.0 times** fewer: *DiP-GO, 22%* |", "**1** of 2 |", "**0** of 1 |"]
     assert cached.endswith("do: under DDIM, features held 0 of 1, forecast by a line 1 of 1; "
                            "under DPM-Solver++, features forecast by a line 0 of 1.")
 

@@ -32,7 +32,7 @@ def holds(row: Mapping, value: str) -> str:
 
 
 def tested(word: str, times: float, claimed: float) -> str:
-    """Give the word on a claim: none, where a plan saves over 5 % more than claimed, and so loses what it might keep.
+    """Give the word on a claim: *not tested* of a plan that loses the score, but saves over 5 % more than was claimed.
 
     Parameters
     ----------

@@ -214,7 +214,7 @@ def verdict(study: str) -> str:
     table = _beside(study)
     equal = (table["plan_over_control_difference_low"] == 0) & (table["plan_over_control_difference_high"] == 0)
     same = table[equal & table["name"].str.match(FULL)].drop_duplicates("plan").set_index("plan")["name"]
-    strongest = _strongest(study)
+    strongest = _strongest(table)
     words, steps = strongest["plan_over_control_word"], strongest["name"].str.match(FULL).sum()
     better = strongest["plan"][words == "better"]
     both = ((words == "better") & (strongest["second_over_control_word"] == "better")).sum()
@@ -233,14 +233,13 @@ def findings(study: str) -> str:
 
     The cheapest are looked for among all rows, on the report's own noise; the tables set them beside their controls.
     """
-    table, beside, reports = _everything(study), _beside(study), paths.REPORTS / study
-    kept = table[table["ddim_ratio_holds"] == "yes"]  # surely at most 5 % worse than DDIM's full run
-    alone = kept["family"].str.match(FULL) | kept["name"].map(lambda name: _full_steps(study, name))
+    beside, reports = _beside(study), paths.REPORTS / study
+    kept, alone = _kept(study)
     steps = kept[alone & ~kept["name"].str.contains("student")]
     found = []
 
     def cheapest(rows: pd.DataFrame) -> str:
-        row = rows.sort_values(["macs_ratio", "ddim_ratio"], ascending=[False, True]).iloc[0]
+        row = rows.iloc[0]
         name = row["name"].replace(" (teacher)", "")
         worth = ""
         if len(second := beside["second_over_control_word"][(beside["plan"] == name) & beside["strongest"]]):
@@ -275,13 +274,12 @@ def brief(*studies: str) -> str:
 
 
 def _in_brief(study: str) -> dict[str, str]:
-    table, beside = _everything(study), _strongest(study).set_index("plan")
+    beside = _strongest(_beside(study)).set_index("plan")
     word, second = beside["plan_over_control_word"], beside["second_over_control_word"]
     better = word == "better"
     found = {"plans of the methods and our extensions that are better than their strongest control, by both judges "
              "(by the first)": f"**{(better & (second == 'better')).sum()}** of {len(beside)} ({better.sum()})"}
-    kept = table[table["ddim_ratio_holds"] == "yes"].sort_values(["macs_ratio", "ddim_ratio"], ascending=[False, True])
-    alone = kept["family"].str.match(FULL) | kept["name"].map(lambda name: _full_steps(study, name))
+    kept, alone = _kept(study)
     for what, rows in {"full steps on the teacher": kept[alone & ~kept["name"].str.contains("student")],
                        "reused cells": kept[~alone & kept["name"].str.startswith(METHODS)]}.items():
         said = "none"
@@ -314,6 +312,13 @@ def pruner(study: str) -> str:
             "training ended before it had chosen what to reuse.")
 
 
+def _kept(study: str) -> tuple[pd.DataFrame, pd.Series]:
+    """Give what surely keeps the score of DDIM's full run, the cheapest first, and which of it is full steps alone."""
+    table = _everything(study)
+    kept = table[table["ddim_ratio_holds"] == "yes"].sort_values(["macs_ratio", "ddim_ratio"], ascending=[False, True])
+    return kept, kept["family"].str.match(FULL) | kept["name"].map(lambda name: _full_steps(study, name))
+
+
 def _full_steps(study: str, name: str) -> bool:
     """Say whether a published plan computes all cells."""
     files = (Stage.plan_file(paths.REPORTS / study / notebook, name) for notebook in PLANNING)
@@ -339,10 +344,9 @@ def _beside(study: str) -> pd.DataFrame:
     return pd.concat([*tables, first, again], ignore_index=True)
 
 
-def _strongest(study: str) -> pd.DataFrame:
+def _strongest(beside: pd.DataFrame) -> pd.DataFrame:
     """Give each plan beside its strongest control, once."""
-    table = _beside(study)
-    strongest = table[table["strongest"]].drop_duplicates("plan")  # two controls may be one plan
+    strongest = beside[beside["strongest"]].drop_duplicates("plan")  # two controls may be one plan
     return strongest.drop_duplicates(["plan_macs", "plan_over_control_difference"])  # so may two searches' finds
 
 

@@ -181,10 +181,12 @@ def _in_order(reads: dict[str, set[str]], workers: int, make: Callable[[str], No
     with ThreadPoolExecutor(workers) as pool:
         while order.is_active():
             ready |= {*order.get_ready()}
-            while len(running) < workers and (
-                    able := [stage for stage in left if stage in ready and chains[stage] == chains[left[0]]]):
-                left.remove(able[0])
-                running[pool.submit(make, able[0])] = able[0]
+            while len(running) < workers:
+                stage = next((stage for stage in left if stage in ready), None)
+                if stage is None or chains[stage] < chains[left[0]]:
+                    break
+                left.remove(stage)
+                running[pool.submit(make, stage)] = stage
             for job in wait(running, return_when=FIRST_COMPLETED).done:
                 job.result()
                 order.done(running.pop(job))

@@ -439,7 +439,8 @@ def _panels(families: Sequence[str]) -> list[list[str]]:
         placed += STUDENT * family.endswith(STUDENT)
         groups.setdefault(method if method in METHODS else placed, []).append(family)
     panels: list[list[str]] = []
-    for names in (METHODS, ("placed", "else"), (f"placed{STUDENT}",)):  # controls share no panel with methods
+    controls = ("placed", "else")  # share no panel with methods
+    for names in (METHODS, controls, tuple(name + STUDENT for name in controls)):
         panels.append([])
         for group in (groups.get(name, []) for name in names):
             for few in (group[i:i + MARKS] for i in range(0, len(group), MARKS)):
